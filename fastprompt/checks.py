@@ -1,0 +1,85 @@
+"""Argument checks shared by all operators: every message names the argument, what came and what is expected."""
+
+from collections.abc import Mapping
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTS = (torch.int64, torch.int32)
+
+
+def check_tensor(name, value, shape, *, dtypes=None, like=None):
+    """Check one tensor argument.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        shape: expected sizes, one per dimension: an int is required exactly, a str is any size and only named.
+        dtypes: the accepted dtypes, or None for any.
+        like: ``(name, tensor)`` whose device, and dtype where ``dtypes`` is None, must be the same.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {_show(shape)}, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, value.shape))
+    if not fits:
+        raise ValueError(f"{name} must have shape {_show(shape)}, got {list(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}")
+    if like is not None:
+        other_name, other = like
+        if value.device != other.device:
+            raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
+        if dtypes is None and value.dtype != other.dtype:
+            raise TypeError(f"{name} must have dtype {other.dtype} like {other_name}, got {value.dtype}")
+
+
+def check_range(name, ids, low, high):
+    """Check that every value of the integer tensor ``ids`` lies in ``[low, high)``.
+
+    On the CPU a violation raises ValueError. On an accelerator reading the values would stall the queue, so there the
+    check runs on the device and stops the program asynchronously.
+    """
+    if ids.numel() == 0:
+        return
+    if ids.device.type != "cpu":
+        torch._assert_async(((ids >= low) & (ids < high)).all(), f"{name} must lie in [{low}, {high})")
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(ids))
+    if smallest < low or largest >= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
+
+
+def choose_backend(op, requested, available: Mapping[str, str | None], preferred):
+    """Resolve ``backend=``: an explicit request is honoured or refused with its reason; "auto" takes the first
+    of ``preferred`` that is available.
+
+    Args:
+        op: the operator's name, for messages.
+        requested: what the caller passed as ``backend``.
+        available: backend name -> None if it can run this call, else why not.
+        preferred: backend names, the fastest first.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a known backend that cannot run this call.
+    """
+    if requested == "auto":
+        return next(name for name in preferred if available.get(name, "unknown") is None)
+    if requested not in available:
+        raise ValueError(f"backend of {op} must be 'auto' or one of {sorted(available)}, got {requested!r}")
+    if available[requested] is not None:
+        raise RuntimeError(f"backend {requested!r} of {op} cannot run this call: {available[requested]}")
+    return requested
+
+
+def accumulator(dtype):
+    """The dtype sums are kept in: fp32 for the low precisions, otherwise the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _show(shape):
+    return "[" + ", ".join(str(n) for n in shape) + "]"

@@ -1,0 +1,152 @@
+"""``fastprompt train | eval | generate | doctor``."""
+
+import argparse
+import json
+import sys
+
+# Nothing that needs torch is imported up here: `--help` answers at once, and `doctor` has to run without it.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 for an argument that cannot be used."""
+    options = vars(_parser().parse_args(argv))
+    command, run = options.pop("command"), options.pop("run")
+    if command == "doctor":
+        return run()
+
+    from fastprompt.training import InputError
+
+    try:
+        run(**options)
+    except InputError as error:
+        option = "--" + error.argument.replace("_", "-")
+        print(f"fastprompt {command}: error: argument {option}: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(**options):
+    from fastprompt.training import TrainingConfig, train
+
+    if "verbaliser" in options:
+        options["verbaliser"] = dict(options["verbaliser"])
+    history = train(TrainingConfig(**options))
+    print(json.dumps(history[-1]))
+
+
+def evaluate(data=None, **options):
+    from fastprompt.training import TrainedAdapter
+
+    print(json.dumps(TrainedAdapter(**options).evaluate(data)))
+
+
+def generate(prompt=None, text=None, max_new_tokens=64, temperature=0.0, seed=0, **options):
+    from fastprompt.training import TrainedAdapter
+
+    adapter = TrainedAdapter(**options)
+    for start in prompt or [adapter.task.prompt(text) for text in text]:
+        print(adapter.generate(start, max_new_tokens, temperature, seed))
+
+
+def doctor() -> int:
+    from fastprompt.doctor import main
+
+    return main()
+
+
+def _parser() -> argparse.ArgumentParser:
+    # Defaults stand in `TrainingConfig` and the functions above: an option that is not given is not passed on.
+    def command(name, run, help):
+        parser = commands.add_parser(name, help=help, description=help, argument_default=argparse.SUPPRESS)
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = argparse.ArgumentParser(prog="fastprompt", description="Soft prompts for frozen language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_train(command("train", train, "train a soft prompt"))
+    _add_eval(command("eval", evaluate, "loss, and accuracy on labelled data, of a trained soft prompt"))
+    _add_generate(command("generate", generate, "complete text with a trained soft prompt"))
+    command("doctor", doctor, "what is installed, and which backend each operator uses")
+    return parser
+
+
+def _add_train(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, metavar="PATH", help="folder of a causal language model, or its name on the hub")
+    add("--gguf-file", metavar="NAME", help="a GGUF file in that folder")
+    add("--precision", help="of the frozen weights: fp32 (default), bf16, fp16; the prompt is always fp32")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, metavar="FILE", help=".csv or .tsv with a header, or .jsonl")
+    add("--text-column", metavar="NAME", help="with --label-column: text to classify")
+    add("--label-column", metavar="NAME", help="its class; the loss stands on the label's word")
+    add("--prompt-column", metavar="NAME", help="with --completion-column: a prompt")
+    add("--completion-column", metavar="NAME", help="the text to follow it; the loss stands on all of it")
+    add("--template", help="prompt of a text: {text} or any {column} is filled in; \\n is a line break", type=_unescape)
+    add("--verbaliser", nargs="+", type=_label_word, metavar="LABEL=WORD", help="word of each label (default: itself)")
+    add("--max-length", type=int, metavar="TOKENS", help="cut longer rows at the start of their prompt")
+    add("--eval-data", metavar="FILE", help="rows to evaluate on")
+    add("--eval-fraction", type=float, metavar="F", help="or: the part of --data to hold out for it")
+
+    add = parser.add_argument_group("soft prompt").add_argument
+    add("--method", help="prompt-tuning (default)")
+    add("--num-virtual-tokens", type=int, metavar="P", help="length of the prompt (default 20)")
+    add("--init", help="random (default), vocab (embeddings of random tokens) or text (those of --init-text)")
+    add("--init-text", metavar="TEXT", help="cut or repeated to P tokens")
+
+    add = parser.add_argument_group("optimisation (AdamW)").add_argument
+    add("--lr", type=float, help="learning rate (default 0.02)")
+    add("--schedule", help="linear (default), cosine or constant")
+    add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default 0)")
+    add("--weight-decay", type=float, help="default 0")
+    add("--max-grad-norm", type=float, help="clip the gradient to this norm (default 1; 0: never)")
+    add("--steps", type=int, help="how long to train: this or --epochs")
+    add("--epochs", type=float)
+    add("--batch-size", type=int, metavar="ROWS", help="rows a batch (default 16)")
+    add("--tokens-per-batch", type=int, metavar="TOKENS", help="or: as many rows as fit into this many real tokens")
+    add("--seed", type=int, help="the same seed gives the same prompt (default 0)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, metavar="DIR", help="for the adapter (PEFT's format), log.json and checkpoints")
+    add("--save-steps", type=int, metavar="STEPS", help="a checkpoint each so many steps (default 100)")
+    add("--keep-checkpoints", type=int, metavar="N", help="how many of the newest to keep (default 2)")
+    add("--eval-steps", type=int, metavar="STEPS", help="evaluate each so many steps (default: at the end)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
+
+
+def _add_adapter(parser):
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the --output of `fastprompt train`")
+    parser.add_argument("--model", metavar="PATH", help="where the model is now (default: where the run found it)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="likewise")
+    parser.add_argument("--precision", help="of the weights: fp32, bf16 or fp16 (default: as in training)")
+
+
+def _add_eval(parser):
+    _add_adapter(parser)
+    parser.add_argument("--data", metavar="FILE", help="with the run's columns (default: the rows that the run held out)")
+
+
+def _add_generate(parser):
+    _add_adapter(parser)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to complete as they stand")
+    start.add_argument("--text", nargs="+", help="texts to put into the run's template first")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 64")
+    parser.add_argument("--temperature", type=float, help="0 (default): the most probable token each time")
+    parser.add_argument("--seed", type=int, help="for sampling (default 0)")
+
+
+def _unescape(template: str) -> str:
+    return template.replace("\\n", "\n")
+
+
+def _label_word(pair: str) -> tuple[str, str]:
+    label, separator, word = pair.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected LABEL=WORD, got {pair!r}")
+    return label, word
+
+
+if __name__ == "__main__":
+    sys.exit(main())

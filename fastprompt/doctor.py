@@ -1,0 +1,193 @@
+"""``fastprompt doctor``: what is installed, which backend runs where and why, and what to install to get more.
+
+Only the standard library is imported up front: a missing or broken package has to end as a finding, not a traceback.
+"""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib import metadata
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm")
+OPTIONAL = ("triton", "ninja")
+OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
+# What `fastprompt train` and an accelerated PEFT script import.
+MAIN_JOB = ("fastprompt.accelerate", "fastprompt.hf.model", "fastprompt.training")
+REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
+NOT_INSTALLED = "not installed"
+
+SIMD = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def main() -> int:
+    """Print the report; 0 if soft prompts can be trained here, 1 if not."""
+    errors, own_errors, hints = [], [], []
+    heading(f"fastprompt {distribution_version('fastprompt') or '(not installed)'}")
+    show_versions(errors, hints)
+    device_types = show_devices(hints)
+    show_operators(device_types, own_errors)
+    check_main_job(own_errors)
+    # Where a requirement is missing, what fails in fastprompt itself follows from it.
+    errors = errors or own_errors
+
+    heading("Findings")
+    for label, findings in (("error", errors), ("hint", hints)):
+        for problem, remedy in findings:
+            row(label, problem, f"remedy: {remedy}")
+    row("result", "soft prompts cannot be trained here" if errors else "soft prompts can be trained here")
+    return 1 if errors else 0
+
+
+def show_versions(errors, hints):
+    heading("Versions")
+    row("python", platform.python_version())
+    ranges = required_ranges()
+    if not ranges:
+        hints.append(("fastprompt runs from source, so no version is checked", "pip install -e ."))
+    for name in REQUIRED:
+        wanted = ranges.get(name, "")
+        module, problem = load(name)
+        if problem:
+            row(name, problem)
+            force = "" if problem == NOT_INSTALLED else "--force-reinstall "
+            errors.append((f"{name}: {problem}", f'pip install {force}"{name}{wanted}"'))
+            continue
+        version = version_of(module)
+        row(name, version)
+        if not fits(version, wanted):
+            errors.append((f"{name} {version} is outside {wanted}", f'pip install "{name}{wanted}"'))
+    for name in OPTIONAL:
+        module, problem = load(name)
+        row(name, f"{problem} (optional)" if problem else version_of(module))
+
+
+def show_devices(hints):
+    """Print the devices and return their types as torch names them."""
+    heading("Devices")
+    name, features = describe_cpu()
+    row("cpu", name, f"{os.cpu_count()} logical cores", f"SIMD: {' '.join(features) or 'unknown'}")
+    torch, problem = load("torch")
+    if problem:
+        return ["cpu"]
+    try:
+        row("", f"torch uses {torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}")
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:
+        hints.append((f"torch cannot list its devices: {describe(error)}", "the driver or the torch build"))
+        return ["cpu"]
+    for index, gpu in enumerate(gpus):
+        kind = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
+        row(f"cuda:{index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB")
+    if gpus:
+        if load("triton")[1]:
+            hints.append(("the GPU kernels need triton", "pip install triton"))
+        return ["cpu", "cuda"]
+    row("gpu", "none that torch can use")
+    if shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
+        hints.append((
+            f"a GPU driver is installed, but torch {torch.__version__} finds no GPU",
+            "a CUDA or ROCm build of torch that fits the driver: pytorch.org/get-started",
+        ))
+    return ["cpu"]
+
+
+def show_operators(device_types, errors):
+    heading('Operators: the backend that "auto" takes')
+    for name in OPERATORS:
+        api, problem = load(f"fastprompt.ops.{name}.api")
+        try:
+            backends = {} if problem else api.available_backends()
+            chosen = {} if problem else {device: api.select_backend(device) for device in device_types}
+        except Exception as error:
+            problem = f"selects no backend: {describe(error)}"
+        if problem:
+            row(name, problem)
+            errors.append((f"{name}: {problem}", REINSTALL))
+            continue
+        others = [backend for backend, reason in backends.items() if not reason and backend not in chosen.values()]
+        row(
+            name,
+            *(f"{device} -> {backend}" for device, backend in chosen.items()),
+            *(f"on request: {backend}" for backend in others),
+            *(f"not {backend}: {reason}" for backend, reason in backends.items() if reason),
+        )
+
+
+def check_main_job(errors):
+    for name in MAIN_JOB:
+        problem = load(name)[1]
+        if problem:
+            errors.append((f"{name}: {problem}", REINSTALL))
+
+
+def load(name):
+    """Import a module and return ``(module, None)``, or ``(None, problem)`` where that fails in any way."""
+    try:
+        return importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None, NOT_INSTALLED
+        return None, f"needs {error.name}, which is not installed"
+    except Exception as error:
+        return None, f"cannot be imported: {describe(error)}"
+
+
+def describe(error):
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def version_of(module):
+    return str(getattr(module, "__version__", None) or distribution_version(module.__name__) or "unknown")
+
+
+def distribution_version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def required_ranges():
+    """Name -> version range of the required packages, as the installed metadata states it; empty if not installed."""
+    try:
+        requirements = metadata.requires("fastprompt") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    core = [requirement for requirement in requirements if ";" not in requirement]
+    return dict(re.match(r"([\w.-]+)\s*(.*)", requirement).groups() for requirement in core)
+
+
+def fits(version, wanted):
+    specifiers, problem = load("packaging.specifiers")
+    if problem or not wanted or version == "unknown":
+        return True
+    return specifiers.SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def describe_cpu():
+    """Model name and the SIMD features that the kernels may use."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            fields = dict(re.split(r"\s*:\s*", line.rstrip(), maxsplit=1) for line in file if ":" in line)
+    except OSError:
+        fields = {}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return fields.get("model name") or platform.processor() or platform.machine(), [f for f in SIMD if f in flags]
+
+
+def heading(text):
+    print(f"\n{text}")
+
+
+def row(label, *lines):
+    """One labelled entry; further lines stand under the first."""
+    for line in lines:
+        print(f"  {label:<17} {line}")
+        label = ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""prefix_attention: attention of packed, padded or decoding sequences over a shared prefix and their own keys."""
+
+import torch
+
+from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
+from ...layout import Sequences
+from . import cpu, reference
+
+_PREFERRED = ["cpu", "reference"]
+
+
+def available_backends():
+    """Backend name -> None if it can run here, else the reason why not."""
+    return {
+        "reference": None,
+        "cpu": None,
+        "triton": "the Triton kernel is not part of this version",
+        "cuda": "the CUDA kernel is not part of this version",
+    }
+
+
+def select_backend(device_type):
+    """The backend that "auto" takes for a plain call on ``device_type``."""
+    return "cpu" if device_type == "cpu" else "reference"
+
+
+def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None,
+                     scale=None, backend="auto"):
+    """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
+
+    Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
+    positions of own keys start at the prefix's length (plus ``seq.gaps``).
+
+    Args:
+        q: ``[Rq, H, Dh]`` queries. ``seq`` says which rows form a sequence.
+        k, v: ``[Rq, Hkv, Dh]`` own keys and values, H a multiple of Hkv; for decode ``[B, Hkv, Lmax, Dh]``, the cache.
+        prefix_k, prefix_v: ``[N, P, Hkv, Dh]``, N prefixes of at most P keys; None: no prefix.
+        seq: :class:`fastprompt.Sequences`, made once a batch.
+        causal: own keys behind the query are hidden.
+        window: a key is visible only if it stands less than ``window`` positions from the query, prefix included.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
+        scale: factor on the scores, ``Dh ** -0.5`` by default.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", and "reference" for
+            softcap, a window shorter than a sequence, and decode, which "cpu" does not have.
+
+    Returns:
+        out: ``[Rq, H, Dh]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
+            sinks; the gradients of a prefix are summed over the sequences that read it, in a fixed order.
+        lse: ``[H, Rq]`` log-sum-exp of the scores, natural log, fp32 (float64 for float64), not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument with another dtype, shape, device or range.
+        RuntimeError: a backend that was asked for and cannot run this call.
+    """
+    _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return PrefixAttention.apply(
+        q, k, v, prefix_k, prefix_v, sinks, seq, bool(causal), window, None if softcap is None else float(softcap), scale, backend
+    )
+
+
+class PrefixAttention(torch.autograd.Function):
+    """Autograd of :func:`prefix_attention`; arguments are positional and already checked.
+
+    Saves the inputs, out and lse. Eager calls skip the operator's dispatcher so that the schedule worked out from
+    ``seq`` is shared by all layers; compiled code goes through ``torch.ops.fastprompt``.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
+        options = (causal, window, softcap, scale, backend)
+        if torch.compiler.is_compiling():
+            out, lse = torch.ops.fastprompt.prefix_attention(
+                q, k, v, prefix_k, prefix_v, sinks, seq.tensors(), seq.kind, seq.rows, *options
+            )
+        else:
+            out, lse = _forward(q, k, v, prefix_k, prefix_v, sinks, seq, *options)
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, sinks, out, lse)
+        ctx.seq, ctx.options = seq, options
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        q, k, v, prefix_k, prefix_v, sinks, out, lse = ctx.saved_tensors
+        seq, tensors = ctx.seq, (grad, q, k, v, prefix_k, prefix_v, sinks, out, lse)
+        if torch.compiler.is_compiling():
+            grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options)
+        else:
+            grads = _backward(*tensors, seq, *ctx.options)
+        needed = ctx.needs_input_grad
+        return *(g if needed[i] else None for i, g in enumerate(grads)), *[None] * 6
+
+
+def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
+    if not isinstance(seq, Sequences):
+        raise TypeError(f"seq must be a fastprompt.Sequences, got {type(seq).__name__}")
+    check_tensor("q", q, [seq.rows, "H", "Dh"], dtypes=FLOATS)
+    rows, heads, head_dim = q.shape
+    if seq.kind == "decode":
+        check_tensor("k", k, [rows, "Hkv", "Lmax", head_dim], like=("q", q))
+    else:
+        check_tensor("k", k, [rows, "Hkv", head_dim], like=("q", q))
+    check_tensor("v", v, list(k.shape), like=("q", q))
+    kv_heads = k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError("prefix_k and prefix_v must both be given or both be None")
+    if prefix_k is not None:
+        check_tensor("prefix_k", prefix_k, ["N", "P", kv_heads, head_dim], like=("q", q))
+        check_tensor("prefix_v", prefix_v, list(prefix_k.shape), like=("q", q))
+        if seq.prefix_lens is not None:
+            check_tensor("seq.prefix_lens", seq.prefix_lens, [prefix_k.shape[0]])
+    if sinks is not None:
+        check_tensor("sinks", sinks, [heads], dtypes=FLOATS, like=("q", q))
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a positive int or None, got {window!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+
+
+def _backend(q, prefix_k, seq, causal, window, softcap, requested):
+    available = available_backends()
+    available["cpu"] = cpu.unsupported(q, seq, 0 if prefix_k is None else prefix_k.shape[1], causal, window, softcap)
+    return choose_backend("prefix_attention", requested, available, _PREFERRED)
+
+
+def _check_ranges(k, prefix_k, seq):
+    """What only the values of seq tell; on the host, where they have to be known anyway."""
+    if seq.kind == "decode":
+        check_range("seq.lengths", seq.lengths, 0, k.shape[2] + 1)
+    if prefix_k is not None:
+        if seq.prefix_ids is None:
+            if len(seq.starts) and prefix_k.shape[0] == 0:
+                raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
+        else:
+            check_range("seq.prefix_ids", seq.prefix_ids, -1, prefix_k.shape[0])
+        if seq.prefix_lens is not None:
+            check_range("seq.prefix_lens", seq.prefix_lens, 0, prefix_k.shape[1] + 1)
+
+
+def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
+    _check_ranges(k, prefix_k, seq)
+    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
+    if chosen == "cpu":
+        return cpu.forward(q, k, v, prefix_k, prefix_v, seq, causal=causal, sinks=sinks, scale=scale)
+    return reference.forward(q, k, v, prefix_k, prefix_v, seq, causal=causal, window=window, softcap=softcap,
+                             sinks=sinks, scale=scale)
+
+
+def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend):
+    """Gradients in the order of the inputs, in their dtypes, None for an input that is None."""
+    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
+    saved = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq)
+    if chosen == "cpu":
+        grads = cpu.backward(*saved, causal=causal, sinks=sinks, scale=scale)
+    else:
+        grads = reference.backward(*saved, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    inputs = (q, k, v, prefix_k, prefix_v, sinks)
+    return [None if x is None else g.to(x.dtype) for x, g in zip(inputs, grads)]
+
+
+_library = torch.library.Library("fastprompt", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks"
+_OPTIONS = "Tensor[] seq, str kind, int rows, bool causal, int? window, float? softcap, float scale, str backend"
+_library.define(f"prefix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(f"prefix_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]")
+
+
+@torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
+def _forward_op(q, k, v, prefix_k, prefix_v, sinks, seq, kind, rows, *options):
+    out, lse = _forward(q, k, v, prefix_k, prefix_v, sinks, Sequences.from_tensors(kind, rows, seq), *options)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake("fastprompt::prefix_attention", lib=_library)
+def _forward_fake(q, k, v, prefix_k, prefix_v, sinks, seq, kind, rows, *options):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
+
+
+@torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")
+def _backward_op(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, kind, rows, *options):
+    seq = Sequences.from_tensors(kind, rows, seq)
+    grads = _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, *options)
+    return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
+
+
+@torch.library.register_fake("fastprompt::prefix_attention_backward", lib=_library)
+def _backward_fake(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, kind, rows, *options):
+    inputs = (q, k, v, prefix_k, prefix_v, sinks)
+    return [grad.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]

@@ -1,0 +1,106 @@
+"""prefix_attention in plain PyTorch, one sequence at a time: the definition every other backend is measured against."""
+
+import torch
+
+from ...checks import accumulator
+
+
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
+    """Softmax attention of every query over its prefix and its own visible keys. Returns ``out`` and ``lse``."""
+    out = torch.zeros_like(q)  # [Rq, H, Dh]; rows outside every sequence stay zero
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
+    for part in _parts(seq, q, k, v, prefix_k, prefix_v):
+        score, _ = part.scores(causal, window, softcap, scale)
+        denominator = torch.logsumexp(score, -1)  # [H, n]
+        if sinks is not None:
+            denominator = torch.logaddexp(denominator, sinks.to(score.dtype)[:, None])
+        weight = torch.exp(score - denominator[..., None]).nan_to_num(0.0)  # a row that sees nothing: 0 / 0
+        out[part.rows] = torch.einsum("hqk,khd->qhd", weight, part.v).to(out.dtype)
+        lse[:, part.rows] = denominator.to(lse.dtype)
+    return out, lse
+
+
+def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale):
+    """Gradients of q, k, v, prefix_k, prefix_v, sinks (None where there is no such input), from the final out and lse.
+
+    With weights p = exp(score - lse): dv = p^T dout, dscore = p (dout v^T - rowsum(dout out)); a sink takes the
+    weight that is left over, dsink = -sum exp(sink - lse) rowsum(dout out).
+    """
+    acc = accumulator(q.dtype)
+    dq, dk, dv = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (q, k, v))
+    dprefix_k, dprefix_v = (None if t is None else torch.zeros(t.shape, dtype=acc, device=t.device) for t in (prefix_k, prefix_v))
+    groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, Dh] and the decode cache [B, Hkv, Lmax, Dh] alike
+    delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
+    for part in _parts(seq, q, k, v, prefix_k, prefix_v):
+        score, slope = part.scores(causal, window, softcap, scale)
+        weight = torch.exp(score - lse[:, part.rows, None].to(acc)).nan_to_num(0.0)  # [H, n, keys]
+        dout = grad[part.rows].to(acc)  # [n, H, Dh]
+        dscore = weight * (torch.einsum("qhd,khd->hqk", dout, part.v) - delta[:, part.rows, None])
+        if slope is not None:
+            dscore = dscore * slope
+        dq[part.rows] = scale * torch.einsum("hqk,khd->qhd", dscore, part.k)
+        dkeys = _sum_heads(scale * torch.einsum("hqk,qhd->khd", dscore, part.q), groups)
+        dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", weight, dout), groups)
+        part.own(dk).add_(dkeys[part.prefix :])
+        part.own(dv).add_(dvalues[part.prefix :])
+        if part.prefix:
+            dprefix_k[part.prefix_id, : part.prefix] += dkeys[: part.prefix]
+            dprefix_v[part.prefix_id, : part.prefix] += dvalues[: part.prefix]
+    dsinks = None
+    if sinks is not None:
+        left_over = torch.exp(sinks.to(acc)[:, None] - lse.to(acc)).masked_fill(lse == -torch.inf, 0.0)
+        dsinks = -(left_over * delta).sum(-1)
+    return dq, dk, dv, dprefix_k, dprefix_v, dsinks
+
+
+class _Part:
+    """One sequence with its prefix in front: queries, keys and values in the accumulator's dtype, heads repeated."""
+
+    def __init__(self, seq, index, q, k, v, prefix_k, prefix_v):
+        start, length, prefix_id, gap = seq.host[index]
+        self.decode, self.index = seq.kind == "decode", index
+        queries = 1 if self.decode else length
+        self.rows, self.length = slice(start, start + queries), length
+        self.prefix_id = prefix_id if prefix_k is not None else -1
+        self.prefix = seq.prefix_length(self.prefix_id, 0 if prefix_k is None else prefix_k.shape[1])
+        acc = accumulator(q.dtype)
+        keys, values = self.own(k), self.own(v)
+        if self.prefix:
+            keys = torch.cat([prefix_k[prefix_id, : self.prefix], keys])
+            values = torch.cat([prefix_v[prefix_id, : self.prefix], values])
+        groups = q.shape[1] // keys.shape[1]
+        self.q = q[self.rows].to(acc)  # [n, H, Dh]
+        self.k = keys.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dh]
+        self.v = values.to(acc).repeat_interleave(groups, 1)
+        own = self.prefix + gap + torch.arange(length, device=q.device)
+        self.key_positions = torch.cat([torch.arange(self.prefix, device=q.device), own])
+        self.query_positions = own[length - queries :]
+
+    def own(self, tensor):
+        """The view of k, v or their gradients that belongs to this sequence: ``[length, Hkv, Dh]``."""
+        if self.decode:
+            return tensor[self.index, :, : self.length].transpose(0, 1)
+        return tensor[self.rows]
+
+    def scores(self, causal, window, softcap, scale):
+        """Masked scores ``[H, n, keys]``, and their derivative by the plain scores where they are capped."""
+        score, slope = scale * torch.einsum("qhd,khd->hqk", self.q, self.k), None
+        if softcap is not None:
+            capped = torch.tanh(score / softcap)
+            score, slope = softcap * capped, 1 - capped.square()
+        distance = self.query_positions[:, None] - self.key_positions
+        hidden = (distance < 0) & causal
+        if window is not None:
+            hidden = hidden | (distance.abs() >= window)
+        return score.masked_fill(hidden, -torch.inf), slope
+
+
+def _parts(seq, q, k, v, prefix_k, prefix_v):
+    for index, (_, length, _, _) in enumerate(seq.host):
+        if length:
+            yield _Part(seq, index, q, k, v, prefix_k, prefix_v)
+
+
+def _sum_heads(x, groups):
+    """Sum the query heads that share a key head: ``[keys, H, Dh]`` -> ``[keys, Hkv, Dh]``."""
+    return x.view(x.shape[0], -1, groups, x.shape[2]).sum(2)

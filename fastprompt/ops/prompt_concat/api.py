@@ -1,0 +1,103 @@
+"""prompt_concat: token embeddings and prompt rows gathered into one packed batch."""
+
+import torch
+
+from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
+from . import reference
+
+
+def available_backends():
+    """Backend name -> None if it can run here, else the reason why not."""
+    return {
+        "reference": None,
+        "cpu": "the C++ kernel is not part of this version",
+        "triton": "the Triton kernel is not part of this version",
+        "cuda": "this operator has no CUDA C++ kernel",
+    }
+
+
+def select_backend(device_type):
+    """The backend that "auto" takes for a plain call on ``device_type``."""
+    return choose_backend("prompt_concat", "auto", available_backends(), ["reference"])
+
+
+def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
+    """Build the rows of a batch from token embeddings and prompt vectors.
+
+    ``rows[r]`` is ``table[source[r]] * scale`` where ``source[r] >= 0`` and ``prompt[-1 - source[r]]`` where it is
+    negative. Concatenating a prompt in front, virtual tokens inside a template, padding, packing and a bank of
+    prompts are all this one gather; ``fastprompt.layout`` builds ``source``.
+
+    Args:
+        source: ``[R]`` int64 or int32, values in ``[-M, V)``.
+        table: ``[V, D]`` token embeddings (or any rows to gather from).
+        prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
+        scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``[R, D]`` rows, differentiable in ``table`` and ``prompt``. A row read several times receives the sum of its
+        readers' gradients, added in a fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument with another dtype, shape or device, or a source out of range.
+        RuntimeError: a backend that was asked for and cannot run.
+    """
+    check_tensor("table", table, ["V", "D"], dtypes=FLOATS)
+    check_tensor("prompt", prompt, ["M", table.shape[1]], like=("table", table))
+    check_tensor("source", source, ["R"], dtypes=INTS, like=("table", table))
+    backend = choose_backend("prompt_concat", backend, available_backends(), ["reference"])
+    return PromptConcat.apply(source, table, prompt, float(scale), backend)
+
+
+class PromptConcat(torch.autograd.Function):
+    """Autograd of :func:`prompt_concat`; arguments are positional and already checked."""
+
+    @staticmethod
+    def forward(ctx, source, table, prompt, scale, backend):
+        ctx.save_for_backward(source)
+        ctx.scale, ctx.table_rows, ctx.prompt_rows = scale, table.shape[0], prompt.shape[0]
+        ctx.backend = backend
+        return torch.ops.fastprompt.prompt_concat(source, table, prompt, scale, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (source,) = ctx.saved_tensors
+        need_table, need_prompt = ctx.needs_input_grad[1:3]
+        dtable, dprompt = torch.ops.fastprompt.prompt_concat_backward(
+            grad, source, ctx.scale, ctx.table_rows, ctx.prompt_rows, need_table, need_prompt, ctx.backend
+        )
+        return None, dtable if need_table else None, dprompt if need_prompt else None, None, None
+
+
+_library = torch.library.Library("fastprompt", "FRAGMENT")
+_library.define("prompt_concat(Tensor source, Tensor table, Tensor prompt, float scale, str backend) -> Tensor")
+_library.define(
+    "prompt_concat_backward(Tensor grad, Tensor source, float scale, int table_rows, int prompt_rows, "
+    "bool need_table, bool need_prompt, str backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "prompt_concat", "CompositeExplicitAutograd")
+def _forward(source, table, prompt, scale, backend):
+    check_range("source", source, -prompt.shape[0], table.shape[0])
+    return reference.forward(source, table, prompt, scale)
+
+
+@torch.library.register_fake("fastprompt::prompt_concat", lib=_library)
+def _forward_fake(source, table, prompt, scale, backend):
+    return table.new_empty(source.shape[0], table.shape[1])
+
+
+@torch.library.impl(_library, "prompt_concat_backward", "CompositeExplicitAutograd")
+def _backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt, backend):
+    return reference.backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
+
+
+@torch.library.register_fake("fastprompt::prompt_concat_backward", lib=_library)
+def _backward_fake(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt, backend):
+    width = grad.shape[1]
+    dtable = grad.new_empty(table_rows, width) if need_table else grad.new_empty(0)
+    dprompt = grad.new_empty(prompt_rows, width) if need_prompt else grad.new_empty(0)
+    return dtable, dprompt

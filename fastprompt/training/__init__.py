@@ -1,0 +1,34 @@
+"""Training soft prompts from files: what the command line and the quickstart are built on."""
+
+from .adapters import load_adapter, load_base, load_tokenizer
+from .config import TrainingConfig
+from .data import Example, Task, read_rows, split_rows
+from .encoding import Encoded, collate, encode, encode_examples, features, plan_batches
+from .errors import InputError
+from .evaluation import completion_log_probs, evaluate
+from .inference import TrainedAdapter
+from .run import TrainingRun, read_record, train
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "InputError",
+    "Task",
+    "TrainedAdapter",
+    "TrainingConfig",
+    "TrainingRun",
+    "collate",
+    "completion_log_probs",
+    "encode",
+    "encode_examples",
+    "evaluate",
+    "features",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "plan_batches",
+    "read_record",
+    "read_rows",
+    "split_rows",
+    "train",
+]

@@ -1,0 +1,114 @@
+"""What a training run can be told."""
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .adapters import METHODS, PRECISIONS, PROMPT_INITS
+from .data import Task
+from .errors import InputError
+
+# Trainer's "constant" has no warm-up; this one does, and with a warm-up of 0 steps the two are the same.
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run. Raises `InputError` on a value that cannot be used.
+
+    Model: ``model`` is a folder or a hub name, ``gguf_file`` a GGUF file in it, ``precision`` that of the frozen
+    weights (the prompt is always trained in fp32).
+    Data: see `Task` for the columns, ``template`` and ``verbaliser``. Rows to evaluate on come from ``eval_data`` or
+    are held out of ``data`` (``eval_fraction``, by a shuffle with ``seed``). ``max_length`` bounds a row's tokens.
+    Prompt: ``num_virtual_tokens``, and ``init``: ``random``, ``vocab`` (embeddings of random tokens) or ``text``
+    (those of ``init_text``, cut or repeated to fit).
+    Optimisation: AdamW at ``lr`` with ``schedule`` after ``warmup`` steps, for ``steps`` or ``epochs``; a batch is
+    ``batch_size`` rows (default 16) or up to ``tokens_per_batch`` real tokens, per device. ``max_grad_norm`` 0 never
+    clips.
+    Output: folder ``output``; a checkpoint each ``save_steps`` steps, of which the newest ``keep_checkpoints`` stay;
+    an evaluation each ``eval_steps`` steps (None: only at the end). ``resume`` goes on from the newest checkpoint in
+    ``output``, or starts if there is none.
+    """
+
+    model: str
+    data: str
+    output: str
+    gguf_file: str | None = None
+    precision: str = "fp32"
+    text_column: str | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    template: str = "{text}"
+    verbaliser: dict[str, str] | None = None
+    eval_data: str | None = None
+    eval_fraction: float | None = None
+    max_length: int | None = None
+    method: str = "prompt-tuning"
+    num_virtual_tokens: int = 20
+    init: str = "random"
+    init_text: str | None = None
+    lr: float = 0.02
+    schedule: str = "linear"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    save_steps: int = 100
+    keep_checkpoints: int = 2
+    eval_steps: int | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        for name, choices in {
+            "method": METHODS,
+            "init": PROMPT_INITS,
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+        }.items():
+            self._expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        for name in ("num_virtual_tokens", "save_steps", "keep_checkpoints"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_length", "steps", "batch_size", "tokens_per_batch", "eval_steps"):
+            self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("lr", self.lr > 0, "more than 0")
+        self._expect("epochs", self.epochs is None or self.epochs > 0, "more than 0")
+        self._expect("eval_fraction", self.eval_fraction is None or 0 < self.eval_fraction < 1, "between 0 and 1")
+        self._expect("init_text", (self.init_text is not None) == (self.init == "text"), "a text exactly if init='text'")
+        self._expect("init_text", self.init_text is None or bool(self.init_text.strip()), "a text that is not empty")
+        self._one_of("steps", "epochs")
+        self._at_most_one_of("batch_size", "tokens_per_batch")
+        self._at_most_one_of("eval_data", "eval_fraction")
+        if self.eval_steps is not None and self.eval_data is None and self.eval_fraction is None:
+            raise InputError("eval_steps", "nothing to evaluate on; expected eval_data or eval_fraction too")
+        self.task  # checks the columns, the template and the verbaliser
+
+    @property
+    def task(self) -> Task:
+        return Task(**{field.name: getattr(self, field.name) for field in fields(Task)})
+
+    def to_dict(self) -> dict:
+        """The fields as JSON values. Paths are absolute, so that they hold from another folder too."""
+        values = asdict(self)
+        for name in ("model", "data", "eval_data"):
+            if values[name] is not None and Path(values[name]).exists():
+                values[name] = os.path.abspath(values[name])
+        return values
+
+    def _expect(self, name: str, holds: bool, expected: str):
+        if not holds:
+            raise InputError(name, f"expected {expected}, got {getattr(self, name)!r}")
+
+    def _at_most_one_of(self, a: str, b: str):
+        self._expect(a, getattr(self, a) is None or getattr(self, b) is None, f"only one of {a} and {b}")
+
+    def _one_of(self, a: str, b: str):
+        self._at_most_one_of(a, b)
+        self._expect(a, getattr(self, a) is not None or getattr(self, b) is not None, f"{a} or {b}")

@@ -1,0 +1,173 @@
+"""From a file of rows to prompts and completions, in text."""
+
+import csv
+import json
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InputError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_rows(path: str, argument: str = "data") -> list[dict[str, str]]:
+    """Rows of a ``.csv``, ``.tsv`` (both with a header line) or ``.jsonl`` file (one object a line), UTF-8.
+
+    Values come back as text. ``argument`` is the name that errors give the path.
+    """
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in (*DELIMITERS, ".jsonl"):
+        raise InputError(argument, f"{path!r} ends in {suffix!r}; expected .csv, .tsv or .jsonl")
+    if not file.is_file():
+        raise InputError(argument, f"{path!r} is not a file")
+    try:
+        rows = _read_jsonl(file, argument) if suffix == ".jsonl" else _read_table(file, DELIMITERS[suffix], argument)
+    except UnicodeDecodeError as error:
+        raise InputError(argument, f"{path!r} is not UTF-8: {error}") from error
+    if not rows:
+        raise InputError(argument, f"{path!r} holds no rows")
+    return rows
+
+
+def _read_table(file: Path, delimiter: str, argument: str) -> list[dict[str, str]]:
+    # utf-8-sig: spreadsheets write a byte-order mark, which would otherwise become part of the first column's name.
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    argument,
+                    f"{str(file)!r}, line {reader.line_num}: expected {len(reader.fieldnames)} fields as in the header",
+                )
+            rows.append(row)
+    return rows
+
+
+def _read_jsonl(file: Path, argument: str) -> list[dict[str, str]]:
+    rows = []
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(argument, f"{str(file)!r}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError(argument, f"{str(file)!r}, line {number}: expected an object, got {line.strip()[:40]!r}")
+            rows.append({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
+    return rows
+
+
+def split_rows(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
+    """``(train, held_out)``: a seeded shuffle, then ``fraction`` of the rows held out (at least one of each)."""
+    if len(rows) < 2:
+        raise InputError("eval_fraction", f"expected at least 2 rows to split, got {len(rows)}")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    cut = len(rows) - min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+    return [rows[i] for i in order[:cut]], [rows[i] for i in order[cut:]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as text. ``label`` is the row's class, or None where completions are free text."""
+
+    prompt: str
+    completion: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a row becomes an `Example`.
+
+    Either ``text_column`` and ``label_column``: the prompt is ``template`` with ``{text}`` (and any other
+    ``{column}``) filled in, the completion is the label's word. Or ``prompt_column`` and ``completion_column``: both
+    are used as they stand. ``verbaliser`` maps a label to its word; without one a label is its own word.
+    """
+
+    text_column: str | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    template: str = "{text}"
+    verbaliser: dict[str, str] | None = None
+
+    def __post_init__(self):
+        classify = (self.text_column, self.label_column)
+        complete = (self.prompt_column, self.completion_column)
+        if not (all(classify) and not any(complete)) and not (all(complete) and not any(classify)):
+            given = [f"{name}={getattr(self, name)!r}" for name in COLUMNS if getattr(self, name)]
+            raise InputError(
+                "text_column",
+                "expected text_column and label_column, or prompt_column and completion_column; "
+                f"got {', '.join(given) or 'none of them'}",
+            )
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None]
+        except ValueError as error:
+            raise InputError("template", f"{self.template!r}: {error}") from error
+        if not fields:
+            raise InputError("template", f"{self.template!r} has no field; expected {{text}} or another {{column}}")
+        if self.verbaliser is not None:
+            if not self.is_classification:
+                raise InputError("verbaliser", "only labels have words; expected text_column and label_column")
+            words = list(self.verbaliser.values())
+            if len(set(words)) < len(words) or not all(word.strip() for word in words):
+                raise InputError("verbaliser", f"expected a different, non-empty word for each label, got {words}")
+
+    @property
+    def is_classification(self) -> bool:
+        return self.label_column is not None
+
+    def with_words_of(self, rows: Sequence[dict[str, str]]) -> "Task":
+        """This task with its verbaliser filled in: each distinct label of ``rows`` is its own word."""
+        if self.verbaliser is not None or not self.is_classification:
+            return self
+        labels = sorted({_value(row, self.label_column, "label_column", i) for i, row in enumerate(rows, start=1)})
+        return Task(self.text_column, self.label_column, template=self.template, verbaliser={w: w for w in labels})
+
+    def examples(self, rows: Sequence[dict[str, str]]) -> list[Example]:
+        """The rows as text; the verbaliser must be known (`with_words_of`)."""
+        make = self._classification if self.is_classification else self._completion
+        return [make(row, number) for number, row in enumerate(rows, start=1)]
+
+    def prompt(self, text: str, row: dict[str, str] | None = None) -> str:
+        """The prompt of a text. Spaces at its end are left to the word that follows, where tokenizers expect them."""
+        try:
+            return self.template.format(**{**(row or {}), "text": text}).rstrip(" ")
+        except (KeyError, IndexError) as error:
+            columns = ["text", *(row or {})]
+            raise InputError("template", f"{self.template!r} asks for {error}; expected fields of {columns}") from error
+
+    def completion(self, prompt: str, label: str) -> str:
+        """The text that a label adds to its prompt."""
+        return ("" if prompt.endswith("\n") else " ") + self.verbaliser[label]
+
+    def _classification(self, row: dict[str, str], number: int) -> Example:
+        prompt = self.prompt(_value(row, self.text_column, "text_column", number), row)
+        label = _value(row, self.label_column, "label_column", number)
+        if label not in self.verbaliser:
+            raise InputError("verbaliser", f"row {number} has label {label!r}; expected one of {list(self.verbaliser)}")
+        return Example(prompt, self.completion(prompt, label), label)
+
+    def _completion(self, row: dict[str, str], number: int) -> Example:
+        prompt = _value(row, self.prompt_column, "prompt_column", number)
+        return Example(prompt, _value(row, self.completion_column, "completion_column", number))
+
+
+COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+
+
+def _value(row: dict[str, str], column: str, argument: str, number: int) -> str:
+    if column not in row:
+        raise InputError(argument, f"row {number} has no column {column!r}; expected one of {list(row)}")
+    if not row[column].strip():
+        raise InputError(argument, f"row {number}: column {column!r} is empty")
+    return row[column]

@@ -1,0 +1,80 @@
+"""How well a model with an adapter does on rows it was not trained on."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from .data import Example, Task
+from .encoding import Encoded, encode
+
+TOKENS_PER_FORWARD = 1024
+
+
+@torch.no_grad()
+def completion_log_probs(model, pairs: Sequence[Encoded], description: str = "evaluating") -> torch.Tensor:
+    """Natural-log probability of each completion given its prompt, ``[len(pairs)]``, fp32 on the CPU.
+
+    Rows of equal length share a forward, so nothing is padded, and logits are computed where a completion is
+    predicted only. The last token of a completion need not be fed to the model: completions of one prompt that
+    differ in that token alone, such as one-token label words, cost one forward together.
+    """
+    readers = {}  # input ids -> the pairs whose completion they predict
+    for i, (prompt, completion) in enumerate(pairs):
+        readers.setdefault((*prompt, *completion[:-1]), []).append(i)
+
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    scores = torch.empty(len(pairs))
+    with tqdm(total=len(readers), desc=description, unit="row") as bar:
+        for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
+            keep = max(len(pairs[i].completion) for ids in batch for i in readers[ids])
+            ids = torch.tensor(batch, device=device)
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=keep, use_cache=False
+            ).logits
+            log_probs = logits[:, -keep:].float().log_softmax(-1)  # [B, keep, V]
+            for row, sequence in zip(log_probs, batch):
+                for i in readers[sequence]:
+                    completion = torch.tensor(pairs[i].completion, device=device)
+                    scores[i] = row[-len(completion) :].gather(-1, completion[:, None]).sum()
+            bar.update(len(batch))
+    model.train(was_training)
+    return scores
+
+
+def evaluate(model, tokenizer, task: Task, examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict:
+    """``loss`` (mean over completion tokens, natural log), ``rows``, and for labelled rows ``accuracy``: how often the
+    most probable of all label words is the right one. ``encoded`` are the token ids of ``examples``."""
+    tokens = sum(len(row.completion) for row in encoded)
+    if not task.is_classification:
+        return {"loss": -completion_log_probs(model, encoded).sum().item() / tokens, "rows": len(encoded)}
+
+    labels = list(task.verbaliser)
+    words = encode(
+        tokenizer,
+        [example.prompt for example in examples for _ in labels],
+        [task.completion(example.prompt, label) for example in examples for label in labels],
+    )
+    # The prompts of `encoded` may have been shortened; the words are scored behind the same.
+    pairs = [Encoded(encoded[i // len(labels)].prompt, word.completion) for i, word in enumerate(words)]
+    scores = completion_log_probs(model, pairs).view(len(encoded), len(labels))
+    right = torch.tensor([labels.index(example.label) for example in examples])
+    return {
+        "loss": -scores.gather(1, right[:, None]).sum().item() / tokens,
+        "accuracy": (scores.argmax(1) == right).double().mean().item(),
+        "rows": len(encoded),
+    }
+
+
+def _equal_lengths(sequences, tokens: int):
+    """Lists of equally long sequences, each list with at most ``tokens`` tokens or one sequence."""
+    batch = []
+    for sequence in sorted(sequences, key=len):
+        if batch and (len(sequence) != len(batch[0]) or len(sequence) * (len(batch) + 1) > tokens):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch

@@ -1,0 +1,62 @@
+"""Files and folders that are either complete or not there, whenever the process is killed."""
+
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+STAGING = ".incomplete"  # under a run's folder: what is being written, or being deleted
+
+
+def write_json(path: Path, value):
+    """Replace ``path`` by ``value`` as JSON in one step."""
+    aside = path.with_name(f".{path.name}.incomplete")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def staged(folder: Path):
+    """An empty folder to write into. On leaving, all that it holds is on the disk, then moves into ``folder``.
+
+    A folder moves as a whole and must not exist there yet; a file replaces its namesake. After an error nothing moves.
+    """
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    for path in [*staging.rglob("*"), staging]:
+        _sync(path)
+    for path in sorted(staging.iterdir(), reverse=True):
+        os.replace(path, folder / path.name)
+    _sync(folder)
+    staging.rmdir()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def delete_checkpoint(path: Path):
+    """Delete a checkpoint; killed half-way, none by its name is left."""
+    staging = path.parent / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    os.replace(path, staging)
+    shutil.rmtree(staging)
+
+
+def _sync(path: Path):
+    # A folder's entry for a file reaches the disk with the folder, not with the file. Windows can't open folders.
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,52 @@
+"""What a finished run is good for: evaluating its adapter and completing text with it."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from . import adapters
+from .config import TrainingConfig
+from .data import read_rows
+from .encoding import encode_examples
+from .errors import InputError
+from .evaluation import evaluate
+from .run import accelerate, read_record, read_split
+
+
+class TrainedAdapter:
+    """The adapter that a run left in folder ``adapter``, on its model.
+
+    ``model`` and ``gguf_file`` say where the model is now, if no longer where the run found it; ``precision`` is that
+    of the weights (default: as in training). Raises `InputError`.
+    """
+
+    def __init__(
+        self, adapter: str, model: str | None = None, gguf_file: str | None = None, precision: str | None = None
+    ):
+        record = read_record(Path(adapter))
+        moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
+        self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
+        self.task = dataclasses.replace(self.config.task, verbaliser=record["verbaliser"])
+        self.tokenizer = adapters.load_tokenizer(self.config.model, self.config.gguf_file)
+        base = adapters.load_base(self.config.model, self.config.gguf_file, self.config.precision)
+        self.model = adapters.load_adapter(base, adapter)
+
+    def evaluate(self, data: str | None = None) -> dict:
+        """`evaluation.evaluate` on the rows of a file, by default on those that the run held out."""
+        rows = read_rows(data) if data is not None else read_split(self.config)[1]
+        if not rows:
+            raise InputError("data", "the run held nothing out; expected a file")
+        examples = self.task.examples(rows)
+        encoded = encode_examples(self.tokenizer, examples, self.config.max_length)
+        return evaluate(accelerate(self.model), self.tokenizer, self.task, examples, encoded)
+
+    def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+        """The text that follows ``prompt``: the most probable token each time (``temperature`` 0), or sampled."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(adapters.device())
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        set_seed(seed)
+        with torch.no_grad():
+            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
+        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
