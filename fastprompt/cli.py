@@ -112,6 +112,7 @@ def _add_train(parser):
     add("--save-steps", type=int, metavar="STEPS", help="a checkpoint each so many steps (default 100)")
     add("--keep-checkpoints", type=int, metavar="N", help="how many of the newest to keep (default 2)")
     add("--eval-steps", type=int, metavar="STEPS", help="evaluate each so many steps (default: at the end)")
+    add("--eval-rows", type=int, metavar="ROWS", help="on so many held-out rows (default: all, as at the end)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
 
 

@@ -15,9 +15,10 @@ REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy
 OPTIONAL = ("triton", "ninja")
 OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.
-MAIN_JOB = ("fastprompt.accelerate", "fastprompt.hf.model", "fastprompt.training")
+MAIN_JOB = ("fastprompt.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
 NOT_INSTALLED = "not installed"
+NEEDS = "needs {}, which is not installed"
 
 SIMD = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -52,6 +53,8 @@ def show_versions(errors, hints):
         module, problem = load(name)
         if problem:
             row(name, problem)
+            if problem in map(NEEDS.format, REQUIRED):
+                continue  # the missing one has an entry of its own
             force = "" if problem == NOT_INSTALLED else "--force-reinstall "
             errors.append((f"{name}: {problem}", f'pip install {force}"{name}{wanted}"'))
             continue
@@ -130,7 +133,7 @@ def load(name):
     except ModuleNotFoundError as error:
         if error.name == name:
             return None, NOT_INSTALLED
-        return None, f"needs {error.name}, which is not installed"
+        return None, NEEDS.format(error.name)
     except Exception as error:
         return None, f"cannot be imported: {describe(error)}"
 

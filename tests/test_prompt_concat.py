@@ -118,3 +118,20 @@ def test_errors_name_the_argument(change, error, message):
     source, table, prompt = inputs()
     with pytest.raises(error, match=message):
         prompt_concat(**{**dict(source=source, table=table, prompt=prompt), **change})
+
+
+def test_gradient_has_the_same_bits_every_time():
+    """Many readers of one row on several threads: an atomic sum would come out differently from run to run."""
+    source = torch.full((4096,), -1)
+    grad = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = []
+        for _ in range(10):
+            prompt = torch.zeros(1, 64, requires_grad=True)
+            (prompt_concat(source, torch.zeros(1, 64), prompt) * grad).sum().backward()
+            results.append(prompt.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results)

@@ -88,8 +88,10 @@ class PaddedBatch:
 
     def __init__(self, prefix=None):
         self.prefix = prefix
+        self.asked = False  # did the model ask for a mask at all?
 
     def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, local_size=None, **other):
+        self.asked = True
         device = other.get("device", "cpu")
         sees = partial(mask_function, torch.arange(batch_size, device=device)[:, None], 0)
         if q_length == kv_length:

@@ -1,7 +1,6 @@
 """The engine: runs a planned batch through a Hugging Face causal LM, the prompt once, the head on labelled rows only."""
 
 import inspect
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,13 +10,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import CannotPack, plan_padded_input
 from ..ops import prompt_concat
 from .attention import PackedRows, running, switch_back, switch_over
+from .probe import evaluating, relative_error, tolerance
 
 # Rows of logits that exist at a time in the chunked loss. Fewer rows make thin, slow matrix products; at 256 the
 # chunked loss is as fast as one product over all rows, and 256 rows of a 128k vocabulary are 128 MiB in fp32.
 _LOGIT_ROWS = 256
-
-# The probe's tolerance, relative to the largest logit, per dtype of the model.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Engine:
@@ -127,7 +124,7 @@ class Engine:
         return (
             self.plain_head
             and hasattr(nn.functional, "linear_cross_entropy")
-            and rows.dtype in (torch.float32, torch.float64)
+            and rows.dtype == torch.float32  # for every other dtype the model's own loss decides about casts
             and not torch.is_autocast_enabled(rows.device.type)
             and not torch.compiler.is_compiling()
         )
@@ -156,7 +153,7 @@ class Engine:
         if "position_ids" not in inspect.signature(self.base.get_decoder().forward).parameters:
             self.refusal = f"{type(self.base).__name__} takes no position_ids"
             return
-        with _evaluating(self.base):
+        with evaluating(self.base):
             table = self.base.get_input_embeddings()
             vocabulary = min(table.weight.shape[0], self.base.config.get_text_config().vocab_size)
             ids = (torch.arange(10, device=table.weight.device).view(2, 5) * 7 + 3) % vocabulary
@@ -181,9 +178,9 @@ class Engine:
         inputs = torch.cat([prompt.expand(batch, -1, -1), embeds], 1)
         padded = self.base(inputs_embeds=inputs, attention_mask=full, use_cache=False, return_dict=True).logits
         real = full.bool()
-        error = (packed[real] - padded[real]).abs().max() / padded[real].abs().max().clamp(min=1e-30)
-        if not error <= _TOLERANCE.get(embeds.dtype, 1e-4):
-            return f"packed rows give other logits than the padded forward (relative error {float(error):.1e})"
+        error = relative_error(packed[real], padded[real])
+        if not error <= tolerance(embeds.dtype):
+            return f"packed rows give other logits than the padded forward (relative error {error:.1e})"
         return None
 
     def _head_is_plain(self, embeds):
@@ -210,18 +207,6 @@ class Engine:
             hook.remove()
         expected = head(large)
         return bool(torch.allclose(logits, expected.to(logits.dtype), rtol=1e-5, atol=1e-5 * float(expected.abs().max())))
-
-
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode for a while; every module gets its own flag back."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def plan_or_reason(engine, *arguments, attention_mask=None, **options):

@@ -26,7 +26,8 @@ class TrainingConfig:
     ``batch_size`` rows (default 16) or up to ``tokens_per_batch`` real tokens, per device. ``max_grad_norm`` 0 never
     clips.
     Output: folder ``output``; a checkpoint each ``save_steps`` steps, of which the newest ``keep_checkpoints`` stay;
-    an evaluation each ``eval_steps`` steps (None: only at the end). ``resume`` goes on from the newest checkpoint in
+    an evaluation each ``eval_steps`` steps (None: only at the end), on the first ``eval_rows`` held-out rows (None: on
+    all, as at the end). ``resume`` goes on from the newest checkpoint in
     ``output``, or starts if there is none.
     """
 
@@ -62,6 +63,7 @@ class TrainingConfig:
     save_steps: int = 100
     keep_checkpoints: int = 2
     eval_steps: int | None = None
+    eval_rows: int | None = None
     resume: bool = False
 
     def __post_init__(self):
@@ -74,7 +76,7 @@ class TrainingConfig:
             self._expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("num_virtual_tokens", "save_steps", "keep_checkpoints"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_length", "steps", "batch_size", "tokens_per_batch", "eval_steps"):
+        for name in ("max_length", "steps", "batch_size", "tokens_per_batch", "eval_steps", "eval_rows"):
             self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
@@ -86,8 +88,9 @@ class TrainingConfig:
         self._one_of("steps", "epochs")
         self._at_most_one_of("batch_size", "tokens_per_batch")
         self._at_most_one_of("eval_data", "eval_fraction")
-        if self.eval_steps is not None and self.eval_data is None and self.eval_fraction is None:
-            raise InputError("eval_steps", "nothing to evaluate on; expected eval_data or eval_fraction too")
+        for name in ("eval_steps", "eval_rows"):
+            if getattr(self, name) is not None and self.eval_data is None and self.eval_fraction is None:
+                raise InputError(name, "nothing to evaluate on; expected eval_data or eval_fraction too")
         self.task  # checks the columns, the template and the verbaliser
 
     @property

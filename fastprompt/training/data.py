@@ -5,7 +5,7 @@ import json
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import InputError
@@ -16,7 +16,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def read_rows(path: str, argument: str = "data") -> list[dict[str, str]]:
     """Rows of a ``.csv``, ``.tsv`` (both with a header line) or ``.jsonl`` file (one object a line), UTF-8.
 
-    Values come back as text. ``argument`` is the name that errors give the path.
+    Values come back as text, and a null as a missing column. ``argument`` is the name that errors give the path.
     """
     file = Path(path)
     suffix = file.suffix.lower()
@@ -60,7 +60,7 @@ def _read_jsonl(file: Path, argument: str) -> list[dict[str, str]]:
                 raise InputError(argument, f"{str(file)!r}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise InputError(argument, f"{str(file)!r}, line {number}: expected an object, got {line.strip()[:40]!r}")
-            rows.append({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
+            rows.append({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items() if v is not None})
     return rows
 
 
@@ -76,11 +76,13 @@ def split_rows(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text. ``label`` is the row's class, or None where completions are free text."""
+    """One row as text. ``label`` is the row's class, or None where completions are free text; ``row`` says which row
+    of which file it was."""
 
     prompt: str
     completion: str
     label: str | None = None
+    row: str = field(default="row", compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,17 @@ class Task:
     def is_classification(self) -> bool:
         return self.label_column is not None
 
-    def with_words_of(self, rows: Sequence[dict[str, str]]) -> "Task":
+    def with_words_of(self, rows: Sequence[dict[str, str]], source: str = "data") -> "Task":
         """This task with its verbaliser filled in: each distinct label of ``rows`` is its own word."""
         if self.verbaliser is not None or not self.is_classification:
             return self
-        labels = sorted({_value(row, self.label_column, "label_column", i) for i, row in enumerate(rows, start=1)})
-        return Task(self.text_column, self.label_column, template=self.template, verbaliser={w: w for w in labels})
+        labels = {_value(row, self.label_column, "label_column", name) for name, row in _named(rows, source)}
+        return replace(self, verbaliser={label: label for label in sorted(labels)})
 
-    def examples(self, rows: Sequence[dict[str, str]]) -> list[Example]:
-        """The rows as text; the verbaliser must be known (`with_words_of`)."""
+    def examples(self, rows: Sequence[dict[str, str]], source: str = "data") -> list[Example]:
+        """The rows as text; the verbaliser must be known (`with_words_of`). ``source`` is what errors call the rows."""
         make = self._classification if self.is_classification else self._completion
-        return [make(row, number) for number, row in enumerate(rows, start=1)]
+        return [make(row, name) for name, row in _named(rows, source)]
 
     def prompt(self, text: str, row: dict[str, str] | None = None) -> str:
         """The prompt of a text. Spaces at its end are left to the word that follows, where tokenizers expect them."""
@@ -150,24 +152,28 @@ class Task:
         """The text that a label adds to its prompt."""
         return ("" if prompt.endswith("\n") else " ") + self.verbaliser[label]
 
-    def _classification(self, row: dict[str, str], number: int) -> Example:
-        prompt = self.prompt(_value(row, self.text_column, "text_column", number), row)
-        label = _value(row, self.label_column, "label_column", number)
+    def _classification(self, row: dict[str, str], name: str) -> Example:
+        prompt = self.prompt(_value(row, self.text_column, "text_column", name), row)
+        label = _value(row, self.label_column, "label_column", name)
         if label not in self.verbaliser:
-            raise InputError("verbaliser", f"row {number} has label {label!r}; expected one of {list(self.verbaliser)}")
-        return Example(prompt, self.completion(prompt, label), label)
+            raise InputError("verbaliser", f"{name} has label {label!r}; expected one of {list(self.verbaliser)}")
+        return Example(prompt, self.completion(prompt, label), label, name)
 
-    def _completion(self, row: dict[str, str], number: int) -> Example:
-        prompt = _value(row, self.prompt_column, "prompt_column", number)
-        return Example(prompt, _value(row, self.completion_column, "completion_column", number))
+    def _completion(self, row: dict[str, str], name: str) -> Example:
+        prompt = _value(row, self.prompt_column, "prompt_column", name)
+        return Example(prompt, _value(row, self.completion_column, "completion_column", name), row=name)
 
 
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 
-def _value(row: dict[str, str], column: str, argument: str, number: int) -> str:
+def _named(rows: Sequence[dict[str, str]], source: str):
+    return ((f"row {number} of {source}", row) for number, row in enumerate(rows, start=1))
+
+
+def _value(row: dict[str, str], column: str, argument: str, name: str) -> str:
     if column not in row:
-        raise InputError(argument, f"row {number} has no column {column!r}; expected one of {list(row)}")
+        raise InputError(argument, f"{name} has no column {column!r}; expected one of {list(row)}")
     if not row[column].strip():
-        raise InputError(argument, f"row {number}: column {column!r} is empty")
+        raise InputError(argument, f"{name}: column {column!r} is empty")
     return row[column]

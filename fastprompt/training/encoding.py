@@ -40,21 +40,18 @@ def encode(tokenizer, prompts: Sequence[str], completions: Sequence[str], end: b
     return encoded
 
 
-def encode_examples(
-    tokenizer, examples: Sequence[Example], max_length: int | None = None, argument: str = "data"
-) -> list[Encoded]:
+def encode_examples(tokenizer, examples: Sequence[Example], max_length: int | None = None) -> list[Encoded]:
     """Token ids of examples, of which none is empty. Rows longer than ``max_length`` tokens (virtual tokens not
     counted) lose tokens at the start of their prompt."""
     free_text = bool(examples) and examples[0].label is None
     encoded = encode(tokenizer, [e.prompt for e in examples], [e.completion for e in examples], end=free_text)
     for i, (prompt, completion) in enumerate(encoded):
+        row = examples[i].row
         if not prompt or not completion:
-            raise InputError(argument, f"row {i + 1}: expected a prompt and a completion of at least one token each")
+            raise InputError("data", f"{row}: expected a prompt and a completion of at least one token each")
         if max_length is not None and len(prompt) + len(completion) > max_length:
             if len(completion) >= max_length:
-                raise InputError(
-                    "max_length", f"row {i + 1} has {len(completion)} tokens of completion; expected < {max_length}"
-                )
+                raise InputError("max_length", f"{row} has a completion of {len(completion)} tokens, got {max_length}")
             encoded[i] = Encoded(prompt[len(completion) - max_length :], completion)
     return encoded
 
@@ -92,14 +89,10 @@ def plan_batches(
     """Row numbers of every batch of a whole run, known before it starts.
 
     Rows are shuffled anew in each epoch. A batch holds ``batch_size`` rows, or as many as fit into
-    ``tokens_per_batch`` real tokens; it never reaches over the end of an epoch. The plan ends after ``epochs`` passes
+    ``tokens_per_batch`` real tokens and at least one; it never reaches over the end of an epoch. The plan ends after ``epochs`` passes
     over the rows (a fraction ends after that part of a pass) or after ``steps`` batches. It depends on its arguments
     alone, so a resumed run finds the place where it stopped.
     """
-    if tokens_per_batch is not None:
-        for row, length in enumerate(lengths, start=1):
-            if length > tokens_per_batch:
-                raise InputError("tokens_per_batch", f"row {row} alone has {length} tokens; got {tokens_per_batch}")
     generator = random.Random(seed)
     rows_left = None if epochs is None else max(round(epochs * len(lengths)), 1)
     batches = []

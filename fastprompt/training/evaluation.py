@@ -1,8 +1,10 @@
 """How well a model with an adapter does on rows it was not trained on."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 
 from .data import Example, Task
@@ -12,12 +14,12 @@ TOKENS_PER_FORWARD = 1024
 
 
 @torch.no_grad()
-def completion_log_probs(model, pairs: Sequence[Encoded], description: str = "evaluating") -> torch.Tensor:
+def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded]) -> torch.Tensor:
     """Natural-log probability of each completion given its prompt, ``[len(pairs)]``, fp32 on the CPU.
 
-    Rows of equal length share a forward, so nothing is padded, and logits are computed where a completion is
-    predicted only. The last token of a completion need not be fed to the model: completions of one prompt that
-    differ in that token alone, such as one-token label words, cost one forward together.
+    The soft prompt is run once, rows of equal length share a forward, so nothing is padded, and logits are computed
+    only where a completion is predicted. The last token of a completion need not be fed to the model: completions of
+    one prompt that differ in that token alone, such as one-token label words, cost one forward together.
     """
     readers = {}  # input ids -> the pairs whose completion they predict
     for i, (prompt, completion) in enumerate(pairs):
@@ -25,23 +27,29 @@ def completion_log_probs(model, pairs: Sequence[Encoded], description: str = "ev
 
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    base, soft_prompt = model.get_base_model(), _soft_prompt(model)
     scores = torch.empty(len(pairs))
-    with tqdm(total=len(readers), desc=description, unit="row") as bar:
+    with tqdm(total=len(readers), desc="evaluating", unit="row") as bar:
         for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
-            keep = max(len(pairs[i].completion) for ids in batch for i in readers[ids])
-            ids = torch.tensor(batch, device=device)
-            logits = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=keep, use_cache=False
-            ).logits
-            log_probs = logits[:, -keep:].float().log_softmax(-1)  # [B, keep, V]
-            for row, sequence in zip(log_probs, batch):
+            keep = max(len(pairs[i].completion) for sequence in batch for i in readers[sequence])
+            cache = copy.deepcopy(soft_prompt)
+            cache.batch_repeat_interleave(len(batch))
+            ids = torch.tensor(batch, device=base.device)
+            logits = base(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits  # [B, keep, V]
+            for row, sequence in zip(logits[:, -keep:].float().log_softmax(-1), batch):
                 for i in readers[sequence]:
-                    completion = torch.tensor(pairs[i].completion, device=device)
+                    completion = torch.tensor(pairs[i].completion, device=base.device)
                     scores[i] = row[-len(completion) :].gather(-1, completion[:, None]).sum()
             bar.update(len(batch))
     model.train(was_training)
     return scores
+
+
+def _soft_prompt(model: PeftModel):
+    """A cache with the soft prompt's keys and values. It stands in front of every row, so it is the same in each."""
+    base = model.get_base_model()
+    prompt = model.get_prompt(batch_size=1).to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
+    return base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def evaluate(model, tokenizer, task: Task, examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict:

@@ -12,7 +12,7 @@ from .data import read_rows
 from .encoding import encode_examples
 from .errors import InputError
 from .evaluation import evaluate
-from .run import accelerate, read_record, read_split
+from .run import Data, read_record
 
 
 class TrainedAdapter:
@@ -35,15 +35,18 @@ class TrainedAdapter:
 
     def evaluate(self, data: str | None = None) -> dict:
         """`evaluation.evaluate` on the rows of a file, by default on those that the run held out."""
-        rows = read_rows(data) if data is not None else read_split(self.config)[1]
-        if not rows:
+        examples = self.task.examples(read_rows(data)) if data is not None else Data(self.config).held_out
+        if not examples:
             raise InputError("data", "the run held nothing out; expected a file")
-        examples = self.task.examples(rows)
         encoded = encode_examples(self.tokenizer, examples, self.config.max_length)
-        return evaluate(accelerate(self.model), self.tokenizer, self.task, examples, encoded)
+        return evaluate(self.model, self.tokenizer, self.task, examples, encoded)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """The text that follows ``prompt``: the most probable token each time (``temperature`` 0), or sampled."""
+        if max_new_tokens < 1:
+            raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
+        if temperature < 0:
+            raise InputError("temperature", f"expected at least 0, got {temperature}")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(adapters.device())
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         set_seed(seed)

@@ -4,54 +4,47 @@ import hashlib
 import json
 import math
 import os
-from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from fastprompt import accelerate
 
 from . import adapters
-from .config import SCHEDULES, TrainingConfig
+from .config import TrainingConfig
 from .data import Example, Task, read_rows, split_rows
 from .encoding import Encoded, collate, encode_examples, features, plan_batches
 from .errors import InputError
 from .evaluation import evaluate
-from .files import STAGING, checkpoints, delete_checkpoint, staged, write_json
-from .progress import ProgressBar
+from .files import checkpoints, staged, write_json
+from .trainer import SoftPromptTrainer, deterministic
 
 RUN_FILE = "run.json"  # the configuration; marks a folder as the output of a run
-LOG_FILE = "log.json"
 
 # What a run may change when it is resumed: nothing here reaches the weights.
-FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "eval_steps"}
-
-
-def read_split(config: TrainingConfig) -> tuple[list[dict], list[dict]]:
-    """``(train, held_out)`` rows of a run; nothing is held out where it asks for no evaluation."""
-    rows = read_rows(config.data)
-    if config.eval_data is not None:
-        return rows, read_rows(config.eval_data, "eval_data")
-    if config.eval_fraction is not None:
-        return split_rows(rows, config.eval_fraction, config.seed)
-    return rows, []
+FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "eval_steps", "eval_rows"}
 
 
 class Data:
-    """The rows of a run as text and as token ids: ``train``, ``train_ids``, ``held_out``, ``held_out_ids``.
+    """The rows of a run, as text (``train``, ``held_out``) and as token ids (``train_ids``, ``held_out_ids``).
 
     ``held_out`` is empty where the configuration asks for no evaluation. ``task`` has its verbaliser filled in.
     """
 
-    def __init__(self, config: TrainingConfig, tokenizer):
-        rows, held_out = read_split(config)
-        source = "data" if config.eval_data is None else "eval_data"
+    def __init__(self, config: TrainingConfig):
+        rows = read_rows(config.data)
         self.task: Task = config.task.with_words_of(rows)
         self.train: list[Example] = self.task.examples(rows)
-        self.held_out: list[Example] = self.task.examples(held_out)
-        self.train_ids: list[Encoded] = encode_examples(tokenizer, self.train, config.max_length)
-        self.held_out_ids: list[Encoded] = encode_examples(tokenizer, self.held_out, config.max_length, source)
+        self.held_out: list[Example] = []
+        if config.eval_data is not None:
+            self.held_out = self.task.examples(read_rows(config.eval_data, "eval_data"), "eval_data")
+        elif config.eval_fraction is not None:
+            self.train, self.held_out = split_rows(self.train, config.eval_fraction, config.seed)
+
+    def encode(self, tokenizer, max_length: int | None):
+        self.train_ids: list[Encoded] = encode_examples(tokenizer, self.train, max_length)
+        self.held_out_ids: list[Encoded] = encode_examples(tokenizer, self.held_out, max_length)
 
 
 class TrainingRun:
@@ -69,8 +62,11 @@ class TrainingRun:
             "data_sha256": [_sha256(path) for path in (config.data, config.eval_data) if path is not None],
         }
         self._check_output()
+        self.data = Data(config)
         self.tokenizer = adapters.load_tokenizer(config.model, config.gguf_file)
-        self.data = Data(config, self.tokenizer)
+        self.data.encode(self.tokenizer, config.max_length)
+        if config.tokens_per_batch is not None:
+            self._check_lengths("tokens_per_batch", 0, config.tokens_per_batch, "a batch")
         self.features = features(self.data.train_ids)
         self.batches = plan_batches(
             [len(row["input_ids"]) for row in self.features],
@@ -84,7 +80,9 @@ class TrainingRun:
         if config.warmup > self.steps:
             raise InputError("warmup", f"expected at most the run's {self.steps} steps, got {config.warmup}")
         base = adapters.load_base(config.model, config.gguf_file, config.precision)
-        self._check_context(base.config)
+        context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:
+            self._check_lengths("max_length", config.num_virtual_tokens, context, "the model")
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = adapters.new_adapter(base, config)
@@ -95,9 +93,10 @@ class TrainingRun:
         """What step ``step`` (from 0) trains on: ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``."""
         return collate([self.features[row] for row in self.batches[step]])
 
-    def evaluate(self) -> dict:
-        """`evaluation.evaluate` of the model as it is now on the held-out rows."""
-        return evaluate(self.model, self.tokenizer, self.data.task, self.data.held_out, self.data.held_out_ids)
+    def evaluate(self, rows: int | None = None) -> dict:
+        """`evaluation.evaluate` of the model as it is now, on all held-out rows or on the first ``rows``."""
+        data = self.data
+        return evaluate(self.model, self.tokenizer, data.task, data.held_out[:rows], data.held_out_ids[:rows])
 
     def train(self, callbacks=()) -> list[dict]:
         """Train, and leave in ``config.output`` the adapter (PEFT's format), ``run.json`` and ``log.json``.
@@ -107,8 +106,8 @@ class TrainingRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         found = checkpoints(self.folder)
-        with _deterministic():
-            trainer = _Trainer(self, callbacks)
+        with deterministic():
+            trainer = SoftPromptTrainer(self, callbacks)
             trainer.accelerator.wait_for_everyone()  # until all processes have looked at the folder
             if trainer.args.should_save:
                 record = {**self.record, "verbaliser": self.data.task.verbaliser, "versions": _versions()}
@@ -126,7 +125,8 @@ class TrainingRun:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise InputError("output", f"{str(folder)!r} is a file; expected a folder, which may be missing")
-        if not folder.exists() or not any(folder.iterdir()):
+        # What starts with a dot may be left of a run that was killed before it wrote anything else.
+        if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
             return
         if not (folder / RUN_FILE).is_file():
             raise InputError("output", f"{str(folder)!r} holds other files; expected an empty folder or a run to resume")
@@ -142,110 +142,14 @@ class TrainingRun:
         if self.record["data_sha256"] != before["data_sha256"]:
             raise InputError("data", "its contents changed since the run to resume began")
 
-    def _check_context(self, model_config):
-        limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        for name, rows in (("data", self.data.train_ids), ("eval_data", self.data.held_out_ids)):
-            for number, row in enumerate(rows, start=1):
-                total = self.config.num_virtual_tokens + len(row.prompt) + len(row.completion)
-                if limit is not None and total > limit:
-                    raise InputError(
-                        name,
-                        f"row {number} has {total} tokens, virtual ones included, and the model takes {limit}; "
-                        "expected shorter rows, or max_length",
-                    )
-
-
-class _Trainer(Trainer):
-    """Hugging Face's Trainer with planned batches, checkpoints that are complete or absent, and our evaluation."""
-
-    def __init__(self, run: TrainingRun, callbacks):
-        config = run.config
-        evaluates = bool(config.eval_steps and run.data.held_out)
-        super().__init__(
-            model=run.model,
-            args=TrainingArguments(
-                output_dir=str(run.folder),
-                max_steps=run.steps,
-                learning_rate=config.lr,
-                lr_scheduler_type=SCHEDULES[config.schedule],
-                warmup_steps=config.warmup,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                optim="adamw_torch",
-                # bf16 needs no autocast: the frozen weights are bf16 already. fp16 needs its loss scaling.
-                fp16=config.precision == "fp16",
-                seed=config.seed,
-                logging_steps=1,
-                logging_nan_inf_filter=False,  # a diverged loss must show
-                save_strategy="steps",
-                save_steps=config.save_steps,
-                eval_strategy="steps" if evaluates else "no",
-                eval_steps=config.eval_steps,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=adapters.device().type == "cuda",
-            ),
-            train_dataset=run.features,
-            eval_dataset=run.data.held_out or None,
-            data_collator=collate,
-            callbacks=[ProgressBar(), *callbacks],
-        )
-        self.remove_callback(PrinterCallback)
-        self.run = run
-        self.saving_to = None
-
-    def _save(self, output_dir=None, state_dict=None):
-        # Left to itself PEFT asks the hub whether the vocabulary grew.
-        self.run.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def get_train_dataloader(self) -> DataLoader:
-        # One epoch of the Trainer is our whole run: the plan crosses the real epochs.
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.run.batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
-
-    def evaluate(self, *args, **kwargs) -> dict:
-        metrics = {f"eval_{name}": value for name, value in self.run.evaluate().items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs: dict, start_time: float | None = None):
-        if "train_runtime" in logs:  # the Trainer's summary: it counts padding, and never repeats
-            return
-        super().log(logs, start_time)
-        self.state.log_history[-1].pop("epoch", None)  # the Trainer's epoch is our whole run
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self.saving_to or self.run.folder)
-
-    def _save_checkpoint(self, model, trial):
-        folder = self.run.folder
-        with staged(folder) if self.args.should_save else nullcontext():
-            self.saving_to = folder / STAGING
-            self.accelerator.wait_for_everyone()  # until the folder is there
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # until each process has saved its random state
-            self.saving_to = None
-        if self.args.should_save:
-            for old in checkpoints(folder)[: -self.run.config.keep_checkpoints]:
-                delete_checkpoint(old)
-            self.write_log(finished=False)
-
-    def write_log(self, finished: bool):
-        write_json(self.run.folder / LOG_FILE, {"finished": finished, "history": self.state.log_history})
-
-
-def accelerate(peft_model):
-    try:
-        from fastprompt import accelerate as fast
-    except ImportError:
-        return peft_model
-    return fast(peft_model)
+    def _check_lengths(self, argument: str, virtual_tokens: int, limit: int, where: str):
+        data = self.data
+        for example, ids in zip(data.train + data.held_out, data.train_ids + data.held_out_ids):
+            length = virtual_tokens + len(ids.prompt) + len(ids.completion)
+            if length > limit:
+                raise InputError(
+                    argument, f"{example.row} has {length} tokens with {virtual_tokens} virtual ones; {where} takes {limit}"
+                )
 
 
 def train(config: TrainingConfig) -> list[dict]:
@@ -259,21 +163,6 @@ def read_record(folder: Path) -> dict:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("adapter", f"{str(folder)!r} holds no {RUN_FILE}; expected the output of a run") from None
-
-
-@contextmanager
-def _deterministic():
-    """The same numbers in every run. An operator that can't promise it warns."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, at the price of a write per tensor
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _sha256(path: str) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import FLOATS, INTS, check_range, check_tensor, choose_backend
+from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
 from . import reference
 
 
@@ -24,8 +24,8 @@ def select_backend(device_type):
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
     """Make the prompts of the given tasks: ``prompts[n] = shared * (rows[t] @ cols[t])`` with ``t = task_ids[n]``.
 
-    This is the prompt of Multitask Prompt Tuning (Wang et al. 2023, arXiv 2303.02861), with a factor of any rank ``r``.
-    PEFT names the two the other way round: its ``prefix_task_cols`` are ``rows`` here, its ``prefix_task_rows`` ``cols``.
+    The prompt of Multitask Prompt Tuning (Wang et al. 2023, arXiv 2303.02861), with a factor of any rank ``r``. PEFT
+    names the two the other way round: its ``prefix_task_cols`` are ``rows`` here, its ``prefix_task_rows`` ``cols``.
 
     Args:
         shared: ``[P, D]`` the prompt that all tasks share: float32, float16, bfloat16 or float64.
@@ -69,9 +69,7 @@ class MultitaskPrompt(torch.autograd.Function):
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
-_library.define(
-    "multitask_prompt(Tensor shared, Tensor rows, Tensor cols, Tensor task_ids, str backend) -> Tensor"
-)
+_library.define("multitask_prompt(Tensor shared, Tensor rows, Tensor cols, Tensor task_ids, str backend) -> Tensor")
 _library.define(
     "multitask_prompt_backward(Tensor grad, Tensor shared, Tensor rows, Tensor cols, Tensor task_ids, "
     "bool need_shared, bool need_rows, bool need_cols, str backend) -> (Tensor, Tensor, Tensor)"

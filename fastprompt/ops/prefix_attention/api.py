@@ -145,20 +145,22 @@ def _check_ranges(k, prefix_k, seq):
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
     _check_ranges(k, prefix_k, seq)
     chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
-    if chosen == "cpu":
-        return cpu.forward(q, k, v, prefix_k, prefix_v, seq, causal=causal, sinks=sinks, scale=scale)
-    return reference.forward(q, k, v, prefix_k, prefix_v, seq, causal=causal, window=window, softcap=softcap,
-                             sinks=sinks, scale=scale)
+    inputs = (q, k, v, prefix_k, prefix_v, seq)
+    with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise
+        if chosen == "cpu":
+            return cpu.forward(*inputs, causal=causal, sinks=sinks, scale=scale)
+        return reference.forward(*inputs, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
 
 
 def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend):
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None."""
     chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
     saved = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq)
-    if chosen == "cpu":
-        grads = cpu.backward(*saved, causal=causal, sinks=sinks, scale=scale)
-    else:
-        grads = reference.backward(*saved, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    with torch.autocast(q.device.type, enabled=False):
+        if chosen == "cpu":
+            grads = cpu.backward(*saved, causal=causal, sinks=sinks, scale=scale)
+        else:
+            grads = reference.backward(*saved, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
     return [None if x is None else g.to(x.dtype) for x, g in zip(inputs, grads)]
 

@@ -1,8 +1,7 @@
 """prompt_concat in plain PyTorch: the definition every other backend is measured against."""
 
-import torch
-
 from ...checks import accumulator
+from ..sums import sum_rows
 
 
 def forward(source, table, prompt, scale):
@@ -17,17 +16,10 @@ def forward(source, table, prompt, scale):
 
 def backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt):
     """Gradients of the two row sources; an empty tensor stands for one that nobody asked for."""
-    from_table = source >= 0
+    from_table, dtype = source >= 0, accumulator(grad.dtype)
     dtable = dprompt = grad.new_empty(0)
     if need_table:
-        dtable = _sum_rows(grad[from_table] * scale, source[from_table], table_rows)
+        dtable = sum_rows(grad[from_table].to(dtype) * scale, source[from_table], table_rows).to(grad.dtype)
     if need_prompt:
-        dprompt = _sum_rows(grad[~from_table], -1 - source[~from_table], prompt_rows)
+        dprompt = sum_rows(grad[~from_table].to(dtype), -1 - source[~from_table], prompt_rows).to(grad.dtype)
     return dtable, dprompt
-
-
-def _sum_rows(rows, index, count):
-    """sums[i] = sum of rows[r] where index[r] == i, in a fixed order (index_put_ sorts on a GPU; index_add_ would not)."""
-    total = rows.new_zeros(count, rows.shape[1], dtype=accumulator(rows.dtype))
-    total.index_put_((index,), rows.to(total.dtype), accumulate=True)
-    return total.to(rows.dtype)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import FLOATS, accumulator, check_tensor, choose_backend
+from ...checks import FLOATS, accumulator, check_tensor, choose_backend
 from . import reference
 
 
@@ -22,9 +22,7 @@ def select_backend(device_type):
     return choose_backend("prompt_lstm", "auto", available_backends(), _preferred(device_type, torch.float32))
 
 
-def prompt_lstm(
-    x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, training=False, backend="auto"
-):
+def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, training=False, backend="auto"):
     """Run an LSTM over one sequence: the outputs of ``nn.LSTM(x.unsqueeze(1))``, from a zero state, of any depth.
 
     The prompt encoder of P-Tuning (Liu et al. 2021, arXiv 2103.10385). In every layer and direction, over the steps t
@@ -37,9 +35,9 @@ def prompt_lstm(
     The next layer reads the hidden states of both directions side by side; in training each is dropped with
     probability ``dropout`` in between, as drawn from torch's generator, but not after the last layer.
 
-    Until the fused kernels land, "auto" takes nn.LSTM's own code ("torch": oneDNN, cuDNN) where it is the faster: on
-    accelerators, and for float32 on a CPU. It takes the reference for an empty ``x``, which nn.LSTM refuses, and under
-    torch.compile, which would unroll nn.LSTM step by step.
+    Until the fused kernels land, "auto" takes nn.LSTM's own code ("torch": oneDNN, cuDNN) on accelerators and for
+    float32 on a CPU. It takes the reference for the other dtypes on a CPU, where that trains faster, for an empty
+    ``x``, which nn.LSTM refuses, and under torch.compile, which would unroll nn.LSTM step by step.
 
     Args:
         x: ``[P, E]`` float32, float16, bfloat16 or float64.
@@ -98,7 +96,7 @@ class PromptLstm(torch.autograd.Function):
 
 
 def _preferred(device_type, dtype):
-    """Measured on CPUs: aten's LSTM has a fast backward in float32 only; elsewhere the reference trains faster."""
+    """The order "auto" tries. On a CPU only oneDNN's float32 has a fast backward; accelerators are not measured yet."""
     slow = torch.compiler.is_compiling() or (device_type == "cpu" and dtype != torch.float32)
     return ["reference", "torch"] if slow else ["torch", "reference"]
 
@@ -118,6 +116,7 @@ def _check_weights(x, weights, num_layers, bidirectional):
         )
     check_tensor("weights[1]", weights[1], ["4H", "H"], like=("x", x))
     hidden = weights[1].shape[1]
+    check_tensor("weights[1]", weights[1], [4 * hidden, hidden])
     size = len(weights) // cells
     for at, weight in enumerate(weights):
         inputs = x.shape[1] if at < size * directions else directions * hidden
@@ -140,9 +139,10 @@ def _torch_lstm(x, weights, num_layers, bidirectional, dropout):
     directions = 2 if bidirectional else 1
     zero = x.new_zeros(num_layers * directions, 1, weights[1].shape[1])
     biased = len(weights) == 4 * num_layers * directions
+    train = dropout > 0 or torch.is_grad_enabled()  # cuDNN has no backward of what ran as evaluation
     with torch.autocast(x.device.type, enabled=False):
         out, _, _ = torch.lstm(
-            x.unsqueeze(1), (zero, zero), weights, biased, num_layers, dropout, dropout > 0, bool(bidirectional), False
+            x.unsqueeze(1), (zero, zero), weights, biased, num_layers, dropout, train, bool(bidirectional), False
         )
     return out.squeeze(1)
 

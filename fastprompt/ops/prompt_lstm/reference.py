@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import accumulator
+from ...checks import accumulator
 
 
 def forward(x, weights, keep, num_layers, bidirectional):
@@ -24,7 +24,7 @@ def forward(x, weights, keep, num_layers, bidirectional):
 
 
 def backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs):
-    """Gradients of x and of every weight; an empty tensor stands for each that ``needs`` ([x, *weights]) doesn't ask for."""
+    """Gradients of [x, *weights]; an empty tensor stands for each that ``needs`` doesn't ask for."""
     cells = _cells(weights, num_layers, bidirectional)
     grads = [x.new_empty(0) for _ in needs]
     per_cell = len(weights) // (num_layers * len(cells[0]))
@@ -104,7 +104,7 @@ def _turn(rows, direction):
 
 
 def _cells(weights, num_layers, bidirectional):
-    """cells[layer][direction] = [w_input [4H, K], w_hidden [4H, H], biases [4H] (two or none)] in the accumulator's dtype."""
+    """cells[layer][direction] = [w_input [4H, K], w_hidden [4H, H], no or two biases [4H]] in the dtype of sums."""
     weights = [w.to(accumulator(w.dtype)) for w in weights]
     directions = 2 if bidirectional else 1
     size = len(weights) // (num_layers * directions)

@@ -1,0 +1,90 @@
+"""The command line: train, eval, generate, doctor."""
+
+import json
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+from tiny_llama import save_model, save_words
+
+from fastprompt.cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    arguments = [
+        "--model", save_model(folder / "model"), "--data", save_words(folder / "words.csv"),
+        "--text-column", "text", "--label-column", "label", "--template", "Word: {text}\\nkind:",
+        "--verbaliser", "A=animal", "P=plant", "--eval-fraction", "0.25",
+        "--method", "prompt-tuning", "--num-virtual-tokens", "8", "--init", "text", "--init-text", "Word: cat",
+        "--lr", "0.05", "--schedule", "cosine", "--warmup", "2", "--steps", "40", "--tokens-per-batch", "120",
+        "--seed", "3", "--save-steps", "20", "--eval-steps", "20", "--eval-rows", "8", "--gradient-checkpointing",
+        "--output", str(folder / "out"),
+    ]  # fmt: skip
+    assert main(["train", *arguments]) == 0
+    return folder / "out", arguments
+
+
+def test_train_leaves_adapter_log_and_configuration(trained):
+    out, _ = trained
+    assert PeftConfig.from_pretrained(str(out)).num_virtual_tokens == 8
+    history = json.loads((out / "log.json").read_text())["history"]
+    assert history[-1]["step"] == 40 and history[-1]["eval_rows"] == 16
+    assert history[-1]["eval_loss"] < history[0]["loss"]
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert config["template"] == "Word: {text}\nkind:" and config["verbaliser"] == {"A": "animal", "P": "plant"}
+
+
+def test_train_resumes(trained, capsys):
+    _, arguments = trained
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 40
+
+
+def test_eval_prints_json(trained, capsys):
+    out, arguments = trained
+    assert main(["eval", "--adapter", str(out)]) == 0
+    held_out = json.loads(capsys.readouterr().out)
+    assert main(["eval", "--adapter", str(out), "--data", arguments[3]]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert (held_out["rows"], everything["rows"]) == (16, 64)
+    assert 0 <= everything["accuracy"] <= 1 and everything["loss"] > 0
+
+
+def test_generate_completes_texts(trained, capsys):
+    out, _ = trained
+    assert main(["generate", "--adapter", str(out), "--max-new-tokens", "1", "--text", "cat", "oak moss"]) == 0
+    answers = capsys.readouterr().out
+    assert main(["generate", "--adapter", str(out), "--max-new-tokens", "1", "--prompt", "Word: cat\nkind:", "Word: oak moss\nkind:"]) == 0
+    assert capsys.readouterr().out == answers and len(answers.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "1"], "--text-column: expected text_column"),
+        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "0", "--text-column", "t", "--label-column", "l"],
+         "--steps: expected at least 1, got 0"),
+        (["train", "--model", ".", "--data", "d.txt", "--output", "o", "--steps", "1", "--text-column", "t", "--label-column", "l"],
+         "'d.txt' ends in '.txt'"),
+        (["eval", "--adapter", "."], "--adapter"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_option(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("command", [["train", "--steps", "many"], ["train", "--verbaliser", "A"], ["generate"], ["no"], []])
+def test_unparsable_commands_exit_with_usage(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(command)
+    assert exit.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_doctor_is_called(monkeypatch):
+    monkeypatch.setattr("fastprompt.doctor.main", lambda: 1)
+    assert main(["doctor"]) == 1

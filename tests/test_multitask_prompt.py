@@ -1,0 +1,187 @@
+"""multitask_prompt against its definition written task by task, with gradients, on every kind of input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
+
+
+def task_by_task(shared, rows, cols, task_ids):
+    prompts = [shared * (rows[t] @ cols[t]) for t in task_ids.tolist()]
+    return torch.stack(prompts) if prompts else shared.new_zeros(0, *shared.shape)
+
+
+def inputs(ids=(2, 0, 2), length=5, width=6, tasks=4, rank=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (length, width), (tasks, length, rank), (tasks, rank, width)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return *tensors, torch.tensor(ids, dtype=torch.int64)
+
+
+def gradients(function, tensors, task_ids, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves, task_ids)
+    if out.requires_grad:
+        out.backward(grad)
+    return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=7), length=st.integers(0, 9), width=st.integers(1, 9),
+    rank=st.integers(1, 4), seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_forward_and_gradients_match_the_definition(ids, length, width, rank, seed):
+    *tensors, task_ids = inputs(ids, length, width, tasks=3, rank=rank, seed=seed)
+    grad = torch.randn(len(ids), length, width, dtype=torch.float64)
+    expected, expected_grads = gradients(task_by_task, tensors, task_ids, grad)
+    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    *tensors, task_ids = inputs()
+    tensors = [x.requires_grad_() for x in tensors]
+    torch.autograd.gradcheck(lambda *t: multitask_prompt(*t, task_ids), tensors)
+
+
+def test_opcheck():
+    args = inputs(dtype=torch.float32)
+    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*args, "reference"))
+    strided = [x.mT.contiguous().mT for x in args[:3]]  # outputs must be contiguous all the same
+    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*strided, args[3], "reference"))
+    grad = torch.randn(3, 5, 6)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        torch.library.opcheck(
+            torch.ops.fastprompt.multitask_prompt_backward.default, (grad, *strided, args[3], *needs, "reference")
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_is_rounded_once(dtype):
+    """The fp32 result of the same inputs, rounded: not a bit of the factors or sums is lost before."""
+    *tensors, task_ids = inputs([0, 1, 0, 3] * 4, length=7, width=24, rank=5, dtype=dtype)
+    grad = torch.randn(16, 7, 24).to(dtype)
+    expected, expected_grads = gradients(task_by_task, [x.double() for x in tensors], task_ids, grad.double())
+    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
+        assert a.dtype == dtype
+        half_step = torch.finfo(dtype).eps / 2 * b.abs()
+        sums = 64 * torch.finfo(torch.float32).eps * b.abs().max()
+        assert ((a.double() - b).abs() <= half_step + sums).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_a_repeated_task_are_summed_in_fp32(dtype):
+    """4096 prompts of one task: a sum kept in half precision would stall at 2048 (fp16) or 256 (bf16)."""
+    tensors = [torch.ones(shape, dtype=dtype) for shape in ((1, 1), (2, 1, 1), (2, 1, 1))]
+    task_ids, grad = torch.ones(4096, dtype=torch.int64), torch.ones(4096, 1, 1, dtype=dtype)
+    _, grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    assert [g.flatten().tolist() for g in grads] == [[4096.0], [0.0, 4096.0], [0.0, 4096.0]]
+
+
+def test_gradients_of_a_repeated_task_have_the_same_bits_every_time():
+    """Large enough that a CPU would share the sum out among threads."""
+    *tensors, task_ids = inputs([1] * 2048, length=16, width=8, rank=64, dtype=torch.float32)
+    grad = torch.randn(2048, 16, 8)
+    _, first = gradients(multitask_prompt, tensors, task_ids, grad)
+    for _ in range(10):
+        _, again = gradients(multitask_prompt, tensors, task_ids, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_non_contiguous_expanded_and_int32_inputs():
+    *tensors, task_ids = inputs()
+    expected = task_by_task(*tensors, task_ids)
+    strided = [x.mT.contiguous().mT for x in tensors]
+    assert not any(x.is_contiguous() for x in strided)
+    torch.testing.assert_close(multitask_prompt(*strided, task_ids.int()), expected, rtol=1e-12, atol=1e-12)
+    shared = torch.randn(1, 6, dtype=torch.float64)
+    rows = torch.randn(1, 5, 2, dtype=torch.float64)
+
+    def expanded(function):
+        return lambda s, r, c, ids: function(s.expand(5, 6), r.expand(4, 5, 2), c, ids)
+
+    grad = torch.ones(1, 1, 1, dtype=torch.float64).expand(3, 5, 6)  # as .sum() sends it
+    _, expected_grads = gradients(expanded(task_by_task), (shared, rows, tensors[2]), task_ids, grad)
+    _, got_grads = gradients(expanded(multitask_prompt), (shared, rows, tensors[2]), task_ids.int(), grad)
+    for a, b in zip(got_grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("asked", range(3))
+def test_gradients_that_nobody_asked_for_are_skipped(asked, monkeypatch):
+    *tensors, task_ids = inputs()
+    operator, seen = torch.ops.fastprompt.multitask_prompt_backward, []
+    monkeypatch.setattr(
+        torch.ops.fastprompt, "multitask_prompt_backward", lambda *a: seen.append(operator(*a)) or seen[-1]
+    )
+    tensors[asked].requires_grad_()
+    multitask_prompt(*tensors, task_ids).sum().backward()
+    assert [x.grad is not None for x in tensors] == [i == asked for i in range(3)]
+    assert [g.numel() > 0 for g in seen[0]] == [i == asked for i in range(3)]
+
+
+def test_autocast_changes_nothing():
+    *tensors, task_ids = inputs(dtype=torch.float32)
+    grad = torch.randn(3, 5, 6)
+    expected, expected_grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_backward_raises():
+    *tensors, task_ids = inputs()
+    shared = tensors[0].requires_grad_()
+    loss = multitask_prompt(*tensors, task_ids).square().sum()
+    (first_order,) = torch.autograd.grad(loss, shared, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first_order.sum().backward()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_compiles_without_a_graph_break():
+    *tensors, task_ids = inputs(dtype=torch.float32)
+    compiled = torch.compile(lambda *a: multitask_prompt(*a) * 3, fullgraph=True, backend="aot_eager")
+    grad = torch.randn(3, 5, 6)
+    expected, expected_grads = gradients(lambda *a: task_by_task(*a) * 3, tensors, task_ids, grad)
+    got, got_grads = gradients(compiled, tensors, task_ids, grad)
+    torch.testing.assert_close([got, *got_grads], [expected, *expected_grads])
+
+
+def test_backends():
+    assert available_backends()["reference"] is None
+    assert select_backend("cpu") == select_backend("cuda") == "reference"
+    with pytest.raises(RuntimeError, match="'triton' of multitask_prompt cannot run this call: the Triton kernel"):
+        multitask_prompt(*inputs(), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(task_ids=torch.tensor([4])), ValueError, r"task_ids must lie in \[0, 4\), got values from 4 to 4"),
+        (dict(task_ids=torch.tensor([-1, 0])), ValueError, "task_ids must lie in"),
+        (dict(task_ids=torch.tensor([0.0])), TypeError, "task_ids must have one of the dtypes"),
+        (dict(task_ids=torch.tensor(1)), ValueError, r"task_ids must have shape \[N\], got \[\]"),
+        (dict(shared=torch.zeros(5, 6).int()), TypeError, "shared must have one of the dtypes"),
+        (dict(shared=[1.0]), TypeError, "shared must be a torch.Tensor"),
+        (dict(rows=torch.zeros(4, 3, 2).double()), ValueError, r"rows must have shape \[T, 5, r\], got \[4, 3, 2\]"),
+        (dict(rows=torch.zeros(4, 5, 2)), TypeError, "rows must have dtype torch.float64 like shared"),
+        (dict(cols=torch.zeros(4, 3, 6).double()), ValueError, r"cols must have shape \[4, 2, 6\]"),
+        (dict(cols=torch.zeros(3, 2, 6).double()), ValueError, r"cols must have shape \[4, 2, 6\]"),
+        (dict(cols=torch.zeros(4, 2, 6)), TypeError, "cols must have dtype torch.float64 like shared"),
+        (dict(shared=torch.zeros(5, 6, device="meta").double()), ValueError, "rows must be on meta like shared"),
+        (dict(backend="tritn"), ValueError, "backend of multitask_prompt must be 'auto' or one of"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    named = dict(zip(("shared", "rows", "cols", "task_ids"), inputs()))
+    with pytest.raises(error, match=message):
+        multitask_prompt(**{**named, **change})
