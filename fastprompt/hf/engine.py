@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import CannotPack, plan_padded_input
 from ..ops import prompt_concat
 from .attention import PackedRows, running, switch_back, switch_over
-from .probe import evaluating, relative_error, tolerance
+from .probe import quiet, relative_error, tolerance
 
 # Rows of logits that exist at a time in the chunked loss. Fewer rows make thin, slow matrix products; at 256 the
 # chunked loss is as fast as one product over all rows, and 256 rows of a 128k vocabulary are 128 MiB in fp32.
@@ -153,7 +153,7 @@ class Engine:
         if "position_ids" not in inspect.signature(self.base.get_decoder().forward).parameters:
             self.refusal = f"{type(self.base).__name__} takes no position_ids"
             return
-        with evaluating(self.base):
+        with quiet(self.base):
             table = self.base.get_input_embeddings()
             vocabulary = min(table.weight.shape[0], self.base.config.get_text_config().vocab_size)
             ids = (torch.arange(10, device=table.weight.device).view(2, 5) * 7 + 3) % vocabulary

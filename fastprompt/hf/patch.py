@@ -5,7 +5,7 @@ import torch
 
 from ..checks import FLOATS, check_tensor
 from .attention import PaddedBatch, UnsupportedAttention, running, switch_back, switch_over
-from .probe import evaluating, relative_error, tolerance
+from .probe import quiet, relative_error, tolerance
 
 
 def patch_attention(model, prefix=None):
@@ -13,7 +13,8 @@ def patch_attention(model, prefix=None):
 
     Changes this one model, in place: neither its class nor the library, and no other model that was built from the same
     config object. Forward, ``generate``, gradient checkpointing and training go on as before; packed batches come as
-    Hugging Face packs them (no mask, position ids that start again at every sequence).
+    Hugging Face packs them (no mask, position ids that start again at every sequence). Attention gives zeros at padding,
+    so what a model predicts there, which nobody should read, differs from before.
 
     Args:
         model: a Hugging Face model whose attention goes through the attention interface.
@@ -103,7 +104,7 @@ def _probe(model):
     table = model.get_input_embeddings().weight
     ids = (torch.arange(10, device=table.device).view(2, 5) * 7 + 3) % table.shape[0]
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], device=table.device)
-    with evaluating(model):
+    with quiet(model):
         output = model(input_ids=ids, attention_mask=mask, return_dict=True)
     first = next(x for x in output.values() if isinstance(x, torch.Tensor))
     if first.shape[:2] == mask.shape:

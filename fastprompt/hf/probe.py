@@ -1,4 +1,4 @@
-"""What the probes of a freshly attached model share: evaluation mode for a while, and how far results may differ."""
+"""What the probes of a freshly attached model share: a quiet model for a while, and how far results may differ."""
 
 from contextlib import contextmanager
 
@@ -18,12 +18,13 @@ def relative_error(result, expected):
 
 
 @contextmanager
-def evaluating(model):
-    """Evaluation mode for a while; every module gets its own flag back."""
+def quiet(model):
+    """Evaluation mode without autocast for a while; every module gets its own flag back."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
         for module, flag in flags.items():
             module.training = flag

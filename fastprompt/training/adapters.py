@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -49,10 +50,17 @@ def load_base(model: str, gguf_file: str | None = None, precision: str = "fp32")
     _check_model(model, gguf_file)
     if precision == "fp16" and device().type == "cpu":
         raise InputError("precision", "fp16 needs an accelerator and there is none; expected fp32 or bf16")
+    options = _gguf(gguf_file)
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Releases that know it may keep the weights in GGUF's blocks, and no gradient goes through those.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=PRECISIONS[precision], **_gguf(gguf_file))
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=PRECISIONS[precision], **options)
     except (OSError, ValueError) as error:
         raise InputError("model", f"no causal language model in {model!r}: {error}") from error
+    if gguf_file is not None and getattr(base, "hf_quantizer", None) is not None:
+        # The weights are plain tensors by now; the Trainer goes by the mark and would refuse them.
+        base.hf_quantizer.remove_quantization_config(base)
     return base.requires_grad_(False).eval().to(device())
 
 

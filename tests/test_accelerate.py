@@ -1,0 +1,278 @@
+"""accelerate() and restore() as a user's script meets them: in place, undone without a trace, never a wrong number."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from test_parity import B, P, S, assert_equal, batch, both, peft_model, step
+from tiny_models import VOCABULARY, build
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+
+import fastprompt
+
+PADDED = "fastprompt runs PEFT's own padded forward: "
+
+
+def test_works_in_place_and_is_undone_without_a_trace():
+    model, inputs = peft_model("llama"), batch("right")
+    before_keys, before_dict = list(model.state_dict()), set(vars(model))
+    plain = step(model, inputs)
+    assert fastprompt.accelerate(model) is model
+    assert list(model.state_dict()) == before_keys
+    assert fastprompt.accelerate(model) is model  # a second time changes nothing
+    assert fastprompt.restore(model) is model and set(vars(model)) == before_dict
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(a, b) for a, b in zip(plain, step(model, inputs)))
+    assert fastprompt.restore(model) is model  # not accelerated: left alone
+
+
+def test_training_runs_the_head_on_labelled_rows_only():
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right", "last")
+    rows = []
+    model.base_model.model.norm.register_forward_hook(lambda m, i, o: rows.append(o.shape[1]))
+    head_rows = []
+    model.base_model.lm_head.register_forward_hook(lambda m, i, o: head_rows.append(o.shape[1]))
+    output = model(**inputs)
+    assert output.logits is None and "logits" not in output
+    assert rows == [P + sum((9, 4, 1, 6))]  # the prompt once, the real tokens, no padding
+    fastprompt.restore(model)
+    fastprompt.accelerate(model)  # now the head has a hook and is called
+    head_rows.clear()
+    model(**inputs)
+    assert head_rows == [B]
+
+
+def test_logits_in_evaluation_without_labels_and_on_request():
+    model, inputs = peft_model("llama"), batch("right")
+    shape = (B, P + S, VOCABULARY)
+    fastprompt.accelerate(model)
+    assert model(input_ids=inputs["input_ids"]).logits.shape == shape
+    model.eval()
+    assert model(**inputs).logits.shape == shape and model(**inputs).loss is not None
+    model.train()
+    fastprompt.accelerate(model, keep_logits=True)
+    output = model(**inputs)
+    assert output.logits.shape == shape
+    padding = inputs["attention_mask"] == 0
+    assert not output.logits[:, P:][padding].any()  # no values are made up where no row was run
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_inputs_embeds_give_the_same(name):
+    model, inputs = peft_model(name), batch("right")
+    embeds = model.word_embeddings(inputs.pop("input_ids"))
+    assert_equal(*both(model, dict(inputs, inputs_embeds=embeds.detach())), inputs)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda i: i["attention_mask"].__setitem__((0, 3), 0), "the attention mask has holes"),
+        (lambda i: i.update(attention_mask=torch.tril(torch.ones(B, 1, P + S, P + S)).bool()), "the attention mask has 4 dimensions"),
+        (lambda i: i.update(output_hidden_states=True), "output_hidden_states given"),
+        (lambda i: i.update(logits_to_keep=1, labels=None), "logits_to_keep given"),
+        (lambda i: i["labels"].__setitem__((1, 8), 5), "a label follows a padding token"),
+    ],
+)
+def test_what_cannot_be_packed_runs_peft_and_says_why_once(change, reason):
+    model, inputs = peft_model("llama"), batch("right")
+    change(inputs)
+    four_dimensional = inputs["attention_mask"].dim() == 4
+    expected = None if four_dimensional else model(**inputs)  # PEFT itself cannot extend a 4-D mask
+    fastprompt.accelerate(model)
+    with pytest.warns(UserWarning, match=PADDED + reason):
+        if four_dimensional:
+            with pytest.raises(RuntimeError):
+                model(**inputs)
+            return
+        got = model(**inputs)
+    assert set(got) == set(expected) and torch.equal(got.logits, expected.logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
+
+
+def test_active_dropout_takes_the_padded_path_until_it_is_off():
+    model, inputs = peft_model("gpt2", resid_pdrop=0.1), batch("right")
+    fastprompt.accelerate(model)
+    with pytest.warns(UserWarning, match=PADDED + r"dropout is active in the base model \(Dropout.p = 0.1\)"):
+        assert model(**inputs).logits is not None
+    model.base_model.eval()  # the prompt trains, the frozen model does not drop
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model(**inputs).logits is None
+
+
+def test_attention_dropout_is_never_ignored():
+    model, inputs = peft_model("llama", attention_dropout=0.5), batch("right")
+    fastprompt.accelerate(model)
+    with pytest.warns(UserWarning, match=PADDED + "dropout is active in the base model .*attention_dropout = 0.5"):
+        model(**inputs)
+
+
+def test_an_attention_that_does_not_reach_the_interface_is_found_by_the_probe():
+    model = peft_model("llama")
+    for layer in model.base_model.model.layers:
+        attention, original = layer.self_attn, layer.self_attn.forward
+        attention.forward = lambda *a, original=original, **k: (original(*a, **k)[0] * 1.01, None)  # still the interface
+    fastprompt.accelerate(model)
+    assert model._fastprompt.engine.refusal is None
+    fastprompt.restore(model)
+    model.base_model.model.layers[1].self_attn.forward = lambda hidden_states, **k: (hidden_states.cumsum(1), None)
+    with pytest.warns(UserWarning, match=PADDED + "packed rows give other logits than the padded forward"):
+        fastprompt.accelerate(model)
+    inputs = batch("right")
+    assert torch.equal(model(**inputs).loss, fastprompt.restore(model)(**inputs).loss)
+
+
+def test_other_models_and_the_shared_config_are_left_alone():
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80)
+    first, second = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    assert first.config is second.config
+    model = get_peft_model(first, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    fastprompt.accelerate(model)
+    assert second.config._attn_implementation == "sdpa" and model.config is first.config is not second.config
+    first.config.use_cache = False
+    fastprompt.restore(model)
+    assert model.config.use_cache is False and model.config._attn_implementation == "sdpa"
+
+
+def test_a_copy_is_accelerated_and_independent():
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.prompt_encoder.parameters()).mul_(2)
+    loss, other_loss = model(**inputs).loss, other(**inputs).loss
+    assert loss != other_loss
+    fastprompt.restore(other)
+    torch.testing.assert_close(other(**inputs).loss, other_loss)
+    assert model(**inputs).logits is None
+
+
+def test_adapters_can_be_disabled_added_and_switched():
+    model, inputs = peft_model("llama"), batch("right")
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**inputs).loss
+    fastprompt.accelerate(model)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**inputs).loss, base)
+    first = model(**inputs).loss
+    model.add_adapter("longer", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + 2))
+    model.set_adapter("longer")
+    second = model(**inputs)
+    assert second.logits is None and second.loss != first
+    fastprompt.restore(model)
+    torch.testing.assert_close(model(**inputs).loss, second.loss)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(**inputs).loss, first)
+
+
+def test_save_and_generate_go_on_as_before(tmp_path):
+    model, inputs = peft_model("llama"), batch("none")
+    generated = model.eval().generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    fastprompt.accelerate(model)
+    assert torch.equal(model.generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False), generated)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    torch.testing.assert_close(again.eval()(**inputs).loss, model(**inputs).loss)
+
+
+def test_gradient_accumulation_counts_items_as_peft_does():
+    inputs = batch("right")
+    assert_equal(*both(peft_model("llama"), dict(inputs, num_items_in_batch=37)), inputs)
+    assert_equal(*both(peft_model("gemma2"), dict(inputs, num_items_in_batch=torch.tensor(37))), inputs)
+
+
+def test_no_labels_at_all_gives_nan_as_peft_does():
+    model, inputs = peft_model("llama"), batch("right")
+    inputs["labels"][:] = -100
+    assert model(**inputs).loss.isnan() and fastprompt.accelerate(model)(**inputs).loss.isnan()
+
+
+def test_tuple_outputs():
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
+    (loss,) = model(**inputs, return_dict=False)
+    torch.testing.assert_close(loss, model(**inputs).loss)
+
+
+def test_autocast_is_followed():
+    model, inputs = peft_model("llama"), batch("right")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, fast = both(model, inputs)
+    assert_equal(plain, fast, inputs, 2e-2, 5e-2, 5e-2)
+
+
+def test_compile_gives_the_same():
+    """Not one graph (the number of rows depends on the mask), but the same numbers."""
+    model, inputs = peft_model("llama"), batch("right")
+    plain = model(**inputs)
+    plain.loss.backward()
+    gradient = next(model.prompt_encoder.parameters()).grad.clone()
+    model.zero_grad()
+    fastprompt.accelerate(model)
+    loss = torch.compile(model, backend="aot_eager")(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain.loss, rtol=1e-5, atol=0)
+    fast = next(model.prompt_encoder.parameters()).grad
+    assert (fast - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_trainer_runs_unchanged(tmp_path):
+    data = [{k: v[i] for k, v in batch("right").items()} for i in range(B)]
+
+    def train(accelerated):
+        model = peft_model("llama")
+        if accelerated:
+            fastprompt.accelerate(model)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(accelerated)), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, seed=3, eval_strategy="steps", eval_steps=3,
+            save_steps=3, disable_tqdm=True, gradient_checkpointing=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        return [{k: e[k] for k in ("loss", "eval_loss") if k in e} for e in trainer.state.log_history]
+
+    for plain, fast in zip(train(False), train(True)):
+        assert plain == pytest.approx(fast, rel=1e-4)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    inputs = batch("right")
+    model = fastprompt.accelerate(peft_model("llama"))
+    halves = [{k: v[i::2] for k, v in inputs.items()} for i in range(2)]
+    sum(model(**half).loss for half in halves).div(2).backward()
+    mp.spawn(_ddp_step, args=(halves, str(tmp_path / "store"), str(tmp_path / "gradient")), nprocs=2)
+    gradient = torch.load(tmp_path / "gradient")
+    expected = next(model.prompt_encoder.parameters()).grad
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def _ddp_step(rank, halves, store, result):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(fastprompt.accelerate(peft_model("llama")))
+    model(**halves[rank]).loss.backward()
+    if rank == 0:
+        torch.save(next(model.module.prompt_encoder.parameters()).grad, result)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: build("llama"), "peft_model must be a peft.PeftModelForCausalLM, got LlamaForCausalLM"),
+        (lambda: get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")), r"peft_model must use one of \['PROMPT_TUNING'\], got LORA"),
+        (lambda: get_peft_model(build("llama"), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)), "got P_TUNING"),
+    ],
+)
+def test_refuses_other_models_and_leaves_them_alone(make, message):
+    model = make()
+    before = set(vars(model))
+    with pytest.raises(TypeError, match=message):
+        fastprompt.accelerate(model)
+    assert set(vars(model)) == before
