@@ -1,4 +1,4 @@
-"""The model of the benchmarks: a Llama of the shape of SmolLM2-135M, with 6 layers and random weights."""
+"""The model of the benchmarks: a Llama of the shape of SmolLM2-135M, with 6 layers and random weights, in fp32."""
 
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -10,10 +10,10 @@ SIZES = dict(
 )
 
 
-def llama(**sizes):
+def llama(sizes=SIZES):
     """The frozen base model; every call gives the same weights in a model of its own."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False)
 
 
 def prompt_tuning(base, length):

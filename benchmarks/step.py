@@ -1,19 +1,20 @@
 """One training step, end to end: PEFT Prompt Tuning, fastprompt, PEFT's LoRA, and the floor.
 
-A step is zero_grad, forward and backward, eager fp32; the optimizer's step is excluded for all, it touches a few
-thousand numbers. All run interleaved in one process, each on a model of its own with the same weights, on the same
-right-padded batch with the same labels.
+A step is zero_grad, forward and backward, eager, fp32. The optimizer's step is left out for all of them. All run
+interleaved in one process, in an order that turns with every round, each on a model of its own with the same weights,
+on the same right-padded batch with the same labels. Times are medians over the rounds; a ratio is the median of the
+rounds' ratios, so that a machine that is slow for a while does not count for one side only.
 
-The **floor** is the least work that the method allows: the bare frozen model, forward and gradient of inputs_embeds, on
-R = P + T rows (the prompt's once, the T real tokens), and head and loss on as many rows as there are labels. It runs
-them as one ``[b, R / b]`` batch of equal lengths, without mask or padding, on the model's own attention, b being the
-divisor of R next to the workload's B. (The lengths of the workloads are trimmed so that b is B, except with equal rows.)
-Its rows attend to R / b keys at most, where the real job attends to P more: the floor is a bound and not an
-implementation.
+The **floor** is the least work that the method leaves: the bare frozen model, forward and gradient of inputs_embeds, on
+R = P + T rows (the prompt's once, the T real tokens), head and loss on as many rows as there are labels. It runs the R
+rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the model's own attention, b the divisor of R next
+to B (the lengths of the workloads are trimmed so that it is B, except those that are equal by intention). The loss is
+the faster one of torch's. Its rows attend to R / b keys at most, where a real token attends to P more: a bound that
+cannot be reached quite, not an implementation.
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist, geometric_mean, median
+from statistics import geometric_mean, median
 from time import perf_counter
 
 import torch
@@ -22,66 +23,14 @@ from tqdm import tqdm
 
 import fastprompt
 
-from . import models
+from . import models, report
+from .workloads import Workload, all_workloads
 
 LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-5, 1e-4  # relative; the gradient's by norm
-IGNORE = -100
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A batch: P prompt vectors, the lengths of its rows, and whether every token has a label or the last one only."""
-
-    prompt: int
-    lengths: tuple[int, ...]
-    all_labels: bool
-    uneven: bool = False  # one of the workloads that the geometric mean is over
-
-    @property
-    def name(self):
-        return f"({self.prompt}, {len(self.lengths)}, {max(self.lengths)})"
-
-    @property
-    def tokens(self):
-        return sum(self.lengths)
-
-    @property
-    def labels(self):
-        return self.tokens if self.all_labels else len(self.lengths)
-
-    def batch(self, vocabulary):
-        """input_ids, attention_mask and labels ``[B, S]``, padded on the right."""
-        generator = torch.Generator().manual_seed(len(self.lengths))
-        lengths = torch.tensor(self.lengths)[:, None]
-        column = torch.arange(max(self.lengths))[None]
-        real = column < lengths
-        ids = torch.randint(vocabulary, real.shape, generator=generator).masked_fill(~real, 0)
-        labelled = real if self.all_labels else column == lengths - 1
-        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~labelled, IGNORE)}
-
-
-def uneven_lengths(prompt, batch, longest):
-    """Lengths as in real text: the quantiles of a log-normal, in random order, trimmed so that B divides P + T."""
-    spread = [NormalDist(0, 0.55).inv_cdf((i + 0.5) / batch) for i in range(batch)]
-    lengths = (torch.tensor(spread) - spread[-1]).exp().mul(longest).round().long()
-    surplus = (prompt + int(lengths.sum())) % batch
-    lengths[-1 - surplus : -1] -= 1
-    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
-    return tuple(lengths[order].tolist())
-
-
-def workloads(quick=False):
-    shapes = [(100, 16, 48), (20, 16, 64), (50, 32, 24)]
-    uneven = [Workload(p, uneven_lengths(p, b, s), labels, True) for labels in (False, True) for p, b, s in shapes]
-    if quick:
-        return uneven[::5]
-    equal = Workload(20, (256,) * 8, True)
-    method_comparison = Workload(200, (233, 180, 260, 207), True)  # the shape of PEFT's own method comparison
-    return [*uneven, equal, method_comparison]
-
-
-class Trained:
-    """A step of a PEFT model, accelerated or not."""
+class Training:
+    """The step of a PEFT model, accelerated or not."""
 
     def __init__(self, model, batch):
         self.model, self.batch = model.train(), batch
@@ -94,12 +43,9 @@ class Trained:
         loss.backward()
         return loss.detach()
 
-    def gradient(self):
-        return self.parameters[0].grad
-
 
 class Floor:
-    """A step of the bare model on as many rows as have to be run; see the module's docstring."""
+    """The step of the bare model on the rows that have to be run; see the module's docstring."""
 
     def __init__(self, model, workload):
         rows = workload.prompt + workload.tokens
@@ -111,41 +57,138 @@ class Floor:
     def __call__(self):
         self.inputs.grad = None
         hidden = self.model.model(inputs_embeds=self.inputs, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[: len(self.labels)])
-        loss = nn.functional.cross_entropy(logits, self.labels)
+        loss = _head_and_loss(hidden.flatten(0, 1)[: len(self.labels)], self.model.lm_head.weight, self.labels)
         loss.backward()
         return loss.detach()
 
 
-def providers(workload, sizes):
-    """Name -> step, and the models' vocabulary is in ``sizes`` or the default."""
-    batch = workload.batch({**models.SIZES, **sizes}["vocab_size"])
+def _head_and_loss(hidden, weight, labels):
+    if not hasattr(nn.functional, "linear_cross_entropy"):  # torch < 2.13
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, weight), labels)
+    options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=256)
+    return nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+def providers(workload, sizes=models.SIZES):
+    """Name -> step."""
+    batch = workload.batch(sizes["vocab_size"])
     return {
-        "PEFT": Trained(models.prompt_tuning(models.llama(**sizes), workload.prompt), batch),
-        "fastprompt": Trained(fastprompt.accelerate(models.prompt_tuning(models.llama(**sizes), workload.prompt)), batch),
-        "LoRA": Trained(models.lora(models.llama(**sizes)), batch),
-        "floor": Floor(models.llama(**sizes), workload),
+        "PEFT": Training(models.prompt_tuning(models.llama(sizes), workload.prompt), batch),
+        "fastprompt": Training(fastprompt.accelerate(models.prompt_tuning(models.llama(sizes), workload.prompt)), batch),
+        "LoRA": Training(models.lora(models.llama(sizes)), batch),
+        "floor": Floor(models.llama(sizes), workload),
     }
 
 
-def differences(expected, actual):
-    """Relative difference of loss and of prompt gradient after one step each."""
-    loss, other = float(expected()), float(actual())
-    grad, other_grad = expected.gradient(), actual.gradient()
-    return abs(other - loss) / abs(loss), float((other_grad - grad).norm() / grad.norm())
+@dataclass
+class Result:
+    """Seconds of every round by provider, and how far fastprompt's loss and prompt gradient are from PEFT's."""
+
+    workload: Workload
+    times: dict[str, list[float]]
+    loss_error: float
+    grad_error: float
+
+    @property
+    def right(self):
+        return self.loss_error <= LOSS_TOLERANCE and self.grad_error <= GRAD_TOLERANCE  # False for nan
+
+    def seconds(self, name):
+        return median(self.times[name])
+
+    def ratio(self, slow, fast):
+        return median(a / b for a, b in zip(self.times[slow], self.times[fast]))
 
 
-def measure(workload, rounds, sizes, progress):
-    """Medians in seconds of every provider, and the differences between fastprompt and PEFT."""
-    steps = providers(workload, sizes)
-    loss, grad = differences(steps["PEFT"], steps["fastprompt"])  # and a warm-up
-    for step in steps.values():
-        step()
+def measure(workload, rounds, steps, progress=None):
+    """Compare fastprompt's result with PEFT's, which also warms up, then time every step ``rounds`` times."""
+    losses = {name: float(step()) for name, step in steps.items()}
+    grads = {name: steps[name].parameters[0].grad.clone() for name in ("PEFT", "fastprompt")}
+    loss_error = abs(losses["fastprompt"] - losses["PEFT"]) / abs(losses["PEFT"])
+    grad_error = float((grads["fastprompt"] - grads["PEFT"]).norm() / grads["PEFT"].norm())
     times = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
+    names = list(steps)
+    for turn in range(rounds + 1):
+        for name in names:
             start = perf_counter()
-            step()
+            steps[name]()
             times[name].append(perf_counter() - start)
-            progress.update()
-    return {name: median(t) for name, t in times.items()}, loss, grad
+            if progress is not None:
+                progress.update()
+        names = names[1:] + names[:1]
+    return Result(workload, {name: t[1:] for name, t in times.items()}, loss_error, grad_error)  # the first: warm-up
+
+
+def run(out, quick=False, sizes=models.SIZES):
+    """Run, print, and write ``step.csv`` and ``step.png`` into ``out``; False if a result was wrong."""
+    workloads, rounds = all_workloads(quick), 2 if quick else 5
+    with tqdm(total=len(workloads) * (rounds + 1) * 4, desc="step", unit="step") as progress:
+        results = [measure(w, rounds, providers(w, sizes), progress) for w in workloads]
+    print(summary(results), flush=True)
+    report.write_csv(out / "step.csv", [_record(result) for result in results])
+    if all(result.right for result in results):
+        plot(results, out / "step.png")
+    return all(result.right for result in results)
+
+
+def summary(results):
+    """The table; a wrong result has its differences in place of speed-ups, and then there is no mean either."""
+    columns = ["(P, B, longest)", "tokens", "labels", "PEFT ms", "fastprompt", "LoRA", "floor",
+               "over PEFT", "over LoRA", "overhead", "loss diff", "grad diff"]
+    rows = []
+    for result in results:
+        w = result.workload
+        times = [f"{result.seconds(name) * 1e3:.0f}" for name in ("PEFT", "fastprompt", "LoRA", "floor")]
+        ratios = ["WRONG"] * 3
+        if result.right:
+            ratios = [f"{result.ratio('PEFT', 'fastprompt'):.2f}x", f"{result.ratio('LoRA', 'fastprompt'):.2f}x",
+                      f"{result.ratio('fastprompt', 'floor'):.3f}"]
+        rows.append([w.name, str(w.tokens), "all" if w.all_labels else "one a row", *times, *ratios,
+                     f"{result.loss_error:.0e}", f"{result.grad_error:.0e}"])
+    text = report.table(columns, rows)
+    if not all(result.right for result in results):
+        return text + (f"\nWRONG: loss or prompt gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
+                       f"{GRAD_TOLERANCE:.0e} are allowed), so no speed-up is given")
+    uneven = [result for result in results if result.workload.uneven]
+    means = [geometric_mean(r.ratio(*pair) for r in uneven)
+             for pair in (("PEFT", "fastprompt"), ("LoRA", "fastprompt"), ("fastprompt", "floor"))]
+    return text + (f"\ngeometric mean of the {len(uneven)} uneven workloads: {means[0]:.2f}x over PEFT, "
+                   f"{means[1]:.2f}x over LoRA, overhead {means[2]:.3f}")
+
+
+def _record(result):
+    w = result.workload
+    record = {"P": w.prompt, "B": len(w.lengths), "longest": max(w.lengths), "tokens": w.tokens, "labels": w.labels}
+    for name, times in result.times.items():
+        record |= {f"{name} ms": f"{median(times) * 1e3:.1f}", f"{name} min": f"{min(times) * 1e3:.1f}",
+                   f"{name} max": f"{max(times) * 1e3:.1f}"}
+    for column, pair in {"over PEFT": ("PEFT", "fastprompt"), "over LoRA": ("LoRA", "fastprompt"),
+                         "overhead": ("fastprompt", "floor")}.items():
+        record[column] = f"{result.ratio(*pair):.3f}" if result.right else "wrong"
+    return record | {"loss difference": result.loss_error, "gradient difference": result.grad_error}
+
+
+def plot(results, file):
+    """How much faster than PEFT Prompt Tuning each provider is, a group of bars a workload."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    for i, (name, colour) in enumerate({"LoRA": "tab:gray", "fastprompt": "tab:blue", "floor": "lightsteelblue"}.items()):
+        ratios = [result.ratio("PEFT", name) for result in results]
+        bars = axes.bar([x + (i - 1) * 0.28 for x in range(len(results))], ratios, 0.26, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(results)),
+                    [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results], fontsize=8)
+    axes.set_ylabel("times faster than PEFT Prompt Tuning")
+    axes.set_xlabel("(prompt vectors, rows, longest row)")
+    axes.set_title(report.header().replace("\n", " · "), fontsize=6)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

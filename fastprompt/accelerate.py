@@ -11,7 +11,7 @@ from .hf.engine import Engine, plan_or_reason
 _SUPPORTED = (PeftType.PROMPT_TUNING,)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
-_UNDERSTOOD = {"num_items_in_batch", "return_dict", "use_cache", "position_ids", "task_ids"}
+_UNDERSTOOD = {"num_items_in_batch", "return_dict", "use_cache", "position_ids", "token_type_ids"}
 
 
 def accelerate(peft_model, *, keep_logits=False):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_llama import save_model, save_words
+from tiny_llama import save_gguf, save_model, save_words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastprompt.training import (
@@ -329,6 +329,19 @@ def test_trained_adapter_evaluates_what_the_run_held_out(config):
     result = adapter.evaluate()
     assert {f"eval_{name}": value for name, value in result.items()} == {k: v for k, v in history[-1].items() if k != "step"}
     assert adapter.evaluate(config.data)["rows"] == 64
+
+
+def test_gguf_trains_like_the_folder_it_was_made_of(config, tmp_path):
+    pytest.importorskip("gguf")
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    save_gguf(config.model, folder / "tiny.gguf")
+    start = {"init": "text", "init_text": "Word: cat", "eval_data": config.data}
+    packed = {**start, "model": str(folder), "gguf_file": "tiny.gguf", "output": str(tmp_path / "b")}
+    history = train(dataclasses.replace(config, **start))
+    packed_history = train(dataclasses.replace(config, **packed))
+    assert losses(packed_history) == pytest.approx(losses(history), rel=1e-5)
+    assert TrainedAdapter(packed["output"]).evaluate()["loss"] == pytest.approx(history[-1]["eval_loss"], rel=1e-5)
 
 
 def test_free_text_learns_to_stop(files, tmp_path):

@@ -1,6 +1,7 @@
 """The engine: runs a planned batch through a Hugging Face causal LM, the prompt once, the head on labelled rows only."""
 
 import inspect
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -10,12 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import CannotPack, plan_padded_input
 from ..ops import prompt_concat
 from .attention import PackedRows, running, switch_back, switch_over
+from .loss import ROWS, SummedCrossEntropy
 from .probe import quiet, relative_error, tolerance
-
-# Rows of logits that exist at a time in the chunked loss. Fewer rows make thin, slow matrix products; at 256 the
-# chunked loss is as fast as one product over all rows, and 256 rows of a 128k vocabulary are 128 MiB in fp32.
-_LOGIT_ROWS = 256
-
 
 class Engine:
     """A causal LM that can run packed rows beside its ordinary forward.
@@ -79,15 +76,10 @@ class Engine:
 
     def loss(self, plan, rows, num_items_in_batch=None):
         """The model's own loss over the plan's labelled rows, the head run on those rows only."""
-        if self._chunked_loss(rows):
-            hidden = self.hidden(plan, rows).index_select(0, plan.label_rows)
-            head = self.base.get_output_embeddings()
-            loss = nn.functional.linear_cross_entropy(
-                hidden, head.weight, plan.labels, linear_bias=head.bias,
-                reduction="mean" if num_items_in_batch is None else "sum",
-                options=nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=_LOGIT_ROWS),
-            )
-            return loss if num_items_in_batch is None else loss / num_items_in_batch
+        if self._chunked_loss(plan, rows):
+            hidden, head = self.hidden(plan, rows).index_select(0, plan.label_rows), self.base.get_output_embeddings()
+            total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels)
+            return total / (len(plan.labels) if num_items_in_batch is None else num_items_in_batch)
         logits = self.logits(plan, rows, plan.label_rows)
         return self.loss_of_logits(logits, plan.labels, num_items_in_batch)
 
@@ -120,33 +112,32 @@ class Engine:
         with running(PackedRows(plan.sequences, prompts)):
             return model(inputs_embeds=rows[None], position_ids=positions[None], use_cache=False, return_dict=True, **extra)
 
-    def _chunked_loss(self, rows):
+    def _chunked_loss(self, plan, rows):
+        head = self.base.get_output_embeddings()
         return (
-            self.plain_head
-            and hasattr(nn.functional, "linear_cross_entropy")
-            and rows.dtype == torch.float32  # for every other dtype the model's own loss decides about casts
+            len(plan.labels) > ROWS
+            and self.plain_head
+            and _is_plain_linear(head)  # still
+            and rows.dtype == head.weight.dtype == torch.float32  # else the model's own loss decides about casts
             and not torch.is_autocast_enabled(rows.device.type)
             and not torch.compiler.is_compiling()
         )
 
     def _active_dropout(self):
-        if not self.base.training and not any(m.training for m, _ in self._dropouts()):
-            return None
-        for module, name in self._dropouts():
+        for module, name in self._random:
             if module.training and getattr(module, name) > 0:
                 return f"{type(module).__name__}.{name} = {getattr(module, name)}"
         return None
 
-    def _dropouts(self):
-        """Every ``(module, attribute)`` that holds a dropout probability; looked up once."""
-        if "_dropout_list" not in self.__dict__:
-            self._dropout_list = [
-                (module, name)
-                for module in self.base.modules()
-                for name, value in vars(module).items()
-                if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout)))
-            ]
-        return self._dropout_list
+    @cached_property
+    def _random(self):
+        """Every ``(module, attribute)`` that holds a dropout probability or a router's noise."""
+        return [
+            (module, name)
+            for module in self.base.modules()
+            for name, value in vars(module).items()
+            if type(value) in (int, float) and ("drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout)))
+        ]
 
     @torch.no_grad()
     def _probe(self):
@@ -189,9 +180,7 @@ class Engine:
         The decoder's output is replaced by large values, so that a soft cap or a scale behind the head shows.
         """
         head = self.base.get_output_embeddings()
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or head.weight.requires_grad:
-            return False
-        if self.base.loss_function is not ForCausalLMLoss:
+        if not _is_plain_linear(head) or self.base.loss_function is not ForCausalLMLoss:
             return False
         large = torch.randn(embeds.shape, device=embeds.device, generator=torch.Generator(embeds.device).manual_seed(0))
         large = (large * 1e3).to(embeds.dtype)
@@ -207,6 +196,12 @@ class Engine:
             hook.remove()
         expected = head(large)
         return bool(torch.allclose(logits, expected.to(logits.dtype), rtol=1e-5, atol=1e-5 * float(expected.abs().max())))
+
+
+def _is_plain_linear(module):
+    """A frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook of torch's or accelerate's."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked and not module.weight.requires_grad
 
 
 def plan_or_reason(engine, *arguments, attention_mask=None, **options):

@@ -89,9 +89,9 @@ def plan_batches(
     """Row numbers of every batch of a whole run, known before it starts.
 
     Rows are shuffled anew in each epoch. A batch holds ``batch_size`` rows, or as many as fit into
-    ``tokens_per_batch`` real tokens and at least one; it never reaches over the end of an epoch. The plan ends after ``epochs`` passes
-    over the rows (a fraction ends after that part of a pass) or after ``steps`` batches. It depends on its arguments
-    alone, so a resumed run finds the place where it stopped.
+    ``tokens_per_batch`` real tokens and at least one; it never reaches over the end of an epoch. The plan ends after
+    ``epochs`` passes over the rows (a fraction ends after that part of a pass) or after ``steps`` batches. It depends
+    on its arguments alone, so a resumed run finds the place where it stopped.
     """
     generator = random.Random(seed)
     rows_left = None if epochs is None else max(round(epochs * len(lengths)), 1)

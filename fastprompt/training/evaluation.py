@@ -29,7 +29,7 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded]) -> torch.Te
     model.eval()
     base, soft_prompt = model.get_base_model(), _soft_prompt(model)
     scores = torch.empty(len(pairs))
-    with tqdm(total=len(readers), desc="evaluating", unit="row") as bar:
+    with tqdm(total=len(readers), desc="evaluating", unit="row", leave=None) as bar:
         for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
             keep = max(len(pairs[i].completion) for sequence in batch for i in readers[sequence])
             cache = copy.deepcopy(soft_prompt)

@@ -147,9 +147,8 @@ class TrainingRun:
         for example, ids in zip(data.train + data.held_out, data.train_ids + data.held_out_ids):
             length = virtual_tokens + len(ids.prompt) + len(ids.completion)
             if length > limit:
-                raise InputError(
-                    argument, f"{example.row} has {length} tokens with {virtual_tokens} virtual ones; {where} takes {limit}"
-                )
+                tokens = f"{length} tokens with {virtual_tokens} virtual ones"
+                raise InputError(argument, f"{example.row} has {tokens}; {where} takes {limit}")
 
 
 def train(config: TrainingConfig) -> list[dict]:

@@ -58,8 +58,9 @@ class SoftPromptTrainer(Trainer):
         self.saving_to = None
 
     def _save(self, output_dir=None, state_dict=None):
-        # Left to itself PEFT asks the hub whether the vocabulary grew.
-        self.run.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if self.args.should_save:
+            # Left to itself PEFT asks the hub whether the vocabulary grew.
+            self.run.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def get_train_dataloader(self) -> DataLoader:
         # One epoch of the Trainer is our whole run: the plan crosses the real epochs.

@@ -1,0 +1,38 @@
+"""``python -m benchmarks [memory] [step] [--quick] [--out DIR] [--threads N]``: run the benchmarks, all by default.
+
+Exits with 1 if a result was wrong; its speed-up is then not printed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# With the default, spinning, every small operator waits for a time slice as soon as anything else runs on a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402: after the variable, which OpenMP reads once
+
+from . import memory, report, step  # noqa: E402
+
+BENCHMARKS = {"memory": memory.run, "step": step.run}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastprompt.")
+    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: a look, not a measurement")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for CSV and plots")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.benchmarks) - set(BENCHMARKS):
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(report.header(), flush=True)
+    right = [run(options.out, options.quick) for name, run in BENCHMARKS.items() if name in (options.benchmarks or BENCHMARKS)]
+    return 0 if all(right) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The benchmarks on a tiny model: they run, and they refuse to report a speed-up for a wrong result."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import memory, models, step
+from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
+
+TINY = {**models.SIZES, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_the_workloads_have_the_shapes_of_the_issue():
+    workloads = all_workloads()
+    assert [(w.name, w.all_labels) for w in workloads if w.uneven] == [
+        (shape, labels) for labels in (False, True) for shape in ("(100, 16, 48)", "(20, 16, 64)", "(50, 32, 24)")]
+    for workload in workloads:
+        batch = workload.batch(128)
+        assert int(batch["attention_mask"].sum()) == workload.tokens
+        assert int((batch["labels"] != IGNORE).sum()) == workload.labels
+    assert set(workloads[-2].lengths) == {256}
+    assert min(workloads[-1].lengths) == 180 and max(workloads[-1].lengths) == 260
+
+
+@pytest.mark.parametrize("prompt, batch, longest", [(100, 16, 48), (20, 16, 64), (50, 32, 24), (7, 5, 9)])
+def test_uneven_lengths_leave_no_remainder_for_the_floor(prompt, batch, longest):
+    lengths = uneven_lengths(prompt, batch, longest)
+    assert len(lengths) == batch and min(lengths) > 0 and max(lengths) == longest
+    assert (prompt + sum(lengths)) % batch == 0
+    assert lengths == uneven_lengths(prompt, batch, longest)
+
+
+@pytest.mark.parametrize("all_labels", [False, True])
+def test_every_provider_computes_what_it_stands_for(all_labels):
+    workload = Workload(4, (3, 5, 2), all_labels)
+    steps = step.providers(workload, TINY)
+    result = step.measure(workload, 1, steps)
+    assert result.right
+    assert {name: len(times) for name, times in result.times.items()} == dict.fromkeys(["PEFT", "fastprompt", "LoRA", "floor"], 1)
+    inputs = steps["floor"].inputs
+    assert inputs.shape[:2] == (2, 7) and inputs.grad is not None  # 4 + 10 rows, 2 the divisor of 14 next to 3
+    assert all(p.grad is None for p in steps["floor"].model.parameters())
+
+
+def test_a_right_result_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "all_workloads", lambda quick: [Workload(4, (3, 5), True, uneven=True)])
+    assert step.run(tmp_path, quick=True, sizes=TINY)
+    assert "geometric mean" in capsys.readouterr().out
+    with open(tmp_path / "step.csv") as stream:
+        (record,) = csv.DictReader(line for line in stream if not line.startswith("#"))
+    assert float(record["over PEFT"]) > 0 and float(record["overhead"]) > 0
+
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "nan"])
+def test_a_wrong_result_is_refused(what, tmp_path, monkeypatch, capsys):
+    class Wrong(step.Training):
+        def __call__(self):
+            loss = super().__call__()
+            if what == "gradient":
+                self.parameters[0].grad[0, 0] += 1e-2 * self.parameters[0].grad.norm()
+            return {"loss": loss * (1 + 1e-4), "gradient": loss, "nan": loss * torch.nan}[what]
+
+    def with_a_wrong_one(workload, sizes):
+        steps = original(workload, sizes)
+        steps["fastprompt"].__class__ = Wrong
+        return steps
+
+    original = step.providers
+    monkeypatch.setattr(step, "providers", with_a_wrong_one)
+    monkeypatch.setattr(step, "all_workloads", lambda quick: [Workload(4, (3, 5), True, uneven=True)])
+    assert not step.run(tmp_path, quick=True, sizes=TINY)
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed and "geometric mean" not in printed and "x over" not in printed
+    assert "wrong" in (tmp_path / "step.csv").read_text() and not (tmp_path / "step.png").exists()
+
+
+def test_memory_compares_two_processes(tmp_path, capsys):
+    assert memory.run(tmp_path, sizes=TINY)
+    assert "of PEFT's peak" in capsys.readouterr().out
+    assert (tmp_path / "memory.csv").exists()
+
+
+@pytest.mark.parametrize("right, code", [(True, 0), (False, 1)])
+def test_the_exit_status_tells_of_a_wrong_result(right, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "BENCHMARKS", {"step": lambda out, quick: right, "memory": lambda out, quick: True})
+    assert command.main(["--quick", "--out", str(tmp_path)]) == code
+    with pytest.raises(SystemExit):
+        command.main(["nothing"])
