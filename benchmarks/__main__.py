@@ -8,10 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-# With the default, spinning, every small operator waits for a time slice as soon as anything else runs on a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A thread that waits for the others spins, by default for milliseconds: one busy neighbour on a core then makes every
+# small operator last a time slice. A few microseconds are enough where there is none. GNU OpenMP, which torch uses.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import torch  # noqa: E402: after the variable, which OpenMP reads once
+import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
 from . import memory, report, step  # noqa: E402
 

