@@ -2,9 +2,11 @@
 
 Each query's softmax is split in two: over its prefix and over its own keys. The batch is folded into the query axis of
 the first, so a prefix is read once however many sequences share it. In the second, long sequences run alone and short
-ones share tiles, several in one, kept apart by a mask. The halves are merged by their log-sum-exp. The backward of each
-half is torch's flash backward given the *merged* out and lse, which is exact: see DESIGN section 4.2, and note that
-autograd through two flash calls is not.
+ones share tiles, several in one, kept apart by a mask. The halves are merged by their log-sum-exp.
+
+The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and
+dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd
+through two flash calls would be wrong, it takes lse for a constant.
 """
 
 import torch
