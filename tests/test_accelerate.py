@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 
 def _ddp_step(rank, halves, store, result):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     model = torch.nn.parallel.DistributedDataParallel(fastprompt.accelerate(peft_model("llama")))
     model(**halves[rank]).loss.backward()
     if rank == 0:

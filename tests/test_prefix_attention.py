@@ -147,7 +147,7 @@ def test_low_precision_within_budget(backend, dtype):
     lengths = [17, 3, 40, 40, 9, 1]
     seq, described = layout(lengths, "packed", 2, 20, seed=0, mixed=True)
     inputs = tensors(seq.rows, 6, 2, 64, 2, 20, dtype=dtype)
-    grad = torch.randn(seq.rows, 6, 64).to(dtype)
+    grad = torch.randn(seq.rows, 6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = run(lambda *a, **f: dense(*a[:5], described, **f), [t if t is None else t.double() for t in inputs], grad.double())
     plain = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad)
     got = run(prefix_attention, inputs, grad, seq, backend=backend)
