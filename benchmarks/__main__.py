@@ -1,4 +1,4 @@
-"""``python -m benchmarks [memory] [step] [--quick] [--out DIR] [--threads N]``: run the benchmarks, all by default.
+"""``python -m benchmarks [memory] [step] [methods] [common] [--quick] [--out DIR] [--threads N]``: run the benchmarks, all by default.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -14,9 +14,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
-from . import memory, report, step  # noqa: E402
+from . import common, memory, methods, report, step  # noqa: E402
 
-BENCHMARKS = {"memory": memory.run, "step": step.run}
+BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run}
 
 
 def main(arguments=None):

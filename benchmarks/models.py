@@ -1,7 +1,14 @@
 """The model of the benchmarks: a Llama of the shape of SmolLM2-135M, with 6 layers and random weights, in fp32."""
 
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = dict(
@@ -16,10 +23,21 @@ def llama(sizes=SIZES):
     return LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False)
 
 
-def prompt_tuning(base, length):
-    """PEFT Prompt Tuning (Lester et al. 2021, arXiv 2104.08691); every call draws the same prompt."""
+# What PEFT's configuration of each method gets beside the length of the prompt.
+METHODS = {
+    "Prompt Tuning": (PromptTuningConfig, {}),
+    "Prefix-Tuning": (PrefixTuningConfig, {}),
+    "P-Tuning": (PromptEncoderConfig, dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=128, encoder_dropout=0.0)),
+    "Multitask Prompt Tuning": (MultitaskPromptTuningConfig, dict(num_tasks=4)),
+}
+TASKS = 4
+
+
+def soft_prompt(base, length, method="Prompt Tuning"):
+    """PEFT's model of a method; every call draws the same prompt."""
+    config, arguments = METHODS[method]
     torch.manual_seed(1)
-    return get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
+    return get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=length, **arguments))
 
 
 def lora(base):

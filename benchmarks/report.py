@@ -3,14 +3,16 @@
 import csv
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 
+@cache
 def header():
-    """One line on the machine, one on the versions, one on how it ran."""
+    """One line on the machine, one on the versions, one on how it ran; the load is that of the first call."""
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     spin = f", GOMP_SPINCOUNT {os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))

@@ -1,4 +1,4 @@
-"""One training step, end to end: PEFT Prompt Tuning, fastprompt, PEFT's LoRA, and the floor.
+"""One training step, end to end: a method of PEFT's, the same accelerated, PEFT's LoRA, and the floor.
 
 A step is zero_grad, forward and backward, eager, fp32. The optimizer's step is left out for all of them. All run
 interleaved in one process, in an order that turns with every round, each on a model of its own with the same weights,
@@ -6,7 +6,7 @@ on the same right-padded batch with the same labels. Times are medians over the 
 rounds' ratios, so that a machine that is slow for a while does not count for one side only.
 
 The **floor** is the least work that the method leaves: the bare frozen model, forward and gradient of inputs_embeds, on
-R = P + T rows (the prompt's once, the T real tokens), head and loss on as many rows as there are labels. It runs the R
+R rows (those of every distinct prompt once, none for Prefix-Tuning, and the T real tokens), head and loss on as many rows as there are labels. It runs the R
 rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the model's own attention, b the divisor of R next
 to B (the lengths of the workloads are trimmed so that it is B, except those that are equal by intention). The loss is
 the faster one of torch's. Its rows attend to R / b keys at most, where a real token attends to P more: a bound that
@@ -36,6 +36,11 @@ class Training:
         self.model, self.batch = model.train(), batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
+    @property
+    def gradient(self):
+        """Of everything that trains, as one vector."""
+        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
     def __call__(self):
         for parameter in self.parameters:
             parameter.grad = None
@@ -48,7 +53,7 @@ class Floor:
     """The step of the bare model on the rows that have to be run; see the module's docstring."""
 
     def __init__(self, model, workload):
-        rows = workload.prompt + workload.tokens
+        rows = workload.rows
         batch = min((b for b in range(1, rows + 1) if rows % b == 0), key=lambda b: abs(b - len(workload.lengths)))
         self.model = model.train()
         self.inputs = torch.randn(batch, rows // batch, model.config.hidden_size).requires_grad_()
@@ -69,15 +74,14 @@ def _head_and_loss(hidden, weight, labels):
     return nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
-def providers(workload, sizes=models.SIZES):
+def providers(workload, sizes=models.SIZES, method="Prompt Tuning"):
     """Name -> step."""
     batch = workload.batch(sizes["vocab_size"])
-    return {
-        "PEFT": Training(models.prompt_tuning(models.llama(sizes), workload.prompt), batch),
-        "fastprompt": Training(fastprompt.accelerate(models.prompt_tuning(models.llama(sizes), workload.prompt)), batch),
-        "LoRA": Training(models.lora(models.llama(sizes)), batch),
-        "floor": Floor(models.llama(sizes), workload),
-    }
+    peft, ours = (models.soft_prompt(models.llama(sizes), workload.prompt, method) for _ in range(2))
+    steps = {"PEFT": Training(peft, batch), "fastprompt": Training(fastprompt.accelerate(ours), batch)}
+    if workload.prompts <= 1:
+        steps["LoRA"] = Training(models.lora(models.llama(sizes)), batch)
+    return steps | {"floor": Floor(models.llama(sizes), workload)}
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Result:
 def measure(workload, rounds, steps, progress=None):
     """Compare fastprompt's result with PEFT's, which also warms up, then time every step ``rounds`` times."""
     losses = {name: float(step()) for name, step in steps.items()}
-    grads = {name: steps[name].parameters[0].grad.clone() for name in ("PEFT", "fastprompt")}
+    grads = {name: steps[name].gradient for name in ("PEFT", "fastprompt")}
     loss_error = abs(losses["fastprompt"] - losses["PEFT"]) / abs(losses["PEFT"])
     grad_error = float((grads["fastprompt"] - grads["PEFT"]).norm() / grads["PEFT"].norm())
     times = {name: [] for name in steps}
@@ -121,39 +125,48 @@ def measure(workload, rounds, steps, progress=None):
 
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write ``step.csv`` and ``step.png`` into ``out``; False if a result was wrong."""
-    workloads, rounds = all_workloads(quick), 2 if quick else 5
-    with tqdm(total=len(workloads) * (rounds + 1) * 4, desc="step", unit="step") as progress:
-        results = [measure(w, rounds, providers(w, sizes), progress) for w in workloads]
-    print(summary(results), flush=True)
-    report.write_csv(out / "step.csv", [_record(result) for result in results])
+    return compare("Prompt Tuning", all_workloads(quick), out / "step", quick, sizes)
+
+
+def compare(method, workloads, file, quick, sizes):
+    """Measure a method on the workloads, print, and write CSV and a plot beside it; False if a result was wrong."""
+    rounds = 2 if quick else 5
+    steps = sum(3 + (workload.prompts <= 1) for workload in workloads)
+    with tqdm(total=steps * (rounds + 1), desc=method, unit="step") as progress:
+        results = [measure(w, rounds, providers(w, sizes, method), progress) for w in workloads]
+    print(f"{method}\n{summary(results)}", flush=True)
+    report.write_csv(file.with_suffix(".csv"), [_record(result) for result in results])
     if all(result.right for result in results):
-        plot(results, out / "step.png")
+        plot(results, method, file.with_suffix(".png"))
     return all(result.right for result in results)
 
 
 def summary(results):
     """The table; a wrong result has its differences in place of speed-ups, and then there is no mean either."""
-    columns = ["(P, B, longest)", "tokens", "labels", "PEFT ms", "fastprompt", "LoRA", "floor",
-               "over PEFT", "over LoRA", "overhead", "loss diff", "grad diff"]
+    names = list(results[0].times)
+    columns = ["(P, B, longest)", "tokens", "labels", *(f"{name} ms" if name == "PEFT" else name for name in names),
+               *_ratios(names), "loss diff", "grad diff"]
     rows = []
     for result in results:
         w = result.workload
-        times = [f"{result.seconds(name) * 1e3:.0f}" for name in ("PEFT", "fastprompt", "LoRA", "floor")]
-        ratios = ["WRONG"] * 3
-        if result.right:
-            ratios = [f"{result.ratio('PEFT', 'fastprompt'):.2f}x", f"{result.ratio('LoRA', 'fastprompt'):.2f}x",
-                      f"{result.ratio('fastprompt', 'floor'):.3f}"]
+        times = [f"{result.seconds(name) * 1e3:.0f}" for name in names]
+        ratios = [f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
+                  for title, pair in _ratios(names).items()] if result.right else ["WRONG"] * len(_ratios(names))
         rows.append([w.name, str(w.tokens), "all" if w.all_labels else "one a row", *times, *ratios,
                      f"{result.loss_error:.0e}", f"{result.grad_error:.0e}"])
     text = report.table(columns, rows)
     if not all(result.right for result in results):
-        return text + (f"\nWRONG: loss or prompt gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
+        return text + (f"\nWRONG: loss or gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
                        f"{GRAD_TOLERANCE:.0e} are allowed), so no speed-up is given")
     uneven = [result for result in results if result.workload.uneven]
-    means = [geometric_mean(r.ratio(*pair) for r in uneven)
-             for pair in (("PEFT", "fastprompt"), ("LoRA", "fastprompt"), ("fastprompt", "floor"))]
-    return text + (f"\ngeometric mean of the {len(uneven)} uneven workloads: {means[0]:.2f}x over PEFT, "
-                   f"{means[1]:.2f}x over LoRA, overhead {means[2]:.3f}")
+    means = ", ".join(f"{title} {geometric_mean(r.ratio(*pair) for r in uneven):.3f}" for title, pair in _ratios(names).items())
+    return text + f"\ngeometric means of the {len(uneven)} uneven workloads: {means}"
+
+
+def _ratios(names):
+    """The title of each ratio and the two providers it is of."""
+    ratios = {"over PEFT": ("PEFT", "fastprompt"), "over LoRA": ("LoRA", "fastprompt"), "overhead": ("fastprompt", "floor")}
+    return {title: pair for title, pair in ratios.items() if set(pair) <= set(names)}
 
 
 def _record(result):
@@ -162,14 +175,13 @@ def _record(result):
     for name, times in result.times.items():
         record |= {f"{name} ms": f"{median(times) * 1e3:.1f}", f"{name} min": f"{min(times) * 1e3:.1f}",
                    f"{name} max": f"{max(times) * 1e3:.1f}"}
-    for column, pair in {"over PEFT": ("PEFT", "fastprompt"), "over LoRA": ("LoRA", "fastprompt"),
-                         "overhead": ("fastprompt", "floor")}.items():
+    for column, pair in _ratios(result.times).items():
         record[column] = f"{result.ratio(*pair):.3f}" if result.right else "wrong"
     return record | {"loss difference": result.loss_error, "gradient difference": result.grad_error}
 
 
-def plot(results, file):
-    """How much faster than PEFT Prompt Tuning each provider is, a group of bars a workload."""
+def plot(results, method, file):
+    """How much faster than PEFT's own step each provider is, a group of bars a workload."""
     try:
         import matplotlib
     except ImportError:
@@ -179,14 +191,15 @@ def plot(results, file):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
-    for i, (name, colour) in enumerate({"LoRA": "tab:gray", "fastprompt": "tab:blue", "floor": "lightsteelblue"}.items()):
+    colours = {"LoRA": "tab:gray", "fastprompt": "tab:blue", "floor": "lightsteelblue"}
+    for i, (name, colour) in enumerate((n, c) for n, c in colours.items() if n in results[0].times):
         ratios = [result.ratio("PEFT", name) for result in results]
         bars = axes.bar([x + (i - 1) * 0.28 for x in range(len(results))], ratios, 0.26, label=name, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(results)),
                     [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results], fontsize=8)
-    axes.set_ylabel("times faster than PEFT Prompt Tuning")
+    axes.set_ylabel(f"times faster than PEFT's {method}")
     axes.set_xlabel("(prompt vectors, rows, longest row)")
     axes.set_title(report.header().replace("\n", " · "), fontsize=6)
     axes.legend()

@@ -1,44 +1,72 @@
 """accelerate(peft_model): PEFT prompt learning on the packed engine, in place; restore(peft_model) undoes it."""
 
+import functools
+import inspect
 import types
 import warnings
+from contextlib import contextmanager
 
 import torch
-from peft import PeftModelForCausalLM, PeftType
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftType,
+)
+from transformers import Cache
 
 from .hf.engine import Engine, plan_or_reason
+from .hf.prefix import layers_of_cache
 
-_SUPPORTED = (PeftType.PROMPT_TUNING,)
+_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
+_PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+_PACKED = (
+    PeftModelForCausalLM, PeftModelForSequenceClassification, PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering, PeftModelForFeatureExtraction,
+)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
-_UNDERSTOOD = {"num_items_in_batch", "return_dict", "use_cache", "position_ids", "token_type_ids"}
+_UNDERSTOOD = {
+    "input_ids", "inputs_embeds", "attention_mask", "labels", "task_ids", "num_items_in_batch", "return_dict", "use_cache",
+    "token_type_ids", "start_positions", "end_positions", "input_type_mask",
+}
+_OUTPUTS = {"output_attentions", "output_hidden_states"}
 
 
 def accelerate(peft_model, *, keep_logits=False):
-    """Make a PEFT prompt-learning model run its prompt once per batch. Same loss, same gradients, same checkpoints.
+    """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients, checkpoints.
 
-    Works in place on this one object and returns it. In training with labels the language-model head runs on labelled
-    rows only and ``outputs.logits`` is None; in eval mode, or without labels, logits come in PEFT's shape
-    ``[B, P + S, V]``, with zeros at padding. A batch or model the packed rows cannot represent exactly takes PEFT's own
-    forward, with one warning a reason.
+    Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
+    Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
+    feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows of
+    a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with gradient
+    checkpointing switched on afterwards.
+
+    With labels, in training, the head of a causal LM runs on labelled rows only and ``outputs.logits`` is None;
+    otherwise logits come in PEFT's shape. What a model puts out at padding is that of zero hidden states. A batch or
+    model that packed rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one
+    warning a reason. ``generate`` is PEFT's own.
 
     Args:
-        peft_model: a ``PeftModelForCausalLM`` with Prompt Tuning (Lester et al. 2021, arXiv 2104.08691).
+        peft_model: a ``PeftModel`` with a prompt-learning adapter.
         keep_logits: return logits in training too.
 
     Raises:
         TypeError: not such a model; it is left as it was.
     """
-    if not isinstance(peft_model, PeftModelForCausalLM):
-        raise TypeError(f"peft_model must be a peft.PeftModelForCausalLM, got {type(peft_model).__name__}")
-    kind = peft_model.active_peft_config.peft_type
-    if kind not in _SUPPORTED:
-        raise TypeError(f"peft_model must use one of {[t.value for t in _SUPPORTED]}, got {kind.value}")
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model must be a peft.PeftModel, got {type(peft_model).__name__}")
+    config = peft_model.active_peft_config
+    if not config.is_prompt_learning:
+        raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
     engine = Engine(peft_model.base_model, root=peft_model)
     state = _State(engine, keep_logits, peft_model.__dict__.get("forward"))
     peft_model.__dict__["_fastprompt"] = state
-    peft_model.forward = types.MethodType(forward, peft_model)
+    peft_model.forward = types.MethodType(_forward_like(type(peft_model)), peft_model)
     if engine.refusal is not None:
         state.warn(engine.refusal)
     return peft_model
@@ -60,51 +88,156 @@ class _State:
         self.engine, self.keep_logits = engine, keep_logits
         self.forward = own_forward  # an instance's own forward, if it had one
         self.warned = set()
+        self.prefixes = {}  # adapter name and shapes of a prefix -> None if it can run packed, else why not
 
     def warn(self, reason):
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=3)
+            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=4)
 
 
-def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
-            output_hidden_states=None, return_dict=None, task_ids=None, **kwargs):
-    """PEFT's forward with the same arguments, on packed rows where they give the same result."""
-    state = self.__dict__["_fastprompt"]
-    engine, config = state.engine, self.active_peft_config
-    plan = None
-    if config.peft_type in _SUPPORTED:
-        plan, reason = _plan(engine, config, input_ids, attention_mask, inputs_embeds, labels, output_attentions,
-                             output_hidden_states, kwargs)
+@functools.cache
+def _forward_like(peft_class):
+    """``peft_class.forward`` on packed rows where they give the same result."""
+
+    @functools.wraps(peft_class.forward)
+    def forward(self, *args, **kwargs):
+        state = self.__dict__["_fastprompt"]
+        original = state.forward or types.MethodType(peft_class.forward, self)
+        if not self.active_peft_config.is_prompt_learning or not issubclass(peft_class, _PACKED):
+            return original(*args, **kwargs)
+        given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        try:
+            call = _Call(self, state, given)
+        except _OwnForward as reason:
+            state.warn(str(reason))
+            return original(*args, **kwargs)
+        if call.direct:
+            return call.language_model()
+        with call.packed_backbone():
+            return original(*args, **kwargs)
+
+    return forward
+
+
+class _OwnForward(Exception):
+    """A call has to take PEFT's own forward; the message says why."""
+
+
+class _Call:
+    """One forward call on packed rows, planned; raises :class:`_OwnForward` if it cannot be.
+
+    Two ways to run it: :meth:`language_model` does what PEFT's forward would do, with the head on labelled rows only;
+    in :meth:`packed_backbone` PEFT's own forward runs, and only the layers in it see packed rows.
+    """
+
+    def __init__(self, model, state, given):
+        self.model, self.state, self.engine, self.given = model, state, state.engine, given
+        self.config = model.active_peft_config
+        self.length = self.config.num_virtual_tokens
+        self.is_prefix = self.config.peft_type in _PREFIXES
+        self.direct = isinstance(model, PeftModelForCausalLM) and self.config.peft_type in _PROMPTS + _PREFIXES
+        self._check()
+        self.task_ids, self.prompt_ids = given.get("task_ids"), None
+        if self.config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and self.task_ids is not None:
+            self.task_ids, self.prompt_ids = self.task_ids.unique(return_inverse=True)
+        self.cache = self.prefix = None
+        if self.is_prefix:
+            self._find_prefix()
+        self.plan = self._plan()
+
+    def _check(self):
+        given = self.given
+        if self.engine.refusal is not None:
+            raise _OwnForward(self.engine.refusal)
+        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+            raise _OwnForward("exactly one of input_ids and inputs_embeds is expected")
+        ignored = set() if self.is_prefix else {"position_ids"}  # PEFT ignores them there
+        unknown = sorted(name for name, value in given.items() if value is not None and name not in _UNDERSTOOD | ignored)
+        unknown = [name for name in unknown if not (name in _OUTPUTS and given[name] is False)]
+        if unknown:
+            raise _OwnForward(f"{', '.join(unknown)} given")
+        if given.get("use_cache") and not torch.is_grad_enabled():
+            raise _OwnForward("use_cache is set")
+        self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        if self.tokens.shape[1] == 0:
+            raise _OwnForward("the batch has no tokens")
+
+    def _find_prefix(self):
+        self.cache = self.model.get_prompt(batch_size=1)
+        if not isinstance(self.cache, Cache):
+            raise _OwnForward(f"its prefix is a {type(self.cache).__name__}")
+        self.prefix = layers_of_cache(self.cache, self.engine.base.config)
+        key = (self.model.active_adapter, *(layer and layer[0].shape for layer in self.prefix))
+        if key not in self.state.prefixes:
+            own = self.state.forward or types.MethodType(type(self.model).forward, self.model)
+            self.state.prefixes[key] = self.engine.why_not_prefix(self.prefix, own)
+        if self.state.prefixes[key] is not None:
+            raise _OwnForward(self.state.prefixes[key])
+
+    def _plan(self):
+        given = self.given
+        everywhere = self.prefix is None or None not in self.prefix  # do all layers have one?
+        share = given.get("input_ids") is not None and everywhere and self.engine.may_share()
+        plan, reason = plan_or_reason(
+            self.engine, *self.tokens.shape[:2], 0 if self.is_prefix else self.length,
+            attention_mask=given.get("attention_mask"), labels=given.get("labels") if self.direct else None,
+            prompt_ids=self.prompt_ids, token_ids=self.tokens if share else None,
+            prefix_length=self.length if self.is_prefix else 0, device=self.tokens.device,
+            finds_last=self.is_prefix and given.get("input_ids") is not None,
+        )
         if plan is None:
-            state.warn(reason)
-    if plan is None:
-        original = state.forward or types.MethodType(type(self).forward, self)
-        return original(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels,
-                        output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-                        return_dict=return_dict, task_ids=task_ids, **kwargs)
-    self._adjust_prompt_learning_kwargs(config, kwargs=kwargs)  # PEFT's warnings about arguments it ignores
-    embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-    prompt = self.get_prompt(batch_size=1, task_ids=task_ids)[0]  # [P, D]
-    rows = engine.rows(plan, prompt, embeds)
-    want_logits = labels is None or state.keep_logits or not self.training
-    outputs = engine.outputs(plan, rows, want_logits=want_logits, num_items_in_batch=kwargs.get("num_items_in_batch"))
-    by_default = getattr(self.base_model.config, "return_dict", True)
-    return outputs if (by_default if return_dict is None else return_dict) else outputs.to_tuple()
+            raise _OwnForward(reason)
+        return plan
 
+    def language_model(self):
+        """The output of a causal LM."""
+        given, model, state = self.given, self.model, self.state
+        # PEFT's warnings about arguments it ignores.
+        model._adjust_prompt_learning_kwargs(self.config, kwargs={k: given.get(k) for k in ("position_ids", "token_type_ids")})
+        if not self.is_prefix:
+            count = 1 if self.prompt_ids is None else len(self.task_ids)
+            prompt = model.get_prompt(batch_size=count, task_ids=self.task_ids).flatten(0, 1)  # [N * P, D]
+            rows = self.engine.rows(self.plan, prompt, self._embeds())
+        elif given.get("input_ids") is not None and self.engine.may_share():
+            rows = self.plan.token_ids(given["input_ids"])  # the model looks them up, and whatever else it has for ids
+        else:
+            rows = self.engine.rows(self.plan, None, self._embeds())
+        want_logits = given.get("labels") is None or state.keep_logits or not model.training
+        outputs = self.engine.outputs(self.plan, rows, want_logits=want_logits, prefix=self.prefix,
+                                      num_items_in_batch=given.get("num_items_in_batch"))
+        by_default = getattr(model.base_model.config, "return_dict", True)
+        as_dict = given.get("return_dict")
+        return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
 
-def _plan(engine, config, input_ids, attention_mask, inputs_embeds, labels, output_attentions, output_hidden_states, kwargs):
-    """The row plan of a call, or None and the reason for PEFT's own forward."""
-    if (input_ids is None) == (inputs_embeds is None):
-        return None, "exactly one of input_ids and inputs_embeds is expected"
-    other = dict(kwargs, output_attentions=output_attentions or None, output_hidden_states=output_hidden_states or None)
-    if kwargs.get("use_cache") and not torch.is_grad_enabled():
-        return None, "use_cache is set"
-    unknown = sorted(name for name, value in other.items() if value is not None and name not in _UNDERSTOOD)
-    if unknown:
-        return None, f"{', '.join(unknown)} given"
-    tokens = input_ids if inputs_embeds is None else inputs_embeds
-    if tokens.shape[1] == 0:
-        return None, "the batch has no tokens"
-    return plan_or_reason(engine, tokens.shape[0], tokens.shape[1], config.num_virtual_tokens, attention_mask=attention_mask,
-                          labels=labels, device=tokens.device)
+    def _embeds(self):
+        return self.model.word_embeddings(self.tokens) if self.given.get("inputs_embeds") is None else self.tokens
+
+    @contextmanager
+    def packed_backbone(self):
+        """PEFT's own forward inside of this block runs its layers on packed rows."""
+        if self.is_prefix:
+            # PEFT would repeat the prefix for every row of the batch; nothing reads it here.
+            self.model.__dict__["get_prompt"] = lambda *args, **kwargs: self.cache
+        try:
+            with self.engine.packed_backbone(self.plan, self._packed, self.prefix):
+                yield
+        finally:
+            if self.is_prefix:
+                del self.model.__dict__["get_prompt"]
+
+    def _packed(self, given):
+        """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
+        source = self.plan.source
+        batch, width = self.tokens.shape[:2]
+        front = 0 if self.is_prefix else self.length
+        cells = source + front * (1 + source // width)  # token (b, c) stands in column P + c there
+        if front:
+            row_of = torch.zeros(1 if self.prompt_ids is None else len(self.task_ids), dtype=torch.int64, device=source.device)
+            if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
+                row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
+            prompt, virtual = (-1 - source).clamp(min=0) // front, (-1 - source).clamp(min=0) % front
+            cells = torch.where(source >= 0, cells, row_of[prompt] * (front + width) + virtual)
+        names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
+        return {name: given[name].flatten(0, 1)[cells] for name in names}

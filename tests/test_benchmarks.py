@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, models, step
+from benchmarks import common, memory, methods, models, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 
 TINY = {**models.SIZES, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -64,8 +64,8 @@ def test_a_wrong_result_is_refused(what, tmp_path, monkeypatch, capsys):
                 self.parameters[0].grad[0, 0] += 1e-2 * self.parameters[0].grad.norm()
             return {"loss": loss * (1 + 1e-4), "gradient": loss, "nan": loss * torch.nan}[what]
 
-    def with_a_wrong_one(workload, sizes):
-        steps = original(workload, sizes)
+    def with_a_wrong_one(workload, sizes, method):
+        steps = original(workload, sizes, method)
         steps["fastprompt"].__class__ = Wrong
         return steps
 
@@ -76,6 +76,21 @@ def test_a_wrong_result_is_refused(what, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "WRONG" in printed and "geometric mean" not in printed and "x over" not in printed
     assert "wrong" in (tmp_path / "step.csv").read_text() and not (tmp_path / "step.png").exists()
+
+
+def test_every_method_is_right_and_reported(tmp_path, monkeypatch, capsys):
+    workload = {prompts: Workload(4, (3, 5, 2, 4), True, uneven=True, prompts=prompts) for prompts in (0, 1, models.TASKS)}
+    monkeypatch.setattr(methods, "uneven_workloads", lambda prompts, quick: [workload[prompts]])
+    assert methods.run(tmp_path, quick=True, sizes=TINY)
+    assert capsys.readouterr().out.count("geometric mean") == 3
+    assert {path.name for path in tmp_path.glob("*.csv")} == {
+        "step_prefix-tuning.csv", "step_p-tuning.csv", "step_multitask_prompt_tuning.csv"}
+
+
+def test_common_text_is_right_and_reported(tmp_path, capsys):
+    assert common.run(tmp_path, quick=True, sizes=TINY)
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in models.METHODS)
 
 
 def test_memory_compares_two_processes(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from test_parity import B, P, S, batch, peft_model
+from parity import B, P, S, batch, peft_model
 from tiny_models import VOCABULARY, build
 
 from fastprompt import PromptTuning, SoftPromptModel

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -56,16 +57,16 @@ class MaskPlan:
         seq: the sequences among the rows of the batch.
         window: see prefix_attention.
         causal: see prefix_attention.
-        prompts: ``(N, P)`` if the first N * P rows are prompts whose keys and values the other sequences share.
-        prefix: ``[L, 2, P, Hkv, Dh]`` learned keys and values of all layers, or None.
+        shared: the rows whose keys and values other sequences share, as in RowPlan.
+        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: no layer has any.
         dense: a mask of the implementation before over prefix and own keys, for a batch that ``seq`` cannot describe.
     """
 
     seq: Sequences | None
     window: int | None = None
     causal: bool = True
-    prompts: tuple[int, int] | None = None
-    prefix: torch.Tensor | None = None
+    shared: tuple[tuple[int, int], ...] = ()
+    prefix: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] | None = None
     dense: torch.Tensor | None = None
 
     def to(self, *args, **kwargs):
@@ -76,11 +77,12 @@ class MaskPlan:
 class PackedRows:
     """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1."""
 
-    def __init__(self, seq, prompts=None):
-        self.seq, self.prompts = seq, prompts
+    def __init__(self, plan, causal=True, prefix=None):
+        self.plan, self.causal, self.prefix = plan, causal, prefix
 
     def mask(self, before, *, local_size=None, **_):
-        return MaskPlan(self.seq, local_size, prompts=self.prompts)
+        window = local_size if self.causal or local_size is None else local_size + 1  # bidirectional: inclusive
+        return MaskPlan(self.plan.sequences, window, self.causal, self.plan.shared, self.prefix)
 
 
 class PaddedBatch:
@@ -109,7 +111,7 @@ class PaddedBatch:
         original = ALL_MASK_ATTENTION_FUNCTIONS[before]
         if self.prefix is None:
             return original(**arguments)
-        length = self.prefix.shape[2]
+        length = prefix_length(self.prefix)
         arguments["kv_length"] += length
         arguments["q_offset"] = arguments.get("q_offset", 0) + length
         arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
@@ -200,17 +202,30 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
             raise UnsupportedAttention(f"{type(module).__name__} handed {given} to attention instead of asking for one")
         return _original(before, module)(module, query, key, value, attention_mask, **arguments)
     plan = attention_mask
-    prefix = None
-    if plan.prefix is not None:
-        if not isinstance(layer := getattr(module, "layer_idx", None), int) or layer >= plan.prefix.shape[0]:
-            raise UnsupportedAttention(f"{type(module).__name__} has no layer_idx below the prefix's {plan.prefix.shape[0]} layers")
-        prefix = plan.prefix[layer].to(key.dtype)  # [2, P, Hkv, Dh]
+    prefix = None if plan.prefix is None else _of_layer(module, plan.prefix, key)
     if plan.dense is not None:
         keys, values = (
-            torch.cat([p.transpose(0, 1).expand(x.shape[0], -1, -1, -1), x], 2) for p, x in zip(prefix, (key, value))
+            torch.cat([p.transpose(1, 2).expand(x.shape[0], -1, -1, -1), x], 2) for p, x in zip(prefix, (key, value))
         )
         return _original(before, module)(module, query, keys, values, plan.dense, **arguments)
     return _run(module, query, key, value, plan, prefix, **arguments), None
+
+
+def prefix_length(prefix):
+    """P of the layers' learned keys and values; 0 without any."""
+    return next((layer[0].shape[1] for layer in prefix or () if layer is not None), 0)
+
+
+def _of_layer(module, prefix, key):
+    """The learned keys and values of the layer that ``module`` is in, in the dtype and on the device of its own."""
+    if not isinstance(layer := getattr(module, "layer_idx", None), int) or layer >= len(prefix):
+        raise UnsupportedAttention(f"{type(module).__name__} has no layer_idx below the prefix's {len(prefix)} layers")
+    if prefix[layer] is None:
+        return None
+    found, expected = list(prefix[layer][0].shape[2:]), [key.shape[1], key.shape[3]]
+    if found != expected:
+        raise UnsupportedAttention(f"layer {layer} has keys of (heads, width) {expected}, its prefix {found}")
+    return tuple(x.to(key.device, key.dtype) for x in prefix[layer])
 
 
 def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
@@ -225,18 +240,33 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        prefix = prefix and tuple(x.to(dtype) for x in prefix)
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     seq = plan.seq if plan.seq.starts.device == q.device else plan.seq.to(q.device)
-    prefix_k = prefix_v = None
-    if prefix is not None:
-        prefix_k, prefix_v = prefix.to(k.dtype).unsqueeze(1)  # [1, P, Hkv, Dh] each
-    elif plan.prompts is not None and plan.prompts[1]:
-        count, length = plan.prompts
-        prefix_k, prefix_v = (x[: count * length].unflatten(0, (count, length)) for x in (k, v))
+    prefix_k, prefix_v = (_bank(learned, x, plan.shared) for learned, x in zip(prefix or (None, None), (k, v)))
     out, _ = prefix_attention(q, k, v, prefix_k, prefix_v, seq, causal=plan.causal, window=plan.window, softcap=softcap,
                               sinks=None if s_aux is None else s_aux.to(q.dtype), scale=scaling)
     return out.view(batch, width, heads, out.shape[-1])
+
+
+def _bank(learned, rows, shared):
+    """The prefixes that sequences refer to, ``[N, length, Hkv, Dh]``, of keys or of values, or None.
+
+    Learned ones, shared rows, or both: then every prompt stands there twice, the learned prefix alone for the shared rows
+    behind it, and with them for the rest; ``prefix_lens`` tells the two apart.
+    """
+    if not shared:
+        return learned
+    (first, length), count = shared[0], len(shared)
+    if all(n == length for _, n in shared):
+        common = rows[first : first + count * length].unflatten(0, (count, length))  # a view
+    else:
+        common = pad_sequence([rows[start : start + n] for start, n in shared], batch_first=True)
+    if learned is None:
+        return common
+    both = torch.cat([learned, common], 1)
+    return both.expand(2, -1, -1, -1) if count == 1 else torch.cat([both, both])
 
 
 def _original(before, module):

@@ -1,53 +1,85 @@
 """Prompt checkpoints in PEFT's adapter format: adapter_config.json and adapter_model.safetensors."""
 
+import hashlib
 import itertools
+import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftType, PromptTuningConfig
+from peft import (
+    MultitaskPromptTuningConfig, PeftConfig, PeftType, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig,
+)
 from peft.utils import load_peft_weights
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from ..methods import PromptTuning
+from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _CONFIG, _ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
 
 
 def save(directory, method, config):
     """Write a method's prompts so that ``PeftModel.from_pretrained`` reads them.
 
-    One prompt goes into ``directory`` itself; several go into its subfolders ``prompt_0``, ``prompt_1``, ... as PEFT
-    writes several adapters. Each file is written aside and renamed, so a reader never meets half of one.
+    One prompt, and all tasks of a :class:`MultitaskPromptTuning`, go into ``directory`` itself; several prompts go into
+    its subfolders ``prompt_0``, ``prompt_1``, ... as PEFT writes several adapters. Each file is written aside and
+    renamed, so a reader never meets half of one.
+
+    PEFT's format has no room for what P-Tuning's encoder and Prefix-Tuning's MLP are made of, only for what they give:
+    they are kept beside it in ``encoder.safetensors``, which PEFT does not look at. A :class:`PrefixTuning` with
+    ``frozen_tokens`` becomes a CARTRIDGE adapter.
 
     Args:
         directory: made if it is not there.
-        method: a :class:`PromptTuning`.
+        method: a :class:`PromptTuning`, :class:`PrefixTuning`, :class:`PTuning` or :class:`MultitaskPromptTuning`.
         config: the base model's config.
+
+    Raises:
+        TypeError: another method.
+        ValueError: a prefix for other layers than the model has, or than have keys and values of their own.
     """
+    if not isinstance(method, (PromptTuning, PrefixTuning, PTuning, MultitaskPromptTuning)):
+        expected = "a PromptTuning, PrefixTuning, PTuning or MultitaskPromptTuning"
+        raise TypeError(f"method must be {expected}, got {type(method).__name__}")
     directory, text = Path(directory), config.get_text_config()
-    for index, prompt in enumerate(method.prompt.detach().cpu()):
-        folder = directory if method.num_prompts == 1 else directory / f"prompt_{index}"
-        folder.mkdir(parents=True, exist_ok=True)
-        peft_config = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=prompt.shape[0], token_dim=prompt.shape[1], num_transformer_submodules=1,
-            num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
-            base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
-        )
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            peft_config.save_pretrained(aside)
-            save_file({"prompt_embeddings": prompt.contiguous()}, Path(aside, _WEIGHTS), metadata={"format": "pt"})
-            for name in (_WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
-                os.replace(Path(aside, name), folder / name)
+    common = dict(
+        task_type="CAUSAL_LM", num_virtual_tokens=method.num_virtual_tokens, num_transformer_submodules=1,
+        num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
+        base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
+    )
+    with torch.no_grad():
+        if isinstance(method, PrefixTuning):
+            peft_config, adapters, encoder, notes = _prefix_to_peft(method, common, _own_layers(text))
+        else:
+            peft_config, adapters, encoder, notes = *_to_peft(method, common), {}
+    for index, tensors in enumerate(adapters):
+        folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
+        _write(folder, peft_config, {name: x.cpu().contiguous() for name, x in tensors.items()}, encoder, notes)
+    if len(adapters) > 1:  # what an earlier save left must not be read for one of these
+        for stale in (directory, directory / f"prompt_{len(adapters)}"):
+            (stale / _CONFIG).unlink(missing_ok=True)
 
 
-def load(directory):
-    """Read a :class:`PromptTuning` from a folder that PEFT or :func:`save` wrote.
+def load(directory, layers=None):
+    """Read a method from a folder that PEFT or :func:`save` wrote.
+
+    A trained P-Tuning encoder comes back whole from ``encoder.safetensors``. Without that file, as PEFT leaves it, its
+    output is all there is: P-Tuning comes back as ``PTuning(encoder=None)``, and Prefix-Tuning without its MLP. Both
+    give the same prompts and train on, as plain embeddings. So does CPT, which comes back as :class:`PromptTuning`;
+    CARTRIDGE comes back as :class:`PrefixTuning` with ``frozen_tokens``.
+
+    Args:
+        directory: holds one adapter, or several in ``prompt_0``, ``prompt_1``, ...
+        layers: the layers of a prefix to keep (without its MLP), where PEFT also wrote it for layers that use another
+            layer's keys and values. None: those that :func:`save` wrote, all of PEFT's.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: an adapter of another method.
+        ValueError: an adapter of another method or for an encoder-decoder, adapters that are no bank of one method, or
+            ``layers`` that the adapter lacks or that are given for another method.
     """
     directory = Path(directory)
     if (directory / _CONFIG).is_file():
@@ -57,11 +89,164 @@ def load(directory):
         folders = list(itertools.takewhile(lambda folder: (folder / _CONFIG).is_file(), numbered))
     if not folders:
         raise FileNotFoundError(f"directory must hold {_CONFIG} (or prompt_0/{_CONFIG}), got {str(directory)!r}")
-    prompts = []
-    for folder in folders:
-        kind = PeftConfig.from_pretrained(str(folder)).peft_type
-        if kind != PeftType.PROMPT_TUNING:
-            raise ValueError(f"{folder} must hold a PROMPT_TUNING adapter, got {PeftType(kind).value}")
-        prompts.append(load_peft_weights(str(folder), device="cpu")["prompt_embeddings"])
-    bank = torch.stack(prompts)
+    configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
+    kinds = [PeftType(config.peft_type).value for config in configs]
+    for folder, kind, config in zip(folders, kinds, configs):
+        if kind not in _READERS:
+            others = ", ".join(name for name in _READERS if name != "PROMPT_TUNING")
+            raise ValueError(f"{folder} must hold a PROMPT_TUNING adapter, got {kind} ({others} are read too)")
+        if config.num_transformer_submodules == 2:
+            raise ValueError(f"{folder} must hold an adapter of a decoder, got one of an encoder-decoder")
+    weights = [load_peft_weights(str(folder), device="cpu") for folder in folders]
+    found = sorted({(kind, *w["prompt_embeddings"].shape) for kind, w in zip(kinds, weights)})
+    if len(found) > 1:
+        raise ValueError(f"{directory} must hold prompts of one method and shape, got {found}")
+    if layers is not None and kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(f"layers must be None for a {kind} adapter, got {layers!r}")
+    if len(folders) > 1 and kind in ("P_TUNING", "MULTITASK_PROMPT_TUNING"):
+        raise ValueError(f"{directory} must hold one {kind} adapter, got {len(folders)}")
+    bank = torch.stack([w["prompt_embeddings"] for w in weights])
+    return _READERS[kind](folders[0], configs[0], bank, weights[0], layers)
+
+
+def _to_peft(method, common):
+    """PEFT's config, the tensors of each adapter, and the encoder's state or None, of a method at the input."""
+    if isinstance(method, PromptTuning):
+        config = PromptTuningConfig(token_dim=method.token_dim, **common)
+        return config, [{"prompt_embeddings": prompt} for prompt in method.prompt], None
+    if isinstance(method, PTuning):
+        config = PromptEncoderConfig(
+            token_dim=method.token_dim, encoder_reparameterization_type=(method.encoder or "mlp").upper(),
+            encoder_hidden_size=method.hidden_size, encoder_num_layers=method.num_layers,
+            encoder_dropout=method.dropout, **common,
+        )
+        encoder = None if method.encoder is None else method.state_dict()
+        return config, [{"prompt_embeddings": method.encode()}], encoder
+    config = MultitaskPromptTuningConfig(
+        token_dim=method.token_dim, num_tasks=method.num_tasks, num_ranks=method.num_ranks, **common
+    )
+    tensors = dict(prompt_embeddings=method.shared, prefix_task_cols=method.rows, prefix_task_rows=method.cols)
+    return config, [tensors], None
+
+
+def _own_layers(text):
+    """The layers with keys and values of their own; in the models that share them, the last ones have none."""
+    return tuple(range(text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)))
+
+
+def _prefix_to_peft(method, common, own):
+    """As :func:`_to_peft`, and notes for the metadata of the weights."""
+    count, prefix, notes = common["num_layers"], method(), {}
+    if method.layers not in (own, tuple(range(count))):
+        raise ValueError(f"method must have prefixes for the model's layers {list(own)}, got {list(method.layers)}")
+    if len(method.layers) < count:  # PEFT wants all layers, and passes over those without keys of their own
+        notes["layers"] = json.dumps(method.layers)
+        whole = prefix.new_zeros(count, *prefix.shape[1:])
+        whole[list(method.layers)] = prefix
+        prefix = whole
+    common = {**common, "token_dim": method.num_kv_heads * method.head_dim, "num_attention_heads": method.num_kv_heads}
+    if method.frozen_tokens:
+        from peft import CartridgeConfig  # newer than the oldest PEFT that the package runs with
+
+        config = CartridgeConfig(num_frozen_tokens=method.frozen_tokens, **common)
+    else:
+        config = PrefixTuningConfig(
+            encoder_hidden_size=method.projection or common["token_dim"],
+            prefix_projection=method.projection is not None, **common,
+        )
+    adapters = [{"prompt_embeddings": flat} for flat in prefix.permute(2, 3, 0, 1, 4, 5).flatten(2)]
+    return config, adapters, None if method.projection is None else method.state_dict(), notes
+
+
+def _write(folder, peft_config, tensors, encoder, notes):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        peft_config.save_pretrained(aside)
+        save_file(tensors, Path(aside, _WEIGHTS), metadata={"format": "pt", **notes})
+        if encoder is None:
+            (folder / _ENCODER).unlink(missing_ok=True)
+        else:
+            encoder = {name: x.cpu().contiguous() for name, x in encoder.items()}
+            save_file(encoder, Path(aside, _ENCODER), metadata={"output": _digest(tensors["prompt_embeddings"])})
+            os.replace(Path(aside, _ENCODER), folder / _ENCODER)
+        for name in (_WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
+            os.replace(Path(aside, name), folder / name)
+
+
+def _digest(x):
+    """The SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _read_encoder(folder, prompt):
+    """The state of the encoder that gave ``prompt``, or None."""
+    path = folder / _ENCODER
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("output") == _digest(prompt):
+            return load_file(path)
+    warnings.warn(f"{path} gives another prompt than {_WEIGHTS} has, which is loaded without an encoder", stacklevel=4)
+    return None
+
+
+def _read_prompts(folder, config, bank, weights, layers):
     return PromptTuning(bank.shape[1], bank.shape[2], bank.shape[0], bank)
+
+
+def _read_p_tuning(folder, config, bank, weights, layers):
+    prompt = bank[0]
+    state = _read_encoder(folder, prompt)
+    if state is None:
+        return PTuning(*prompt.shape, encoder=None, init=prompt)
+    kind = config.encoder_reparameterization_type.lower()
+    depth = dict(num_layers=config.encoder_num_layers, dropout=config.encoder_dropout) if kind == "lstm" else {}
+    method = PTuning(*prompt.shape, encoder=kind, hidden_size=config.encoder_hidden_size, **depth)
+    method.load_state_dict(state)
+    return method
+
+
+def _read_multitask(folder, config, bank, weights, layers):
+    rows, cols = weights["prefix_task_cols"], weights["prefix_task_rows"]
+    method = MultitaskPromptTuning(bank.shape[1], bank.shape[2], rows.shape[0], num_ranks=rows.shape[2], init=bank[0])
+    with torch.no_grad():
+        method.rows.copy_(rows)
+        method.cols.copy_(cols)
+    return method
+
+
+def _read_prefix(folder, config, bank, weights, layers):
+    heads, width = config.num_attention_heads, config.token_dim
+    if bank.shape[2] != config.num_layers * 2 * width:
+        expected = f"num_layers * 2 * token_dim = {config.num_layers * 2 * width}"
+        raise ValueError(f"{folder} must hold a prefix of {expected} values a token, got {bank.shape[2]}")
+    written = _written_layers(folder) or tuple(range(config.num_layers))
+    layers = written if layers is None else tuple(layers)
+    if not layers or not set(layers) <= set(written):
+        raise ValueError(f"layers must be among those of the adapter, {list(written)}, got {list(layers)}")
+    sizes = (bank.shape[1], len(layers), heads, width // heads)
+    state = None
+    if getattr(config, "prefix_projection", False) and layers == written:
+        state = _read_encoder(folder, bank[0])
+    if state is not None:
+        method = PrefixTuning(*sizes, projection=config.encoder_hidden_size, layers=layers)
+        method.load_state_dict(state)
+        return method
+    init = bank.unflatten(2, (config.num_layers, 2, heads, -1)).permute(2, 3, 0, 1, 4, 5)[list(layers)]
+    frozen = getattr(config, "num_frozen_tokens", 0)
+    return PrefixTuning(*sizes, num_prompts=bank.shape[0], init=init, frozen_tokens=frozen, layers=layers)
+
+
+def _written_layers(folder):
+    """The layers that :func:`save` noted; None if it had nothing to note or PEFT wrote the file."""
+    if not (folder / _WEIGHTS).is_file():
+        return None
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        noted = (file.metadata() or {}).get("layers")
+    return noted and tuple(json.loads(noted))
+
+
+_READERS = {
+    "PROMPT_TUNING": _read_prompts, "CPT": _read_prompts, "P_TUNING": _read_p_tuning, "PREFIX_TUNING": _read_prefix,
+    "CARTRIDGE": _read_prefix, "MULTITASK_PROMPT_TUNING": _read_multitask,
+}

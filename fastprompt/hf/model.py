@@ -61,8 +61,7 @@ class SoftPromptModel(nn.Module):
             if low < 0 or high >= self.method.num_prompts:
                 raise ValueError(f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}")
         prompt, bank_ids = self._distinct_prompts(prompt_ids)
-        options = dict(labels=labels, prompt_ids=bank_ids, virtual_tokens=virtual_tokens,
-                       layout="shared" if virtual_tokens is None else "packed")
+        options = dict(labels=labels, prompt_ids=bank_ids, virtual_tokens=virtual_tokens)
         embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         want_logits = labels is None or keep_logits or not self.training
         length = self.method.num_virtual_tokens

@@ -4,8 +4,9 @@
 import torch
 
 from ..checks import FLOATS, check_tensor
-from .attention import PaddedBatch, UnsupportedAttention, running, switch_back, switch_over
-from .probe import quiet, relative_error, tolerance
+from .attention import PaddedBatch, UnsupportedAttention, prefix_length, running, switch_back, switch_over
+from .prefix import layers_of_tensor
+from .probe import primary, quiet, relative_error, tolerance
 
 
 def patch_attention(model, prefix=None):
@@ -44,7 +45,7 @@ def patch_attention(model, prefix=None):
     if reason is not None:
         patch.remove()
         raise UnsupportedAttention(f"{type(model).__name__} cannot run on prefix_attention: {reason}")
-    patch.prefix = prefix
+    patch.prefix = None if prefix is None else layers_of_tensor(prefix)
     model.__dict__["_fastprompt_patch"] = patch
     return model
 
@@ -87,7 +88,7 @@ class _Patch:
 
     def _positions(self, args, kwargs):
         """The caller's position ids, or 0, 1, ... behind the cache, moved behind the prefix."""
-        length = self.prefix.shape[2]
+        length = prefix_length(self.prefix)
         if (given := kwargs.get("position_ids")) is not None:
             return given + length
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -106,7 +107,7 @@ def _probe(model):
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], device=table.device)
     with quiet(model):
         output = model(input_ids=ids, attention_mask=mask, return_dict=True)
-    first = next(x for x in output.values() if isinstance(x, torch.Tensor))
+    first = primary(output)
     if first.shape[:2] == mask.shape:
         first = first * mask.unsqueeze(-1).to(first.dtype)
     return first

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..checks import FLOATS, check_tensor
+
 
 class PromptTuning(nn.Module):
     """N learned prompts of P virtual tokens each, in front of the text.
@@ -11,27 +13,23 @@ class PromptTuning(nn.Module):
         num_virtual_tokens: P, at least 1.
         token_dim: D, the width of the model's embeddings.
         num_prompts: N, at least 1; a batch may mix them row by row.
-        init: ``[P, D]`` or ``[N, P, D]`` starting values, for example embeddings of a text (:meth:`from_text`) or of
-            sampled vocabulary (:meth:`from_vocabulary`). None: standard normal, as PEFT's RANDOM.
+        init: ``[P, D]`` or ``[N, P, D]`` starting values, for example embeddings of a text (:meth:`from_text`), of
+            class labels (:meth:`from_labels`) or of sampled vocabulary (:meth:`from_vocabulary`). None: standard
+            normal, as PEFT's RANDOM.
 
     Attributes:
         prompt: ``[N, P, D]`` fp32 parameter.
 
     Raises:
+        TypeError: an ``init`` that is no tensor.
         ValueError: a size below 1, or an ``init`` of another shape.
     """
 
     def __init__(self, num_virtual_tokens, token_dim, num_prompts=1, init=None):
         super().__init__()
-        for name, value in dict(num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_prompts=num_prompts).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        check_sizes(num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_prompts=num_prompts)
         shape = (num_prompts, num_virtual_tokens, token_dim)
-        if init is None:
-            init = torch.randn(shape)
-        elif tuple(init.shape) not in (shape, shape[1:]):
-            raise ValueError(f"init must have shape {list(shape)} or {list(shape[1:])}, got {list(init.shape)}")
-        self.prompt = nn.Parameter(init.detach().float().expand(shape).clone())
+        self.prompt = nn.Parameter(torch.randn(shape) if init is None else initial_values(init, shape, shape[1:]))
 
     @classmethod
     def from_text(cls, token_ids, embedding, num_virtual_tokens, num_prompts=1):
@@ -53,6 +51,28 @@ class PromptTuning(nn.Module):
         return cls._from_ids(ids, embedding, num_prompts)
 
     @classmethod
+    def from_labels(cls, label_token_ids, embedding, num_virtual_tokens, num_prompts=1, generator=None):
+        """Start from the class labels: virtual token c is the mean embedding of label c's tokens, and those beyond the
+        labels are drawn from the vocabulary, anew for every prompt.
+
+        Args:
+            label_token_ids: the tokenized label of each class, a list of at most P non-empty lists of ints.
+            embedding: the model's input embedding module.
+        """
+        for index, ids in enumerate(label_token_ids):
+            if not ids:
+                raise ValueError(f"label_token_ids must hold at least one token a label, got none for label {index}")
+        if not 0 < len(label_token_ids) <= num_virtual_tokens:
+            limit = f"1 to num_virtual_tokens={num_virtual_tokens}"
+            raise ValueError(f"label_token_ids must hold {limit} labels, got {len(label_token_ids)}")
+        method = cls.from_vocabulary(embedding, num_virtual_tokens, num_prompts, generator)
+        with torch.no_grad():
+            for index, ids in enumerate(label_token_ids):
+                rows = embedding(torch.tensor(ids, device=embedding.weight.device))
+                method.prompt[:, index] = rows.float().mean(0)
+        return method
+
+    @classmethod
     def _from_ids(cls, ids, embedding, num_prompts):
         with torch.no_grad():
             init = embedding(ids.to(embedding.weight.device))
@@ -66,6 +86,57 @@ class PromptTuning(nn.Module):
     def num_virtual_tokens(self):
         return self.prompt.shape[1]
 
+    @property
+    def token_dim(self):
+        return self.prompt.shape[2]
+
     def forward(self):
         """All prompts, ``[N * P, D]``."""
         return self.prompt.flatten(0, 1)
+
+
+def ensemble_vote(logits):
+    """The class that most of N prompts predict, as in section 6 of the paper; among equals the one with the highest
+    mean logit.
+
+    N prompts trained for the same task are an ensemble in one model: run each example once with every prompt, as rows
+    of one batch.
+
+    Args:
+        logits: ``[N, B, C]`` logits over the classes from each prompt, floating point.
+
+    Returns:
+        ``[B]`` int64 classes.
+
+    Raises:
+        TypeError, ValueError: no such tensor, or one without a prompt or a class.
+    """
+    check_tensor("logits", logits, ["N", "B", "C"], dtypes=FLOATS)
+    if logits.shape[0] == 0 or logits.shape[2] == 0:
+        raise ValueError(f"logits must hold at least one prompt and one class, got shape {list(logits.shape)}")
+    votes = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+    # A class that some prompt rules out by -inf may have been voted for by others; it must stay above the losers.
+    mean = logits.double().mean(0).clamp(min=torch.finfo(torch.float64).min)
+    return mean.masked_fill(votes < votes.amax(-1, keepdim=True), -torch.inf).argmax(-1)
+
+
+def check_sizes(**sizes):
+    """Check that each is an int of at least 1, else ValueError."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def initial_values(init, shape, *others):
+    """A new fp32 tensor of shape ``shape`` from ``init``, which has that shape or one of ``others`` and is broadcast.
+
+    Raises:
+        TypeError: ``init`` is no tensor.
+        ValueError: it has another shape.
+    """
+    shapes = " or ".join(str(list(s)) for s in (shape, *others))
+    if not isinstance(init, torch.Tensor):
+        raise TypeError(f"init must be a torch.Tensor of shape {shapes}, got {type(init).__name__}")
+    if tuple(init.shape) not in (shape, *others):
+        raise ValueError(f"init must have shape {shapes}, got {list(init.shape)}")
+    return init.detach().float().expand(shape).clone(memory_format=torch.contiguous_format)

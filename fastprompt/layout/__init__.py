@@ -1,0 +1,9 @@
+"""Batch -> rows: which tokens and prompt vectors a model has to run, where they stand, and the way back.
+
+Pure index arithmetic on integer tensors; no parameters, no floating point, no model.
+"""
+
+from .plan import CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from .sequences import Sequences
+
+__all__ = ["CannotPack", "RowPlan", "Sequences", "plan_packed_input", "plan_padded_input"]

@@ -1,0 +1,153 @@
+"""Which rows of a batch form a sequence, and what stands in front of each: what attention needs to know."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..checks import INTS, check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences of a batch of rows, made once a batch and shared by all layers. Immutable.
+
+    Build it with :meth:`packed`, :meth:`padded`, :meth:`runs` or :meth:`decode`.
+
+    Attributes:
+        kind: "packed" (the sequences fill the rows), "padded" (rows may lie outside) or "decode".
+        starts: ``[B]`` int64, the first row of each sequence.
+        lengths: ``[B]`` int64, its rows (decode: the keys in its cache, the query's own included).
+        prefix_ids: ``[B]`` int64, the prefix in front of it; -1 for none. None: prefix 0 for all.
+        prefix_lens: ``[N]`` int64, the used length of each prefix. None: all of it.
+        gaps: ``[B]`` int64, positions left out between the prefix and the sequence (left padding keeps its place in
+            the model's position count, so a sliding window counts it too). None: 0.
+        rows: how many query rows the batch has.
+    """
+
+    kind: str
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    prefix_ids: torch.Tensor | None
+    prefix_lens: torch.Tensor | None
+    gaps: torch.Tensor | None
+    rows: int
+
+    @classmethod
+    def packed(cls, cu_seqlens, prefix_ids=None, prefix_lens=None, gaps=None):
+        """Sequences one after the other: rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` are sequence b.
+
+        Args:
+            cu_seqlens: ``[B + 1]`` cumulative lengths, a tensor or a list, starting at 0, never falling.
+            prefix_ids, prefix_lens, gaps: see the attributes; tensors or lists.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or values.
+        """
+        cu = _index("cu_seqlens", cu_seqlens, "B + 1")
+        bounds = cu.tolist()
+        if not bounds or bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds)}")
+        return cls._make("packed", cu[:-1], cu.diff(), bounds[-1], prefix_ids, prefix_lens, gaps)
+
+    @classmethod
+    def padded(cls, starts, lengths, max_len, prefix_ids=None, prefix_lens=None, gaps=None):
+        """A ``[B, max_len]`` batch used in place: sequence b is the ``lengths[b]`` columns from ``starts[b]`` on.
+
+        Rows outside every sequence get zeros from attention.
+
+        Raises:
+            ValueError, TypeError: wrong shapes or dtypes, or a sequence that leaves its row.
+        """
+        starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
+        if starts.shape != lengths.shape:
+            raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
+        if len(starts) and not (0 <= int(starts.min()) and 0 <= int(lengths.min()) and int((starts + lengths).max()) <= max_len):
+            raise ValueError(f"starts and lengths must stay within the {max_len} columns of a row, "
+                             f"got starts {_brief(starts.tolist())}, lengths {_brief(lengths.tolist())}")
+        first = torch.arange(len(starts), device=starts.device) * max_len + starts
+        return cls._make("padded", first, lengths, len(starts) * max_len, prefix_ids, prefix_lens, gaps)
+
+    @classmethod
+    def runs(cls, starts, lengths, rows, prefix_ids=None, prefix_lens=None, gaps=None):
+        """Any runs of rows that do not overlap, in a batch of ``rows`` rows: a padded batch whose rows are packed.
+
+        Raises:
+            ValueError, TypeError: wrong shapes or dtypes, runs that overlap or leave the batch.
+        """
+        starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
+        if starts.shape != lengths.shape:
+            raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
+        end = 0
+        for start, length in sorted(zip(starts.tolist(), lengths.tolist())):
+            if start < end or length < 0 or start + length > rows:
+                raise ValueError(f"runs must not overlap or leave the {rows} rows, got one of {length} rows at {start}")
+            end = start + length
+        return cls._make("padded", starts, lengths, rows, prefix_ids, prefix_lens, gaps)
+
+    @classmethod
+    def decode(cls, lengths, prefix_ids=None, prefix_lens=None, gaps=None):
+        """One query a sequence, against the first ``lengths[b]`` keys of its own cache (its own key included)."""
+        lengths = _index("lengths", lengths, "B")
+        starts = torch.arange(len(lengths), device=lengths.device)
+        return cls._make("decode", starts, lengths, len(lengths), prefix_ids, prefix_lens, gaps)
+
+    @classmethod
+    def _make(cls, kind, starts, lengths, rows, prefix_ids, prefix_lens, gaps):
+        def optional(name, value, size):
+            return None if value is None else _index(name, value, size).to(starts.device)
+
+        batch = len(starts)
+        return cls(kind, starts, lengths, optional("prefix_ids", prefix_ids, batch),
+                   optional("prefix_lens", prefix_lens, "N"), optional("gaps", gaps, batch), rows)
+
+    def tensors(self):
+        """``[starts, lengths, prefix_ids, prefix_lens, gaps]`` with empty tensors for None: what crosses an operator."""
+        empty = self.starts.new_empty(0)
+        return [empty if t is None else t
+                for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)]
+
+    @classmethod
+    def from_tensors(cls, kind, rows, tensors):
+        """The inverse of :meth:`tensors`."""
+        starts, lengths, *optional = tensors
+        return cls(kind, starts, lengths, *(t if t.numel() else None for t in optional), rows)
+
+    def to(self, device):
+        """The same sequences with their tensors on ``device``."""
+        return self.from_tensors(self.kind, self.rows, [t.to(device) for t in self.tensors()])
+
+    @cached_property
+    def host(self):
+        """One ``(start, length, prefix id, gap)`` of Python ints a sequence; read from the device once."""
+        batch = len(self.starts)
+        prefix_ids = [0] * batch if self.prefix_ids is None else self.prefix_ids.tolist()
+        gaps = [0] * batch if self.gaps is None else self.gaps.tolist()
+        return list(zip(self.starts.tolist(), self.lengths.tolist(), prefix_ids, gaps))
+
+    @cached_property
+    def host_prefix_lens(self):
+        """``prefix_lens`` as Python ints, or None."""
+        return None if self.prefix_lens is None else self.prefix_lens.tolist()
+
+    def prefix_length(self, prefix_id, longest):
+        """The keys of prefix ``prefix_id`` (-1: none) in a bank whose prefixes have room for ``longest``."""
+        if prefix_id < 0:
+            return 0
+        return longest if self.host_prefix_lens is None else self.host_prefix_lens[prefix_id]
+
+    def span(self, longest):
+        """The largest position count of any sequence: prefix, gap and own rows. A window of this size hides nothing."""
+        return max((self.prefix_length(p, longest) + gap + n for _, n, p, gap in self.host), default=0)
+
+
+def _index(name, value, size):
+    """An int64 tensor from a tensor or a list of ints."""
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty(0, dtype=torch.int64)
+    check_tensor(name, value, [size], dtypes=INTS)
+    return value.long()
+
+
+def _brief(values):
+    return values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

@@ -1,0 +1,142 @@
+"""P-Tuning: Liu et al. 2021, GPT Understands, Too, arXiv 2103.10385."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from ..ops import prompt_lstm
+from .prompt_tuning import check_sizes, initial_values
+
+
+class PTuning(nn.Module):
+    """A prompt of P virtual tokens that an encoder makes from an embedding; both train.
+
+    The encoder is a bidirectional LSTM and two linear layers ("lstm", the paper's), three linear layers ("mlp"), or
+    None: the embedding is the prompt itself, which is what is left of a trained encoder once its output is stored, as
+    PEFT does.
+
+    In evaluation mode with gradients off the encoder runs once and its output is kept until a parameter changes: one
+    that was written in place, replaced, moved or cast is noticed, and :meth:`train` and :meth:`eval` drop it as well.
+    Nothing is kept while a parameter has a gradient. What writes past autograd's version counter is not seen then
+    (``parameter.data.add_(...)``, a kernel of one's own): call :meth:`eval` after that.
+
+    Args:
+        num_virtual_tokens: P, at least 1.
+        token_dim: D, the width of the model's embeddings.
+        encoder: "lstm", "mlp" or None.
+        hidden_size: the hidden size of the LSTM (of one direction) or MLP. None: D.
+        num_layers: LSTM layers; the MLP has no choice and takes the default only.
+        dropout: between LSTM layers in training; 0 for the MLP.
+        init: ``[P, D]`` starting values of the embedding. None: standard normal.
+
+    Attributes:
+        embedding, lstm_head, mlp_head: modules with the parameters of PEFT's PromptEncoder under its names, with the
+            same seed of the same values; those that ``encoder`` does not use are absent.
+
+    Raises:
+        TypeError: an ``init`` that is no tensor.
+        ValueError: an unknown encoder, a size below 1, an ``init`` of another shape, or an argument that the encoder
+            would ignore.
+    """
+
+    num_prompts = 1
+
+    def __init__(self, num_virtual_tokens, token_dim, *, encoder="lstm", hidden_size=None, num_layers=2, dropout=0.0,
+                 init=None):
+        super().__init__()
+        hidden = token_dim if hidden_size is None else hidden_size
+        check_sizes(
+            num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, hidden_size=hidden, num_layers=num_layers
+        )
+        if encoder not in ("lstm", "mlp", None):
+            raise ValueError(f'encoder must be "lstm", "mlp" or None, got {encoder!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
+        if encoder != "lstm" and (num_layers, dropout) != (2, 0):
+            raise ValueError(
+                f'num_layers and dropout must be left alone but for encoder="lstm", got {num_layers} and {dropout}'
+            )
+        self.encoder, self.hidden_size, self.num_layers, self.dropout = encoder, hidden, num_layers, dropout
+        self.embedding = nn.Embedding(num_virtual_tokens, token_dim)
+        if encoder == "lstm":
+            self.lstm_head = _Parameters(nn.LSTM(token_dim, hidden, num_layers, bidirectional=True))
+            self.mlp_head = _mlp(2 * hidden, 2 * hidden, token_dim)
+        elif encoder == "mlp":
+            self.mlp_head = _mlp(token_dim, hidden, hidden, token_dim)
+        if init is not None:
+            self.embedding.weight = nn.Parameter(initial_values(init, (num_virtual_tokens, token_dim)))
+        self._cached = None
+
+    @property
+    def num_virtual_tokens(self):
+        return self.embedding.num_embeddings
+
+    @property
+    def token_dim(self):
+        return self.embedding.embedding_dim
+
+    def forward(self):
+        """The prompt, ``[P, D]``."""
+        if self.encoder is None:
+            return self.embedding.weight
+        if torch.compiler.is_compiling():
+            return self.encode(self.training)
+        if self.training or torch.is_grad_enabled():
+            prompt = self.encode(self.training)
+            if prompt.requires_grad:  # fused optimizers write past the version counter, but after a backward
+                prompt.register_hook(self._drop)
+            return prompt
+        state = self._state()
+        if state is None:
+            return self.encode()
+        if self._cached is None or self._cached[0] != (*state, self._cached[1]._version):
+            # Not an inference tensor, which a later call without inference_mode could not use for a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                prompt = self.encode()
+            # The aliases keep the memory that the state names from being given to another tensor.
+            self._cached = (*state, prompt._version), prompt, [parameter.detach() for parameter in self.parameters()]
+        return self._cached[1]
+
+    def encode(self, training=False):
+        """Run the encoder, with dropout if ``training``: ``[P, D]``."""
+        rows = self.embedding.weight
+        if self.encoder == "lstm":
+            weights = list(self.lstm_head.parameters())
+            rows = prompt_lstm(rows, weights, num_layers=self.num_layers, dropout=self.dropout, training=training)
+        return rows if self.encoder is None else self.mlp_head(rows)
+
+    def train(self, mode=True):
+        self._cached = None
+        return super().train(mode)
+
+    def _drop(self, grad):
+        self._cached = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached": None}  # addresses and versions mean nothing in a copy or a later process
+
+    def _state(self):
+        """What the cached output depends on; None where a change could pass unseen."""
+        parameters = list(self.parameters())
+        # Inference tensors have no version, and a fused optimizer that is about to step does not count it up.
+        if any(parameter.is_inference() or parameter.grad is not None for parameter in parameters):
+            return None
+        device = parameters[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+
+class _Parameters(nn.Module):
+    """The parameters of a module under their names: torch.compile does not go near an nn.LSTM itself."""
+
+    def __init__(self, module):
+        super().__init__()
+        for name, parameter in module.named_parameters():
+            self.register_parameter(name, parameter)
+
+
+def _mlp(*widths):
+    """Linear layers from each width to the next, with ReLU in between."""
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+    return nn.Sequential(layers[0], *(module for layer in layers[1:] for module in (nn.ReLU(), layer)))
