@@ -1,16 +1,25 @@
 """fastprompt: soft prompts for frozen language models, run once per batch."""
 
 __all__ = [
-    "PromptTuning", "Sequences", "SoftPromptModel", "accelerate", "multitask_prompt", "patch_attention",
-    "prefix_attention", "prompt_concat", "prompt_lstm", "restore", "unpatch_attention",
+    "MultitaskPromptTuning", "PTuning", "PrefixTuning", "PromptTuning", "Sequences", "SoftPromptModel", "accelerate",
+    "distillation_loss", "ensemble_vote", "multitask_prompt", "patch_attention", "prefix_attention", "prefix_of_text",
+    "prompt_concat", "prompt_lstm", "restore", "unpatch_attention",
 ]
 
 try:
     from .accelerate import accelerate, restore
     from .hf.model import SoftPromptModel
     from .hf.patch import patch_attention, unpatch_attention
+    from .hf.prefix import prefix_of_text
     from .layout import Sequences
-    from .methods import PromptTuning
+    from .methods import (
+        MultitaskPromptTuning,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        distillation_loss,
+        ensemble_vote,
+    )
     from .ops import multitask_prompt, prefix_attention, prompt_concat, prompt_lstm
 except Exception as error:
     # `fastprompt doctor` has to run where a requirement is missing or broken; every name below then says why it is.

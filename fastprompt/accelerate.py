@@ -20,6 +20,7 @@ from transformers import Cache
 
 from .hf.engine import Engine, plan_or_reason
 from .hf.prefix import layers_of_cache
+from .layout import IGNORE
 
 _PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -189,7 +190,16 @@ class _Call:
         )
         if plan is None:
             raise _OwnForward(reason)
+        if not self.direct:
+            self._check_padding((plan.grid < 0), given.get("labels"))
         return plan
+
+    def _check_padding(self, padding, labels):
+        """Does the head read states at ``padding [B, W]``, where none were run?"""
+        if isinstance(self.model, PeftModelForQuestionAnswering) and bool(padding.any()):
+            raise _OwnForward("an answer's probabilities are over all columns, padding among them")
+        if labels is not None and labels.shape == padding.shape and bool((labels[padding] != IGNORE).any()):
+            raise _OwnForward(f"padding has labels other than {IGNORE}")
 
     def language_model(self):
         """The output of a causal LM."""

@@ -1,4 +1,4 @@
-"""``fastprompt train | eval | generate | doctor``."""
+"""``fastprompt train | eval | generate | inspect | doctor``."""
 
 import argparse
 import json
@@ -34,18 +34,35 @@ def train(**options):
     print(json.dumps(history[-1]))
 
 
-def evaluate(data=None, **options):
+def evaluate(data=None, task=None, **options):
     from fastprompt.training import TrainedAdapter
 
-    print(json.dumps(TrainedAdapter(**options).evaluate(data)))
+    print(json.dumps(TrainedAdapter(**options).evaluate(data, task)))
 
 
-def generate(prompt=None, text=None, max_new_tokens=64, temperature=0.0, seed=0, **options):
+def generate(prompt=None, text=None, max_new_tokens=64, temperature=0.0, seed=0, task=None, **options):
     from fastprompt.training import TrainedAdapter
 
     adapter = TrainedAdapter(**options)
     for start in prompt or [adapter.task.prompt(text) for text in text]:
-        print(adapter.generate(start, max_new_tokens, temperature, seed))
+        print(adapter.generate(start, max_new_tokens, temperature, seed, task))
+
+
+def inspect(output=None, as_json=False, **options):
+    from pathlib import Path
+
+    from fastprompt.inspect import check_output, inspect_prompt
+
+    if output is not None:
+        check_output(Path(output))
+    report = inspect_prompt(**options)
+    pictures = [str(path) for path in report.save_pictures(Path(output))] if output is not None else []
+    if as_json:
+        print(json.dumps({**report.to_dict(), "pictures": pictures}))
+        return
+    report.show()
+    for picture in pictures:
+        print(picture)
 
 
 def doctor() -> int:
@@ -66,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(command("train", train, "train a soft prompt"))
     _add_eval(command("eval", evaluate, "loss, and accuracy on labelled data, of a trained soft prompt"))
     _add_generate(command("generate", generate, "complete text with a trained soft prompt"))
+    _add_inspect(command("inspect", inspect, "what a soft prompt looks like: nearest tokens, norms, similarity"))
     command("doctor", doctor, "what is installed, and which backend each operator uses")
     return parser
 
@@ -90,13 +108,26 @@ def _add_train(parser):
     add("--eval-fraction", type=float, metavar="F", help="or: the part of --data to hold out for it")
 
     add = parser.add_argument_group("soft prompt").add_argument
-    add("--method", help="prompt-tuning (default)")
+    add("--method", help="prompt-tuning (default), prefix-tuning, p-tuning or multitask")
     add("--num-virtual-tokens", type=int, metavar="P", help="length of the prompt (default 20)")
-    add("--init", help="random (default), vocab (embeddings of random tokens) or text (those of --init-text)")
+    inits = "prompt-tuning and multitask: vocab (embeddings of random tokens), text (those of --init-text)"
+    add("--init", help=f"random (default); {inits}; prefix-tuning: zero or text (keys and values of --init-text)")
     add("--init-text", metavar="TEXT", help="cut or repeated to P tokens")
 
+    add = parser.add_argument_group("prefix-tuning and p-tuning").add_argument
+    add("--projection", action="store_true", help="prefix-tuning: train an MLP in front of the keys and values")
+    add("--encoder", help="p-tuning: lstm (default) or mlp")
+    add("--encoder-hidden-size", type=int, metavar="N", help="width of either (default: as the keys; p-tuning: 128)")
+
+    add = parser.add_argument_group("multitask").add_argument
+    add("--task-column", metavar="NAME", help="the task of each row (default: all rows are one task)")
+    add("--num-ranks", type=int, metavar="R", help="rank of a task's factors (default 1)")
+    add("--source", metavar="DIR", help="start from the prompt of this multitask run")
+    add("--source-init", help="with the average of its tasks (default), the exact factors of one, or its shared prompt")
+    add("--source-task", metavar="NAME", help="which one, for exact")
+
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
-    add("--lr", type=float, help="learning rate (default 0.02)")
+    add("--lr", type=float, help="default 0.02; prefix-tuning 0.01, with --projection 0.001; p-tuning 0.001")
     add("--schedule", help="linear (default), cosine or constant")
     add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default 0)")
     add("--weight-decay", type=float, help="default 0")
@@ -118,6 +149,10 @@ def _add_train(parser):
 
 def _add_adapter(parser):
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the --output of `fastprompt train`")
+    _add_model(parser)
+
+
+def _add_model(parser):
     parser.add_argument("--model", metavar="PATH", help="where the model is now (default: where the run found it)")
     parser.add_argument("--gguf-file", metavar="NAME", help="likewise")
     parser.add_argument("--precision", help="of the weights: fp32, bf16 or fp16 (default: as in training)")
@@ -126,6 +161,7 @@ def _add_adapter(parser):
 def _add_eval(parser):
     _add_adapter(parser)
     parser.add_argument("--data", metavar="FILE", help="with the run's columns (default: the rows that the run held out)")
+    parser.add_argument("--task", metavar="NAME", help="of a multitask run: only the rows of this task")
 
 
 def _add_generate(parser):
@@ -136,6 +172,15 @@ def _add_generate(parser):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 64")
     parser.add_argument("--temperature", type=float, help="0 (default): the most probable token each time")
     parser.add_argument("--seed", type=int, help="for sampling (default 0)")
+    parser.add_argument("--task", metavar="NAME", help="of a multitask run: whose prompt to use")
+
+
+def _add_inspect(parser):
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="output of a run, or any prompt adapter of PEFT")
+    _add_model(parser)
+    parser.add_argument("--top", type=int, metavar="K", help="how many of the nearest tokens to name (default 5)")
+    parser.add_argument("--output", metavar="DIR", help="write similarity.png and norms.png into this folder")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON in place of a table")
 
 
 def _unescape(template: str) -> str:

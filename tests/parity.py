@@ -100,8 +100,10 @@ def both(model, inputs):
 def assert_equal(plain, fast, inputs, loss_rtol=1e-5, gradient_rtol=1e-4, output_rtol=1e-4):
     torch.testing.assert_close(fast[0], plain[0], rtol=loss_rtol, atol=0)
     assert plain[1] and fast[1].keys() == plain[1].keys()
+    # A gradient that is zero but for rounding (a bias before a softmax) is measured against the largest one.
+    floor = 1e-3 * max(x.norm() for x in plain[1].values())
     for name, expected in plain[1].items():
-        error = (fast[1][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        error = (fast[1][name] - expected).norm() / expected.norm().clamp(min=floor)
         assert error <= gradient_rtol, f"gradient of {name} differs by {error:.1e}"
     assert fast[2].shape == plain[2].shape
     if plain[2].dim() < 3 or inputs["attention_mask"] is None:

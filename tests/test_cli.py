@@ -1,6 +1,9 @@
-"""The command line: train, eval, generate, doctor."""
+"""The command line: train, eval, generate, inspect, doctor."""
 
+import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from peft import PeftConfig
 from tiny_llama import save_model, save_words
 
 from fastprompt.cli import main
+from fastprompt.training import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,67 @@ def test_generate_completes_texts(trained, capsys):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "prefix-tuning", "--init", "text", "--init-text", "Word: cat"],
+        ["--method", "prefix-tuning", "--projection", "--encoder-hidden-size", "8"],
+        ["--method", "p-tuning", "--encoder", "mlp", "--encoder-hidden-size", "8"],
+    ],
+    ids=lambda options: " ".join(options[1:3]),
+)
+def test_every_method_trains_and_generates(trained, tmp_path, capsys, options):
+    out, arguments = str(tmp_path / "out"), trained[1]
+    data = arguments[: arguments.index("--method")]
+    assert main(["train", *data, *options, "--num-virtual-tokens", "4", "--steps", "2", "--output", out]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert main(["eval", "--adapter", out]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["eval_accuracy"]
+    assert main(["generate", "--adapter", out, "--text", "cat", "--max-new-tokens", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_multitask_and_its_target(trained, tmp_path, capsys):
+    _, arguments = trained
+    data = tmp_path / "tasks.csv"
+    rows = read_rows(arguments[3])
+    with data.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "topic"])
+        writer.writeheader()
+        writer.writerows({**row, "topic": ("a", "b")[i % 2]} for i, row in enumerate(rows))
+    common = [*arguments[: arguments.index("--method")], "--method", "multitask", "--num-virtual-tokens", "4"]
+    common += ["--num-ranks", "2", "--steps", "2", "--output"]
+    common[common.index("--data") + 1] = str(data)
+    source, target = str(tmp_path / "source"), str(tmp_path / "target")
+    assert main(["train", *common, source, "--task-column", "topic"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["eval_tasks"]) == ["a", "b"]
+    assert main(["eval", "--adapter", source, "--task", "b"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["tasks"]) == ["b"]
+    assert main(["generate", "--adapter", source, "--text", "cat", "--max-new-tokens", "1", "--task", "b"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "--adapter", source, "--text", "cat"]) == 2
+    assert "argument --task: expected one of ['a', 'b'], got None" in capsys.readouterr().err
+    assert main(["train", *common, target, "--source", source, "--source-init", "exact", "--source-task", "b"]) == 0
+    assert "eval_tasks" not in json.loads(capsys.readouterr().out)
+    assert main(["generate", "--adapter", target, "--text", "cat", "--max-new-tokens", "1"]) == 0
+
+
+def test_inspect_names_the_nearest_tokens(trained, capsys):
+    out, _ = trained
+    assert main(["inspect", "--adapter", str(out), "--top", "1", "--json"]) == 0
+    (prompt,) = json.loads(capsys.readouterr().out)["prompts"]
+    assert len(prompt["virtual_tokens"]) == 8 and len(prompt["virtual_tokens"][0]["nearest"]) == 1
+    assert main(["inspect", "--adapter", str(out), "--top", "0"]) == 2
+    assert "argument --top: expected at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["inspect"]], ids=" ".join)
+def test_help_answers_without_torch(command):
+    run = f"import sys; sys.modules['torch'] = None; from fastprompt.cli import main; main({[*command, '--help']})"
+    result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "usage: fastprompt" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
     ("command", "said"),
     [
         (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "1"], "--text-column: expected text_column"),
@@ -68,7 +133,10 @@ def test_generate_completes_texts(trained, capsys):
          "--steps: expected at least 1, got 0"),
         (["train", "--model", ".", "--data", "d.txt", "--output", "o", "--steps", "1", "--text-column", "t", "--label-column", "l"],
          "'d.txt' ends in '.txt'"),
+        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "1", "--text-column", "t",
+          "--label-column", "l", "--task-column", "t"], "--task-column: only multitask can use it"),
         (["eval", "--adapter", "."], "--adapter"),
+        (["inspect", "--adapter", "."], "--adapter"),
     ],
 )  # fmt: skip
 def test_errors_name_the_option(command, said, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """fastprompt.training: data to batches, exactness, repeatability, being killed, and errors before anything is written."""
 
+import csv
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,11 +38,33 @@ from fastprompt.training import (
 
 WORDS = {"A": "animal", "P": "plant"}
 
+# What each method changes in the fixture `config`.
+METHODS = {
+    "prompt-tuning": {},
+    "prefix-tuning": {"method": "prefix-tuning", "init": "random"},
+    "prefix-tuning zero": {"method": "prefix-tuning", "init": "zero"},
+    "prefix-tuning text": {"method": "prefix-tuning", "init": "text", "init_text": "Word: cat"},
+    "prefix-tuning projection": {
+        "method": "prefix-tuning", "init": "random", "projection": True, "encoder_hidden_size": 8,
+    },
+    "prefix-tuning projection zero": {"method": "prefix-tuning", "init": "zero", "projection": True},
+    "p-tuning lstm": {"method": "p-tuning", "init": "random", "encoder_hidden_size": 8},
+    "p-tuning mlp": {"method": "p-tuning", "init": "random", "encoder": "mlp"},
+    "multitask": {"method": "multitask", "task_column": "topic", "num_ranks": 2},
+}
+every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    return {"model": save_model(folder / "model"), "data": save_words(folder / "words.csv")}
+    data = save_words(folder / "words.csv")
+    rows = read_rows(data)
+    with open(data, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*rows[0], "topic"])
+        writer.writerows([*row.values(), ("y", "x", "z")[i % 3]] for i, row in enumerate(rows))
+    return {"model": save_model(folder / "model"), "data": data}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +95,10 @@ def losses(history):
 
 def adapter_of(config):
     return load_file(Path(config.output, "adapter_model.safetensors"))["prompt_embeddings"]
+
+
+def encoder_of(run):
+    return run.model.prompt_encoder["default"]
 
 
 # Data
@@ -150,6 +178,20 @@ def test_rows_that_do_not_fit_the_task_are_named(changes, argument, said):
     assert caught.value.argument == argument
 
 
+def test_tasks_are_sorted_and_have_labels_of_their_own():
+    rows = [{"x": "1", "y": "b", "t": "two"}, {"x": "2", "y": "a", "t": "one"}, {"x": "3", "y": "a", "t": "two"}]
+    task = Task("x", "y", task_column="t").with_words_of(rows).with_tasks_of(rows)
+    assert task.tasks == {"one": ["a"], "two": ["a", "b"]} and list(task.tasks) == ["one", "two"]
+    assert [task.task_id(example.task) for example in task.examples(rows)] == [1, 0, 1]
+    assert task.labels("one") == ["a"]
+    with pytest.raises(InputError, match=r"row 1 of data has task 'three'; expected one of \['one', 'two'\]"):
+        task.examples([{**rows[0], "t": "three"}])
+    with pytest.raises(InputError, match=r"has label 'b'; task 'one' has \['a'\]"):
+        task.examples([{**rows[0], "t": "one"}])
+    free = Task(prompt_column="x", completion_column="y", task_column="t").with_tasks_of(rows)
+    assert free.tasks == {"one": [], "two": []} and free.examples(rows)[0].task == "two"
+
+
 # Token ids and batches
 
 
@@ -212,7 +254,9 @@ def test_token_budget_is_kept_and_used():
 # Exactness
 
 
-def test_losses_follow_plain_peft(config, tmp_path):
+@every_method
+def test_losses_follow_plain_peft(config, tmp_path, changes):
+    config = dataclasses.replace(config, **changes)
     fast = TrainingRun(config).train()
     plain = TrainingRun(dataclasses.replace(config, output=str(tmp_path / "plain")), accelerated=False).train()
     assert losses(fast) == pytest.approx(losses(plain), abs=1e-4)
@@ -227,9 +271,18 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path):
     assert torch.equal(adapter_of(config), adapter_of(again))
 
 
-def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_gradient_checkpointing_changes_nothing(config, tmp_path, method):
+    config = dataclasses.replace(config, **METHODS[method])
     saving = dataclasses.replace(config, output=str(tmp_path / "b"), gradient_checkpointing=True)
     assert losses(train(config)) == pytest.approx(losses(train(saving)), rel=1e-5)
+
+
+def test_plain_peft_cannot_checkpoint_a_prefix(config):
+    config = dataclasses.replace(config, **METHODS["prefix-tuning"], gradient_checkpointing=True)
+    with pytest.raises(InputError, match="plain PEFT") as caught:
+        TrainingRun(config, accelerated=False)
+    assert caught.value.argument == "gradient_checkpointing"
 
 
 def test_prompt_stays_fp32_on_bf16_weights(config):
@@ -252,6 +305,82 @@ def test_initialisation(config, init):
     if init == "text":
         ids = (run.tokenizer(text)["input_ids"] * 4)[:4]
         assert torch.equal(prompt, table[ids])
+
+
+def test_prefix_from_zero_has_zero_values(config):
+    for name in ("prefix-tuning zero", "prefix-tuning projection zero"):
+        cache = TrainingRun(dataclasses.replace(config, **METHODS[name])).model.get_prompt(batch_size=1)
+        assert not any(layer.values.any() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_task_starts_from_the_shared_prompt(config, ranks):
+    changes = {**METHODS["multitask"], "num_ranks": ranks, "init": "text", "init_text": "Word: cat"}
+    run = TrainingRun(dataclasses.replace(config, **changes))
+    prompts = run.model.get_prompt(batch_size=3, task_ids=torch.arange(3))
+    ids = (run.tokenizer("Word: cat")["input_ids"] * 4)[:4]
+    assert torch.equal(prompts, run.model.get_input_embeddings().weight[ids].expand(3, -1, -1))
+    # The ranks must not move in step, or they would be one.
+    gradient = torch.autograd.grad(run.model(**run.batch(0)).loss, encoder_of(run).prefix_task_cols)[0]
+    assert ranks == 1 or not torch.allclose(gradient[..., 0], gradient[..., 1])
+
+
+@pytest.fixture
+def source(config, tmp_path):
+    config = dataclasses.replace(config, **METHODS["multitask"], output=str(tmp_path / "source"))
+    train(config)
+    return load_file(tmp_path / "source/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("how", [{}, {"source_init": "exact", "source_task": "y"}, {"source_init": "shared"}], ids=str)
+def test_target_starts_from_its_source(config, tmp_path, source, how):
+    target = {"method": "multitask", "init": "random", "num_ranks": 2, "source": str(tmp_path / "source"), **how}
+    run = TrainingRun(dataclasses.replace(config, **target))
+    factors = torch.ones(())
+    if how.get("source_init") != "shared":
+        cols, rows = source["prefix_task_cols"], source["prefix_task_rows"]
+        factors = cols[1] @ rows[1] if how else cols.mean(0) @ rows.mean(0)
+    prompt = run.model.get_prompt(batch_size=1, task_ids=torch.tensor([0]))[0]
+    assert torch.allclose(prompt, source["prompt_embeddings"] * factors, rtol=1e-6)
+    run.train()
+    shutil.rmtree(tmp_path / "source")
+    assert "tasks" not in TrainedAdapter(run.config.output).evaluate(config.data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "said"),
+    [
+        ({"source": "nowhere"}, "source", r"holds no adapter_config\.json"),
+        ({"num_virtual_tokens": 5}, "num_virtual_tokens", "expected 4 like the source, got 5"),
+        ({"num_ranks": None}, "num_ranks", "expected 2 like the source, got 1"),
+        ({"task_column": "topic"}, "source_init", "'average' starts one task, and the data has 3; expected 'shared'"),
+        ({"source_init": "exact", "source_task": "w"}, "source_task", r"expected one of \['x', 'y', 'z'\], got 'w'"),
+    ],
+)
+def test_unusable_sources_are_named(config, tmp_path, source, changes, argument, said):
+    target = {"method": "multitask", "init": "random", "num_ranks": 2, "source": str(tmp_path / "source"), **changes}
+    with pytest.raises(InputError, match=said) as caught:
+        TrainingRun(dataclasses.replace(config, **target))
+    assert caught.value.argument == argument
+
+
+def test_only_a_multitask_run_is_a_source(config, tmp_path):
+    train(config)
+    target = {"method": "multitask", "init": "random", "source": config.output, "output": str(tmp_path / "target")}
+    with pytest.raises(InputError, match="holds a PROMPT_TUNING adapter; expected a multitask run"):
+        TrainingRun(dataclasses.replace(config, **target))
+
+
+def test_a_loss_of_ones_own(config, tmp_path):
+    twice, steps = TrainingRun(dataclasses.replace(config, output=str(tmp_path / "b"))), []
+
+    def loss(model, batch, step):
+        assert torch.equal(batch["input_ids"], twice.batch(step)["input_ids"])
+        steps.append(step)
+        return 2 * model(**batch).loss
+
+    history = twice.train(loss=loss)
+    assert steps == list(range(6)) and losses(history)[0] == pytest.approx(2 * losses(train(config))[0])
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("linear", [0, 1, 0.5]), ("constant", [0, 1, 1]), ("cosine", [0, 1, 0.5])])
@@ -284,16 +413,20 @@ def test_output_is_a_peft_adapter_and_a_log(config):
 
 
 @pytest.mark.parametrize("words", [WORDS, {"A": "animal cat", "P": "dog"}], ids=["one token", "several tokens"])
-def test_evaluation_is_what_peft_computes(config, words):
-    config = dataclasses.replace(config, verbaliser=words, eval_data=config.data)
+@every_method
+def test_evaluation_is_what_peft_computes(config, words, changes):
+    config = dataclasses.replace(config, **changes, verbaliser=words, eval_data=config.data)
     run = TrainingRun(config, accelerated=False)
+    task_ids = [run.data.task.task_id(example.task) for example in run.data.held_out]
     scores = []
     with torch.no_grad():
-        for example in run.data.held_out:
+        if config.method == "multitask":  # tasks of their own must matter
+            encoder_of(run).prefix_task_cols.add_(torch.arange(3)[:, None, None])
+        for example, task_id in zip(run.data.held_out, task_ids):
             row = []
             for label in words:
                 (pair,) = encode(run.tokenizer, [example.prompt], [run.data.task.completion(example.prompt, label)])
-                mean = run.model(**collate(features([pair]))).loss
+                mean = run.model(**collate(features([pair], [task_id]))).loss
                 row.append(-mean.item() * len(pair.completion))
             scores.append(row)
     right = [list(words).index(example.label) for example in run.data.held_out]
@@ -302,12 +435,18 @@ def test_evaluation_is_what_peft_computes(config, words):
     assert result["accuracy"] == sum(max(row) == row[i] for row, i in zip(scores, right)) / len(right)
     assert result["loss"] == pytest.approx(-sum(row[i] for row, i in zip(scores, right)) / tokens, rel=1e-5)
     assert result["rows"] == len(right)
+    for name, part in result.get("tasks", {}).items():
+        rows = [i for i, example in enumerate(run.data.held_out) if example.task == name]
+        assert part["accuracy"] == sum(max(scores[i]) == scores[i][right[i]] for i in rows) / len(rows)
+        assert part["rows"] == len(rows)
 
 
-def test_prompt_from_text_starts_as_that_hard_prompt(config, tokenizer):
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "multitask"])
+def test_prompt_from_text_starts_as_that_hard_prompt(config, tokenizer, method):
     text = "Word: cat dog"
     length = len(tokenizer(text)["input_ids"])
-    run = TrainingRun(dataclasses.replace(config, init="text", init_text=text, num_virtual_tokens=length))
+    start = {"method": method, "init": "text", "init_text": text, "num_virtual_tokens": length}
+    run = TrainingRun(dataclasses.replace(config, **start))
     pair = run.data.train_ids[0]
     hard = tokenizer(text)["input_ids"] + pair.prompt + pair.completion
     logits = AutoModelForCausalLM.from_pretrained(config.model)(torch.tensor([hard])).logits[0].log_softmax(-1)
@@ -323,12 +462,49 @@ def test_training_mode_survives_evaluation(config):
         assert model.training is mode
 
 
-def test_trained_adapter_evaluates_what_the_run_held_out(config):
-    history = train(dataclasses.replace(config, eval_fraction=0.25))
+@every_method
+def test_trained_adapter_evaluates_what_the_run_held_out(config, changes):
+    history = train(dataclasses.replace(config, **changes, eval_fraction=0.25))
     adapter = TrainedAdapter(config.output)
     result = adapter.evaluate()
     assert {f"eval_{name}": value for name, value in result.items()} == {k: v for k, v in history[-1].items() if k != "step"}
     assert adapter.evaluate(config.data)["rows"] == 64
+
+
+@every_method
+def test_generates_the_most_probable_tokens(config, changes):
+    train(dataclasses.replace(config, **changes))
+    adapter = TrainedAdapter(config.output)
+    task = "z" if "task_column" in changes else None
+    prompt = adapter.task.prompt("cat")
+    ids = start = adapter.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(3):
+            logits = adapter.model(ids, torch.ones_like(ids), task_ids=torch.tensor([2 if task else 0])).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    expected = adapter.tokenizer.decode(ids[0, start.shape[1] :], skip_special_tokens=True)
+    assert adapter.generate(prompt, max_new_tokens=3, task=task) == expected
+
+
+def test_one_task_of_a_multitask_run(config):
+    history = train(dataclasses.replace(config, **METHODS["multitask"], eval_fraction=0.5))
+    adapter = TrainedAdapter(config.output)
+    assert list(json.loads(Path(config.output, "run.json").read_text())["tasks"]) == ["x", "y", "z"]
+    everything, one = adapter.evaluate(), adapter.evaluate(task="y")
+    assert one["tasks"] == {"y": everything["tasks"]["y"]} and one["rows"] == everything["tasks"]["y"]["rows"]
+    assert history[-1]["eval_tasks"] == everything["tasks"]
+    for wrong in (None, "w"):
+        with pytest.raises(InputError, match=rf"expected one of \['x', 'y', 'z'\], got {wrong!r}") as caught:
+            adapter.generate("cat", task=wrong)
+        assert caught.value.argument == "task"
+    with pytest.raises(InputError, match="expected one of"):
+        adapter.evaluate(task="w")
+
+
+def test_a_run_without_tasks_takes_none(config):
+    train(config)
+    with pytest.raises(InputError, match="the run has no tasks, got 'x'"):
+        TrainedAdapter(config.output).generate("cat", task="x")
 
 
 def test_gguf_trains_like_the_folder_it_was_made_of(config, tmp_path):
@@ -400,6 +576,17 @@ def test_killed_and_resumed_gives_the_same_bits(config, tmp_path, call, complete
     assert not (out / ".incomplete").exists()
 
 
+@every_method
+def test_resumes_what_is_trained(config, changes):
+    config = dataclasses.replace(config, **changes)
+    history = train(config)
+    before = load_file(Path(config.output, "adapter_model.safetensors"))
+    shutil.rmtree(Path(config.output, "checkpoint-6"))
+    assert train(dataclasses.replace(config, resume=True)) == history
+    after = load_file(Path(config.output, "adapter_model.safetensors"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_resuming_a_finished_run_changes_nothing(config):
     history = train(config)
     before = adapter_of(config)
@@ -417,7 +604,22 @@ def test_resume_starts_where_there_is_nothing_yet(config):
 @pytest.mark.parametrize(
     ("changes", "argument", "said"),
     [
-        ({"method": "lora"}, "method", "expected one of prompt-tuning, got 'lora'"),
+        ({"method": "lora"}, "method", "expected one of prompt-tuning, prefix-tuning, p-tuning, multitask, got 'lora'"),
+        ({"init": "zero"}, "init", "expected one of random, vocab, text with method='prompt-tuning', got 'zero'"),
+        ({"method": "prefix-tuning"}, "init", "one of random, zero, text with method='prefix-tuning', got 'vocab'"),
+        ({"method": "p-tuning"}, "init", "expected one of random with method='p-tuning', got 'vocab'"),
+        ({"projection": True}, "projection", "only prefix-tuning can use it, got method='prompt-tuning'"),
+        ({"encoder": "lstm"}, "encoder", "only p-tuning can use it"),
+        ({"encoder_hidden_size": 8}, "encoder_hidden_size", "only prefix-tuning and p-tuning can use it"),
+        ({"task_column": "topic"}, "task_column", "only multitask can use it"),
+        ({"method": "p-tuning", "init": "random", "encoder": "gru"}, "encoder", "expected one of lstm, mlp, got 'gru'"),
+        ({"method": "p-tuning", "init": "random", "encoder_hidden_size": 0}, "encoder_hidden_size", "at least 1, got 0"),
+        ({**METHODS["prefix-tuning"], "encoder_hidden_size": 8}, "encoder_hidden_size", "expected projection too"),
+        ({**METHODS["prefix-tuning text"], "projection": True}, "init", "got projection"),
+        ({"method": "multitask", "source_init": "shared"}, "source_init", "expected a source too"),
+        ({"method": "multitask", "source": "a"}, "init", "expected no init, since the prompt starts from source"),
+        ({"method": "multitask", "init": "random", "source": "a", "source_init": "exact"}, "source_task", "exactly if"),
+        ({"method": "multitask", "source_init": "b"}, "source_init", "expected one of average, exact, shared, got 'b'"),
         ({"precision": "fp8"}, "precision", "expected one of fp32, bf16, fp16"),
         ({"schedule": "step"}, "schedule", "expected one of linear, cosine, constant"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens", "at least 1, got 0"),
@@ -448,7 +650,7 @@ def test_unusable_configurations_are_named(config, changes, argument, said):
         ({"model": "./nowhere"}, "model", "'./nowhere' is not a folder"),
         ({"gguf_file": "no.gguf"}, "gguf_file", "holds no file 'no.gguf'"),
         ({"data": "no.csv"}, "data", "is not a file"),
-        ({"text_column": "body"}, "text_column", r"row 1 of data has no column 'body'; expected one of \['text', 'label'\]"),
+        ({"text_column": "body"}, "text_column", r"row 1 of data has no column 'body'; expected one of \['text', 'label'"),
         ({"verbaliser": {"A": "animal"}}, "verbaliser", "has label 'P'"),
         ({"template": "{text}" * 30}, "max_length", "with 4 virtual ones; the model takes 64"),
         ({"num_virtual_tokens": 63}, "max_length", "with 63 virtual ones; the model takes 64"),
@@ -485,7 +687,7 @@ def test_another_run_is_not_continued(config, tmp_path):
     with pytest.raises(InputError, match="has 0.02, got 0.1") as caught:
         train(dataclasses.replace(config, resume=True, lr=0.1))
     assert caught.value.argument == "lr"
-    data.write_text(data.read_text() + "ivy,P\n")
+    data.write_text(data.read_text() + "ivy,P,x\n")
     with pytest.raises(InputError, match="contents changed"):
         train(dataclasses.replace(config, resume=True))
     assert before == {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()}

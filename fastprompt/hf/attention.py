@@ -86,10 +86,13 @@ class PackedRows:
 
 
 class PaddedBatch:
-    """A batch as users pass it: padded, packed by its position ids, or decoding, with a learned prefix or without."""
+    """A batch as users pass it: padded, packed by its position ids, or decoding, with learned prefixes or without.
 
-    def __init__(self, prefix=None):
-        self.prefix = prefix
+    ``prefix_ids [B]`` says which of the N stands in front of each row, or of each B-th part of them (beams); None: the first.
+    """
+
+    def __init__(self, prefix=None, prefix_ids=None):
+        self.prefix, self.prefix_ids = prefix, prefix_ids
         self.asked = False  # did the model ask for a mask at all?
 
     def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, local_size=None, **other):
@@ -102,7 +105,8 @@ class PaddedBatch:
                 last = torch.arange(q_length - 1, device=device)
                 ahead = q_length > 1 and bool(_as_mask(sees(last, last + 1), batch_size, q_length - 1, device).any())
                 window = local_size + 1 if local_size is not None and ahead else local_size  # bidirectional: inclusive
-                seq = Sequences.runs(starts, lengths, batch_size * q_length, gaps=gaps)
+                ids = None if self.prefix_ids is None else self._ids(batch_size)[starts // q_length]
+                seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
                 return MaskPlan(seq, window, causal=not ahead, prefix=self.prefix)
         return self._dense(before, batch_size=batch_size, q_length=q_length, kv_length=kv_length,
                            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **other)
@@ -117,7 +121,14 @@ class PaddedBatch:
         arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
         if (real := arguments.get("attention_mask")) is not None:
             arguments["attention_mask"] = torch.cat([real.new_ones(real.shape[0], length), real], 1)
-        return MaskPlan(None, prefix=self.prefix, dense=original(**arguments))
+        prefix = self.prefix
+        if self.prefix_ids is not None:
+            ids = self._ids(arguments["batch_size"])
+            prefix = tuple(layer and tuple(x[ids] for x in layer) for layer in prefix)  # a row of the batch each
+        return MaskPlan(None, prefix=prefix, dense=original(**arguments))
+
+    def _ids(self, batch):
+        return self.prefix_ids.repeat_interleave(batch // max(len(self.prefix_ids), 1))
 
 
 def _runs(sees, batch, width, attention_mask, device):
@@ -206,7 +217,7 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
     if plan.dense is not None:
         keys, values = (
             torch.cat([p.transpose(1, 2).expand(x.shape[0], -1, -1, -1), x], 2) for p, x in zip(prefix, (key, value))
-        )
+        )  # [B, Hkv, P + S, Dh]
         return _original(before, module)(module, query, keys, values, plan.dense, **arguments)
     return _run(module, query, key, value, plan, prefix, **arguments), None
 

@@ -65,7 +65,7 @@ class Engine:
             if attention_mask.dim() != 2:
                 return f"the attention mask has {attention_mask.dim()} dimensions"
             if not self.left_padding and bool((attention_mask[:, :1] == 0).any()):
-                return "the model numbers left-padded positions in a way of its own"
+                return "the model does not see left-padded rows as packed rows would"
             if not self.right_padding and not finds_last and bool((attention_mask[:, -1:] == 0).any()):
                 return "the model reads what stands in the last column, which is padding here; pad on the left"
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
@@ -155,11 +155,7 @@ class Engine:
         def leave(module, args, kwargs, output):
             if blocks:
                 blocks.pop().__exit__(None, None, None)
-            if output is not None:
-                output.last_hidden_state = plan.unpack(output.last_hidden_state[0])
-                if output.get("pooler_output") is not None:
-                    output.pooler_output = module.pooler(output.last_hidden_state)
-            return output
+            return None if output is None else _unpacked(plan, module, output)
 
         hooks = [self.backbone.register_forward_pre_hook(enter, with_kwargs=True),
                  self.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True)]
@@ -168,6 +164,15 @@ class Engine:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def padded_backbone(self, plan):
+        """While the block runs, a call of the backbone, on ``[B, W]`` rows, gives the states that the plan's grid picks."""
+        hook = self.backbone.register_forward_hook(lambda module, args, output: _unpacked(plan, module, output))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _call(self, model, plan, rows, prefix=None, **extra):
         inputs = {"inputs_embeds": rows} if rows.is_floating_point() else {"input_ids": rows}
@@ -216,10 +221,10 @@ class Engine:
 
     @cached_property
     def _random(self):
-        """Every ``(module, attribute)`` that holds a dropout probability or a router's noise."""
+        """Every ``(module, attribute)`` in front of the padded states that holds a dropout probability or a router's noise."""
         return [
             (module, name)
-            for module in self.base.modules()
+            for module in (self.base if self.is_lm else self.backbone).modules()
             for name, value in vars(module).items()
             if type(value) in (int, float) and ("drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout)))
         ]
@@ -237,9 +242,7 @@ class Engine:
             self.refusal = self._find_layout(probe)
             if self.refusal is not None:
                 return
-            if self._differs(probe, probe.left) is not None:
-                self.compact_positions = True
-                self.left_padding = self._differs(probe, probe.left) is None
+            self._find_left_padding(probe)
             self.plain_head = self.is_lm and self._head_is_plain(probe.embeds)
 
     def _find_layout(self, probe):
@@ -261,6 +264,15 @@ class Engine:
             if self.is_lm:
                 break
         return reason
+
+    def _find_left_padding(self, probe):
+        try:
+            for self.compact_positions in (False, True):
+                self.left_padding = self._differs(probe, probe.left) is None
+                if self.left_padding:
+                    return
+        except CannotPack:
+            self.left_padding = False
 
     def _differs(self, probe, mask):
         """None if the packed and the padded output agree where tokens are real, else what differs."""
@@ -324,6 +336,14 @@ class Engine:
             hook.remove()
         expected = head(large)
         return bool(torch.allclose(logits, expected.to(logits.dtype), rtol=1e-5, atol=1e-5 * float(expected.abs().max())))
+
+
+def _unpacked(plan, backbone, output):
+    """A backbone's output with padded in place of packed states, and what it pools from them pooled again."""
+    output.last_hidden_state = plan.unpack(output.last_hidden_state.flatten(0, 1))
+    if output.get("pooler_output") is not None:
+        output.pooler_output = backbone.pooler(output.last_hidden_state)
+    return output
 
 
 def _difference(packed, padded, real, dtype):

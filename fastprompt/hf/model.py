@@ -1,98 +1,149 @@
-"""SoftPromptModel: a frozen causal LM with a soft prompt, without PEFT's model wrapper."""
+"""SoftPromptModel: a frozen model with a soft prompt, without PEFT's model wrapper."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..layout import CannotPack, plan_packed_input, plan_padded_input
+from ..layout import IGNORE, CannotPack, plan_packed_input, plan_padded_input
+from ..methods import MultitaskPromptTuning, PrefixTuning
 from . import checkpoint
+from .attention import prefix_length
 from .engine import Engine, plan_or_reason
+from .patch import PaddedCalls
+from .prefix import cache_of_layers, layers_of_tensor
 
 
 class SoftPromptModel(nn.Module):
-    """A frozen causal LM and a method that produces its prompt, which is run once per batch.
+    """A frozen model and a method that produces its prompt. What the rows of a batch have in common is run once.
+
+    The model may be a causal LM, or have another head (sequence or token classification, question answering, none), on a
+    decoder or an encoder; such a head sees the hidden states of the text and not those of the prompt: labels and answer
+    positions count text tokens, and a classifier reads the first or last token of the text, wherever it is padded.
+    Encoder-decoders take their prompt in front of the encoder's text.
 
     Args:
-        base: a Hugging Face causal LM. Its parameters are frozen; its attention is switched over, see :class:`Engine`.
-        method: for example :class:`fastprompt.PromptTuning`; its parameters are what trains.
+        base: a Hugging Face model. Its parameters are frozen but for those of a new head (``score``, ``classifier``,
+            ``qa_outputs``); its attention is switched over, see :class:`Engine`.
+        method: a :class:`PromptTuning`, :class:`PTuning`, :class:`MultitaskPromptTuning` or :class:`PrefixTuning`; its
+            parameters are what trains.
 
     Raises:
-        ValueError: the prompt is not as wide as the model's embeddings.
+        ValueError: the prompt does not fit the model.
     """
 
     def __init__(self, base, method):
         super().__init__()
-        width = base.get_input_embeddings().weight.shape[1]
-        if method.prompt.shape[-1] != width:
-            raise ValueError(f"method must produce prompts of width {width} like the model's embeddings, got {method.prompt.shape[-1]}")
-        base.requires_grad_(False)
+        self._is_prefix = isinstance(method, PrefixTuning)
+        if not self._is_prefix:
+            width = base.get_input_embeddings().weight.shape[1]
+            if method.token_dim != width:
+                raise ValueError(f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}")
+        elif base.config.is_encoder_decoder:
+            raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in _HEADS)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._engine = Engine(base)
         self.config = base.config  # the model's own copy now
-        self._warned = set()
-        if self._engine.refusal is not None:
-            self._warn(self._engine.refusal)
+        self._warned, self._prefix_reason = set(), None
+        if self._is_prefix:
+            self._prefix_reason = self._why_no_prefix()
+        if (reason := self._engine.refusal or self._prefix_reason) is not None:
+            self._warn(reason)
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, *, inputs_embeds=None, prompt_ids=None,
-                virtual_tokens=None, cu_seqlens=None, keep_logits=False, num_items_in_batch=None):
-        """Loss and logits of a batch, as a ``CausalLMOutputWithPast``.
+                virtual_tokens=None, cu_seqlens=None, keep_logits=False, num_items_in_batch=None, **options):
+        """The model's output for a batch; with targets its loss too.
 
         Args:
             input_ids: ``[B, S]``, or ``[T]`` (or ``[1, T]``) with ``cu_seqlens``.
             attention_mask: ``[B, S]``; None: everything is text.
-            labels: like ``input_ids``, not shifted, -100 to ignore.
+            labels: a causal LM's like ``input_ids``, not shifted, -100 to ignore; another head's as the model takes them.
             inputs_embeds: in place of ``input_ids``, one dimension more.
-            prompt_ids: ``[B]``, which of the method's N prompts stands in front of each sequence; None: prompt 0.
+            prompt_ids: ``[B]``, which of the method's N prompts (tasks) belongs to each sequence; None: prompt 0.
             virtual_tokens: like ``input_ids``, j >= 0 where virtual token j stands, -1 elsewhere; the prompt then stands
                 there and not in front.
-            cu_seqlens: ``[B + 1]``; the batch comes packed.
-            keep_logits: return logits ``[B, P + S, V]`` in training with labels too, where they are None otherwise.
+            cu_seqlens: ``[B + 1]``; the batch comes packed. A causal LM only.
+            keep_logits: return a causal LM's logits ``[B, P + S, V]`` (``[B, S, V]`` with Prefix-Tuning) in training with
+                labels too, where they are None otherwise.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of taking the mean.
+            options: what else a model with another head takes (``start_positions``, ``token_type_ids``, ...).
 
         Raises:
             CannotPack: ``cu_seqlens`` with a model that cannot run packed rows.
             ValueError, TypeError: wrong arguments.
         """
-        tokens = self._one_of(input_ids, inputs_embeds)
-        if prompt_ids is not None and prompt_ids.numel():
-            low, high = int(prompt_ids.min()), int(prompt_ids.max())
-            if low < 0 or high >= self.method.num_prompts:
-                raise ValueError(f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}")
-        prompt, bank_ids = self._distinct_prompts(prompt_ids)
-        options = dict(labels=labels, prompt_ids=bank_ids, virtual_tokens=virtual_tokens)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        self._check(prompt_ids, virtual_tokens, cu_seqlens, options)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
         embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        want_logits = labels is None or keep_logits or not self.training
-        length = self.method.num_virtual_tokens
+        prompt, prefix, ids = self._prompts(prompt_ids)
+        if num_items_in_batch is not None:
+            options["num_items_in_batch"] = num_items_in_batch
+        if self.config.is_encoder_decoder:
+            return self._encoder_decoder(embeds, attention_mask, prompt, ids, labels, options)
+        is_lm = self._engine.is_lm
+        share = input_ids is not None and self._engine.may_share() and (prefix is None or None not in prefix)
+        arguments = dict(
+            labels=labels if is_lm else None, prompt_ids=ids, virtual_tokens=virtual_tokens,
+            prefix_length=prefix_length(prefix), token_ids=input_ids if share else None,
+        )
+        length = 0 if self._is_prefix else self.method.num_virtual_tokens
         if cu_seqlens is not None:
-            if (reason := self._engine.why_not()) is not None:
+            if (reason := self._engine.why_not() or self._prefix_reason) is not None:
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}")
-            flat = {name: x.reshape(-1) if name in ("labels", "virtual_tokens") and x is not None else x for name, x in options.items()}
-            plan = plan_packed_input(cu_seqlens, length, **flat)
+            flat = {name: x.reshape(-1) if name in _LIKE_TOKENS and x is not None else x for name, x in arguments.items()}
+            plan, reason = plan_packed_input(cu_seqlens, length, **flat), None
         else:
             plan, reason = plan_or_reason(self._engine, *tokens.shape[:2], length, attention_mask=attention_mask,
-                                          device=tokens.device, **options)
-            if plan is None:
-                self._warn(reason)
-                return self._padded(embeds, prompt, attention_mask, length, num_items_in_batch, **options)
-        rows = self._engine.rows(plan, prompt, embeds)
-        return self._engine.outputs(plan, rows, want_logits=want_logits, num_items_in_batch=num_items_in_batch)
+                                          device=tokens.device, finds_last=True, **arguments)
+            if self._prefix_reason is not None:
+                plan, reason = None, self._prefix_reason
+        if plan is None:
+            self._warn(reason)
+            return self._padded(embeds, attention_mask, prompt, prefix, labels, arguments, options)
+        if is_lm:
+            by_ids = self._is_prefix and input_ids is not None and self._engine.may_share()
+            rows = plan.token_ids(input_ids) if by_ids else self._engine.rows(plan, prompt, embeds)
+            want_logits = labels is None or keep_logits or not self.training
+            return self._engine.outputs(plan, rows, want_logits=want_logits, prefix=prefix, **options)
+        inputs = {"inputs_embeds": self._engine.rows(plan, prompt, embeds)}
+        if (types := options.pop("token_type_ids", None)) is not None:
+            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
+        return self._with_head(plan, inputs, embeds, attention_mask, prefix, labels, options)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, *, prompt_ids=None, **options):
         """``base.generate`` behind the prompt; returns ``[B, S + new]`` ids, the input in front, as PEFT does.
 
         Left-pad a batch of several lengths; positions then count text only.
+
+        Raises:
+            CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
         """
+        batch = len(input_ids)
+        self._check(prompt_ids, None, None, {})
+        prompt, prefix, ids = self._prompts(prompt_ids)
+        ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
+        if self._is_prefix:
+            if (reason := self._engine.refusal or self._prefix_reason) is not None:
+                raise CannotPack(f"generation behind a prefix needs the attention interface, but {reason}")
+            calls = PaddedCalls(self.base, prefix, ids)
+            try:
+                return self.base.generate(input_ids, attention_mask=attention_mask, **options)
+            finally:
+                calls.remove()
         embeds = self.base.get_input_embeddings()(input_ids)
-        batch, width = input_ids.shape
-        prompt, ids = self._distinct_prompts(prompt_ids)
         prompt = prompt.unflatten(0, (-1, self.method.num_virtual_tokens)).to(embeds.dtype)
-        ids = torch.zeros(batch, dtype=torch.int64, device=prompt.device) if ids is None else ids
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([mask.new_ones(batch, prompt.shape[1]), mask], 1)
         result = self.base.generate(inputs_embeds=torch.cat([prompt[ids], embeds], 1), attention_mask=mask, **options)
+        if self.config.is_encoder_decoder:
+            return result
         if isinstance(result, torch.Tensor):
             return torch.cat([input_ids.repeat_interleave(len(result) // batch, 0), result], 1)
         result.sequences = torch.cat([input_ids.repeat_interleave(len(result.sequences) // batch, 0), result.sequences], 1)
@@ -108,42 +159,119 @@ class SoftPromptModel(nn.Module):
         return cls(base, checkpoint.load(directory))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """See ``PreTrainedModel``; recomputation works, reentrant or not."""
+        """See ``PreTrainedModel``; recomputation works, reentrant or not, with Prefix-Tuning too."""
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self):
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
 
-    def _distinct_prompts(self, prompt_ids):
-        """The prompts a batch uses, ``[N * P, D]``, and the batch's ids among them."""
-        if prompt_ids is None:
-            return self.method()[: self.method.num_virtual_tokens], None
-        used, ids = prompt_ids.to(self.method.prompt.device).unique(return_inverse=True)
-        return self.method().unflatten(0, (self.method.num_prompts, -1))[used].flatten(0, 1), ids
+    def _check(self, prompt_ids, virtual_tokens, cu_seqlens, options):
+        if prompt_ids is not None and prompt_ids.numel():
+            low, high = int(prompt_ids.min()), int(prompt_ids.max())
+            if low < 0 or high >= self.method.num_prompts:
+                raise ValueError(f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}")
+        if self._is_prefix and virtual_tokens is not None:
+            raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
+        if not self._engine.is_lm and not self.config.is_encoder_decoder:
+            for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
+                if value is not None:
+                    raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
+        elif options and not self.config.is_encoder_decoder:
+            raise TypeError(f"forward got unknown arguments {sorted(options)}")
 
-    def _padded(self, embeds, prompt, attention_mask, length, num_items_in_batch, *, labels, prompt_ids, virtual_tokens, **_):
+    def _prompts(self, prompt_ids):
+        """The prompts a batch uses: ``[N * P, D]`` or None, a prefix or None, and the batch's ids among them or None."""
+        method, used, ids = self.method, None, None
+        if prompt_ids is not None:
+            used, ids = prompt_ids.to(next(method.parameters()).device).unique(return_inverse=True)
+        if self._is_prefix:
+            prefix = method()[:, :, :1] if used is None else method()[:, :, used]
+            return None, layers_of_tensor(prefix, self.config, method.layers), ids
+        if isinstance(method, MultitaskPromptTuning):
+            return method(torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used), None, ids
+        if used is None:
+            return method()[: method.num_virtual_tokens], None, None
+        return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
+
+    def _with_head(self, plan, inputs, embeds, attention_mask, prefix, labels, options):
+        """The model's own forward with its head on the hidden states of the text."""
+        plan = replace(plan, grid=self._text_cells(plan, attention_mask))
+        if labels is not None:
+            options["labels"] = labels
+        with self._engine.packed_backbone(plan, inputs, prefix):
+            return self.base(inputs_embeds=embeds, return_dict=True, **options)
+
+    def _text_cells(self, plan, attention_mask):
+        """``[B, S]`` rows of the text tokens; behind a head that reads the last column, a row's last token stands there."""
+        cells = plan.grid[:, plan.grid.shape[1] - self._width(plan, attention_mask) :]
+        if attention_mask is not None:
+            cells = cells.masked_fill(attention_mask == 0, -1)
+        if not self._engine.right_padding:
+            cells = cells.gather(1, (cells >= 0).int().argsort(1, stable=True))
+        return cells
+
+    def _width(self, plan, attention_mask):
+        front = 0 if self._is_prefix else self.method.num_virtual_tokens
+        return plan.grid.shape[1] - front if attention_mask is None else attention_mask.shape[1]
+
+    def _padded(self, embeds, attention_mask, prompt, prefix, labels, arguments, options):
         """The model's own forward on ``[B, P + S]`` rows, for what cannot be packed."""
         batch, width = embeds.shape[:2]
-        plan = plan_padded_input(batch, width, length, prompt_ids=prompt_ids, virtual_tokens=virtual_tokens, layout="padded", device=embeds.device)
+        length = 0 if self._is_prefix else self.method.num_virtual_tokens
+        planned = {name: arguments[name] for name in ("prompt_ids", "virtual_tokens")}
+        plan = plan_padded_input(batch, width, length, layout="padded", device=embeds.device, **planned)
         rows = self._engine.rows(plan, prompt, embeds).unflatten(0, plan.grid.shape)
         front = plan.grid.shape[1] - width
-        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must have shape [B, S], got {list(attention_mask.shape)}")
+        inputs = {"inputs_embeds": rows, "return_dict": True}
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must have shape [B, S], got {list(attention_mask.shape)}")
-            attention_mask = torch.cat([attention_mask.new_ones(batch, front), attention_mask], 1)
+            inputs["attention_mask"] = torch.cat([attention_mask.new_ones(batch, front + prefix_length(prefix)), attention_mask], 1)
+        if prefix is not None:
+            ids = torch.zeros(batch, dtype=torch.int64, device=rows.device) if planned["prompt_ids"] is None else planned["prompt_ids"]
+            inputs["past_key_values"] = cache_of_layers([x and tuple(y.to(rows.dtype) for y in x) for x in prefix], ids, self.config)
+        if self._engine.is_lm:
+            if labels is not None:
+                inputs["labels"] = torch.cat([labels.new_full((batch, front), IGNORE), labels], 1)
+            output = self.base(use_cache=prefix is not None, **inputs, **options)
+            return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+        plan = replace(plan, grid=self._text_cells(plan, attention_mask))
+        if (types := options.pop("token_type_ids", None)) is not None:
+            inputs["token_type_ids"] = torch.cat([types.new_zeros(batch, front), types], 1)
         if labels is not None:
-            extra["labels"] = torch.cat([labels.new_full((batch, front), -100), labels], 1)
-        output = self.base(inputs_embeds=rows, attention_mask=attention_mask, use_cache=False, return_dict=True, **extra)
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+            options["labels"] = labels
+        with self._engine.padded_backbone(plan):
+            return self.base(**inputs, **options)
 
-    def _one_of(self, input_ids, inputs_embeds):
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        return input_ids if inputs_embeds is None else inputs_embeds
+    def _encoder_decoder(self, embeds, attention_mask, prompt, ids, labels, options):
+        batch, length = len(embeds), self.method.num_virtual_tokens
+        prompt = prompt.unflatten(0, (-1, length)).to(embeds.dtype)
+        prompt = prompt.expand(batch, -1, -1) if ids is None else prompt[ids]
+        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        mask = torch.cat([mask.new_ones(batch, length), mask], 1)
+        return self.base(inputs_embeds=torch.cat([prompt, embeds], 1), attention_mask=mask, labels=labels, return_dict=True, **options)
+
+    @torch.no_grad()
+    def _why_no_prefix(self):
+        """None if the method's prefix can run packed, else why not. Raises ValueError if it fits no way."""
+        config = self.config.get_text_config()
+        if self.method.layers[-1] >= config.num_hidden_layers:
+            raise ValueError(f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {self.method.layers[-1]}")
+        prefix = self._prompts(None)[1]
+
+        def padded(input_ids, attention_mask):
+            embeds = self.base.get_input_embeddings()(input_ids)
+            nothing = {"prompt_ids": None, "virtual_tokens": None}
+            return self._padded(embeds, attention_mask, None, prefix, None, nothing, {})
+
+        return self._engine.why_not_prefix(prefix, padded)
 
     def _warn(self, reason):
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"fastprompt runs the model's own padded forward: {reason}", stacklevel=3)
+
+
+_HEADS = {"score", "classifier", "qa_outputs"}
+_LIKE_TOKENS = ("labels", "virtual_tokens", "token_ids")

@@ -34,7 +34,7 @@ def patch_attention(model, prefix=None):
         check_tensor("prefix", prefix, ["L", 2, "P", "Hkv", "Dh"], dtypes=FLOATS)
     before = _probe(model)
     switch_over(model)
-    patch = _Patch(model)
+    patch = PaddedCalls(model)
     try:
         error = relative_error(_probe(model), before)
         reason = None if error <= tolerance(before.dtype) else f"its result differs by {error:.1e}"
@@ -44,8 +44,9 @@ def patch_attention(model, prefix=None):
         reason = "it does not ask the attention interface for a mask"
     if reason is not None:
         patch.remove()
+        switch_back(model)
         raise UnsupportedAttention(f"{type(model).__name__} cannot run on prefix_attention: {reason}")
-    patch.prefix = None if prefix is None else layers_of_tensor(prefix)
+    patch.prefix = None if prefix is None else layers_of_tensor(prefix, model.config)
     model.__dict__["_fastprompt_patch"] = patch
     return model
 
@@ -55,14 +56,20 @@ def unpatch_attention(model):
     patch = model.__dict__.pop("_fastprompt_patch", None)
     if patch is not None:
         patch.remove()
+        switch_back(model)
     return model
 
 
-class _Patch:
-    """Two hooks on the model's forward: every call of it runs as a :class:`PaddedBatch`."""
+class PaddedCalls:
+    """Two hooks on a model's forward: every call of it runs as a :class:`PaddedBatch`, until :meth:`remove`.
 
-    def __init__(self, model):
-        self.model, self.prefix, self.reached, self._open = model, None, False, []
+    Attributes:
+        prefix, prefix_ids: see PaddedBatch.
+        reached: did the model ask for a mask yet?
+    """
+
+    def __init__(self, model, prefix=None, prefix_ids=None):
+        self.model, self.prefix, self.prefix_ids, self.reached, self._open = model, prefix, prefix_ids, False, []
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -71,12 +78,11 @@ class _Patch:
     def remove(self):
         for hook in self._hooks:
             hook.remove()
-        switch_back(self.model)
 
     def _enter(self, model, args, kwargs):
         if self.prefix is not None:
             kwargs = {**kwargs, "position_ids": self._positions(args, kwargs)}
-        block = running(batch := PaddedBatch(self.prefix))
+        block = running(batch := PaddedBatch(self.prefix, self.prefix_ids))
         block.__enter__()
         self._open.append((block, batch))
         return args, kwargs

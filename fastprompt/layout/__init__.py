@@ -3,7 +3,7 @@
 Pure index arithmetic on integer tensors; no parameters, no floating point, no model.
 """
 
-from .plan import CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .sequences import Sequences
 
-__all__ = ["CannotPack", "RowPlan", "Sequences", "plan_packed_input", "plan_padded_input"]
+__all__ = ["IGNORE", "CannotPack", "RowPlan", "Sequences", "plan_packed_input", "plan_padded_input"]

@@ -6,8 +6,9 @@ from .data import Example, Task, read_rows, split_rows
 from .encoding import Encoded, collate, encode, encode_examples, features, plan_batches
 from .errors import InputError
 from .evaluation import completion_log_probs, evaluate
+from .files import read_record
 from .inference import TrainedAdapter
-from .run import TrainingRun, read_record, train
+from .run import TrainingRun, train
 
 __all__ = [
     "Encoded",

@@ -1,35 +1,169 @@
 """Frozen models, and the adapters that are trained on them."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import (
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .errors import InputError
+from .files import read_record
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT_INITS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
+SOURCE_INITS = {"average": "AVERAGE_SOURCE_TASKS", "exact": "EXACT_SOURCE_TASK", "shared": "ONLY_SOURCE_SHARED"}
+ENCODERS = {"lstm": "LSTM", "mlp": "MLP"}
 
 
-def _prompt_tuning(config) -> PeftConfig:
-    arguments = {}
+@dataclass(frozen=True)
+class Method:
+    """A way to make a soft prompt, from a `TrainingConfig`.
+
+    ``peft_config`` makes PEFT's configuration for a number of tasks; ``start`` then sets what PEFT would not start as
+    the run asks. ``inits`` are the values of ``init``, ``options`` the fields of the configuration that only some
+    methods take, and ``lr`` is the learning rate of a run that names none.
+    """
+
+    peft_config: Callable[..., PeftConfig]
+    inits: tuple[str, ...]
+    lr: Callable[..., float]
+    options: tuple[str, ...] = ()
+    start: Callable[..., None] | None = None
+
+
+def _prompt_arguments(config) -> dict:
+    arguments = {
+        "task_type": TaskType.CAUSAL_LM,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "prompt_tuning_init": PROMPT_INITS[config.init],
+    }
     if config.init == "text":
-        arguments = {"prompt_tuning_init_text": config.init_text, "tokenizer_name_or_path": config.model}
+        arguments |= {"prompt_tuning_init_text": config.init_text, "tokenizer_name_or_path": config.model}
         if config.gguf_file is not None:
             arguments["tokenizer_kwargs"] = {"gguf_file": config.gguf_file}
-    return PromptTuningConfig(
+    return arguments
+
+
+def _prompt_tuning(config, num_tasks: int) -> PeftConfig:
+    return PromptTuningConfig(**_prompt_arguments(config))
+
+
+def _prefix_tuning(config, num_tasks: int) -> PeftConfig:
+    return PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=config.num_virtual_tokens,
-        prompt_tuning_init=PROMPT_INITS[config.init],
-        **arguments,
+        prefix_projection=config.projection,
+        encoder_hidden_size=config.encoder_hidden_size,
     )
 
 
-# A method is its name on the command line and the PEFT configuration that a `TrainingConfig` asks for.
-METHODS = {"prompt-tuning": _prompt_tuning}
+@torch.no_grad()
+def _start_prefix(model: PeftModel, config, tokenizer):
+    encoder = model.prompt_encoder[model.active_adapter]
+    if config.init == "zero":
+        for parameter in (encoder.transform[-1] if config.projection else encoder.embedding).parameters():
+            parameter.zero_()
+    elif config.init == "text":
+        ids = tokenizer(config.init_text)["input_ids"]
+        ids = [ids[i % len(ids)] for i in range(config.num_virtual_tokens)]
+        base = model.get_base_model()
+        cache = base(torch.tensor([ids], device=base.device), use_cache=True, logits_to_keep=1).past_key_values
+        layers = [(layer.keys, layer.values) for layer in cache.layers]  # each [1, H, P, Dh]
+        states = torch.cat([state for pair in layers for state in pair]).permute(2, 0, 1, 3)  # [P, 2 * L, H, Dh]
+        encoder.embedding.weight.copy_(states.flatten(1))
+
+
+def _p_tuning(config, num_tasks: int) -> PeftConfig:
+    return PromptEncoderConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=config.num_virtual_tokens,
+        encoder_reparameterization_type=ENCODERS[config.encoder or "lstm"],
+        encoder_hidden_size=config.encoder_hidden_size or 128,
+    )
+
+
+def _multitask(config, num_tasks: int) -> PeftConfig:
+    arguments = _prompt_arguments(config)
+    if config.source is not None:
+        arguments |= _source_arguments(config, num_tasks)
+    return MultitaskPromptTuningConfig(**arguments, num_ranks=config.num_ranks or 1, num_tasks=num_tasks)
+
+
+def _source_arguments(config, num_tasks: int) -> dict:
+    source, init = _adapter_config(config.source, "source"), config.source_init or "average"
+    if source.peft_type != PeftType.MULTITASK_PROMPT_TUNING:
+        kind = PeftType(source.peft_type).value
+        raise InputError("source", f"{config.source!r} holds a {kind} adapter; expected a multitask run")
+    if source.num_virtual_tokens != config.num_virtual_tokens:
+        expected = f"expected {source.num_virtual_tokens} like the source"
+        raise InputError("num_virtual_tokens", f"{expected}, got {config.num_virtual_tokens}")
+    arguments = {
+        "prompt_tuning_init": SOURCE_INITS[init],
+        "prompt_tuning_init_state_dict_path": str(Path(config.source, SAFETENSORS_WEIGHTS_NAME)),
+    }
+    if init == "shared":
+        return arguments
+    if source.num_ranks != (config.num_ranks or 1):
+        raise InputError("num_ranks", f"expected {source.num_ranks} like the source, got {config.num_ranks or 1}")
+    if num_tasks > 1:
+        raise InputError("source_init", f"{init!r} starts one task, and the data has {num_tasks}; expected 'shared'")
+    if init == "exact":
+        tasks = list(read_record(Path(config.source), "source")["tasks"] or [])
+        if config.source_task not in tasks:
+            raise InputError("source_task", f"expected one of {tasks}, got {config.source_task!r}")
+        arguments["prompt_tuning_init_task"] = tasks.index(config.source_task)
+    return arguments
+
+
+@torch.no_grad()
+def _start_multitask(model: PeftModel, config, tokenizer):
+    encoder = model.prompt_encoder[model.active_adapter]
+    if config.source is None or config.source_init == "shared":
+        # PEFT draws both factors so small (0.02) that the prompt starts near zero, whatever the shared prompt is. Here
+        # their product starts at one: each task starts from the shared prompt itself.
+        encoder.prefix_task_cols.zero_()[..., 0] = 1
+        encoder.prefix_task_rows[:, 0] = 1
+    if config.source is not None:
+        # PEFT would read the source again each time this adapter is loaded.
+        own = model.active_peft_config
+        own.prompt_tuning_init, own.prompt_tuning_init_state_dict_path = "RANDOM", None
+
+
+METHODS = {
+    "prompt-tuning": Method(_prompt_tuning, inits=("random", "vocab", "text"), lr=lambda config: 0.02),
+    "prefix-tuning": Method(
+        _prefix_tuning,
+        inits=("random", "zero", "text"),
+        lr=lambda config: 0.001 if config.projection else 0.01,
+        options=("projection", "encoder_hidden_size"),
+        start=_start_prefix,
+    ),
+    "p-tuning": Method(
+        _p_tuning, inits=("random",), lr=lambda config: 0.001, options=("encoder", "encoder_hidden_size")
+    ),
+    "multitask": Method(
+        _multitask,
+        inits=("random", "vocab", "text"),
+        lr=lambda config: 0.02,
+        options=("task_column", "num_ranks", "source", "source_init", "source_task"),
+        start=_start_multitask,
+    ),
+}
 
 
 def device() -> torch.device:
@@ -64,17 +198,26 @@ def load_base(model: str, gguf_file: str | None = None, precision: str = "fp32")
     return base.requires_grad_(False).eval().to(device())
 
 
-def new_adapter(base, config) -> PeftModel:
+def new_adapter(base, config, tokenizer, num_tasks: int = 1) -> PeftModel:
     """A `PeftModel` with a freshly initialised adapter on ``base``, the same for the same ``config.seed``."""
+    method = METHODS[config.method]
     set_seed(config.seed)
-    return get_peft_model(base, METHODS[config.method](config))
+    model = get_peft_model(base, method.peft_config(config, num_tasks))
+    if method.start is not None:
+        method.start(model, config, tokenizer)
+    return model
 
 
 def load_adapter(base, path: str) -> PeftModel:
     """A `PeftModel` with the adapter that ``path`` holds, for inference."""
-    if not Path(path, "adapter_config.json").is_file():
-        raise InputError("adapter", f"{path!r} holds no adapter_config.json; expected the output of a finished run")
+    _adapter_config(path, "adapter")
     return PeftModel.from_pretrained(base, path).eval()
+
+
+def _adapter_config(path: str, argument: str) -> PeftConfig:
+    if not Path(path, "adapter_config.json").is_file():
+        raise InputError(argument, f"{path!r} holds no adapter_config.json; expected the output of a finished run")
+    return PeftConfig.from_pretrained(path)
 
 
 def _gguf(gguf_file: str | None) -> dict:

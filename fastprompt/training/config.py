@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .adapters import METHODS, PRECISIONS, PROMPT_INITS
+from .adapters import ENCODERS, METHODS, PRECISIONS, SOURCE_INITS
 from .data import Task
 from .errors import InputError
 
@@ -20,15 +20,22 @@ class TrainingConfig:
     weights (the prompt is always trained in fp32).
     Data: see `Task` for the columns, ``template`` and ``verbaliser``. Rows to evaluate on come from ``eval_data`` or
     are held out of ``data`` (``eval_fraction``, by a shuffle with ``seed``). ``max_length`` bounds a row's tokens.
-    Prompt: ``num_virtual_tokens``, and ``init``: ``random``, ``vocab`` (embeddings of random tokens) or ``text``
-    (those of ``init_text``, cut or repeated to fit).
-    Optimisation: AdamW at ``lr`` with ``schedule`` after ``warmup`` steps, for ``steps`` or ``epochs``; a batch is
-    ``batch_size`` rows (default 16) or up to ``tokens_per_batch`` real tokens, per device. ``max_grad_norm`` 0 never
-    clips.
+    Prompt: ``method``, ``num_virtual_tokens``, and ``init``: ``random``, ``vocab`` (embeddings of random tokens),
+    ``text`` (what ``init_text``, cut or repeated to fit, is to the frozen model: embeddings, or keys and values) or
+    ``zero`` (values that are zero). Which of these a method takes stands in `adapters.METHODS`.
+    ``prefix-tuning``: ``projection`` trains an MLP in front of the keys and values, ``encoder_hidden_size`` wide
+    (default: as wide as the keys of a layer).
+    ``p-tuning``: ``encoder`` (``lstm``, the default, or ``mlp``), ``encoder_hidden_size`` wide (default 128).
+    ``multitask``: the task of each row stands in ``task_column`` (None: all rows are one task); each has factors of
+    rank ``num_ranks`` (default 1). ``source`` is a finished multitask run to start from: with the ``average`` of its
+    tasks (the default), with the ``exact`` factors of its task ``source_task``, or with its ``shared`` prompt alone
+    (``source_init``).
+    Optimisation: AdamW at ``lr`` (None: 0.02; for Prefix-Tuning 0.01, with a projection 0.001; for P-Tuning 0.001) with
+    ``schedule`` after ``warmup`` steps, for ``steps`` or ``epochs``; a batch is ``batch_size`` rows (default 16) or up
+    to ``tokens_per_batch`` real tokens, per device. ``max_grad_norm`` 0 never clips.
     Output: folder ``output``; a checkpoint each ``save_steps`` steps, of which the newest ``keep_checkpoints`` stay;
     an evaluation each ``eval_steps`` steps (None: only at the end), on the first ``eval_rows`` held-out rows (None: on
-    all, as at the end). ``resume`` goes on from the newest checkpoint in
-    ``output``, or starts if there is none.
+    all, as at the end). ``resume`` goes on from the newest checkpoint in ``output``, or starts if there is none.
     """
 
     model: str
@@ -49,7 +56,15 @@ class TrainingConfig:
     num_virtual_tokens: int = 20
     init: str = "random"
     init_text: str | None = None
-    lr: float = 0.02
+    projection: bool = False
+    encoder: str | None = None
+    encoder_hidden_size: int | None = None
+    task_column: str | None = None
+    num_ranks: int | None = None
+    source: str | None = None
+    source_init: str | None = None
+    source_task: str | None = None
+    lr: float | None = None
     schedule: str = "linear"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -69,22 +84,27 @@ class TrainingConfig:
     def __post_init__(self):
         for name, choices in {
             "method": METHODS,
-            "init": PROMPT_INITS,
             "schedule": SCHEDULES,
             "precision": PRECISIONS,
+            "encoder": (None, *ENCODERS),
+            "source_init": (None, *SOURCE_INITS),
         }.items():
-            self._expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            self._expect(name, getattr(self, name) in choices, f"one of {', '.join(filter(None, choices))}")
         for name in ("num_virtual_tokens", "save_steps", "keep_checkpoints"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_length", "steps", "batch_size", "tokens_per_batch", "eval_steps", "eval_rows"):
             self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("encoder_hidden_size", "num_ranks"):
+            self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
-        self._expect("lr", self.lr > 0, "more than 0")
+        self._expect("lr", self.lr is None or self.lr > 0, "more than 0")
         self._expect("epochs", self.epochs is None or self.epochs > 0, "more than 0")
         self._expect("eval_fraction", self.eval_fraction is None or 0 < self.eval_fraction < 1, "between 0 and 1")
-        self._expect("init_text", (self.init_text is not None) == (self.init == "text"), "a text exactly if init='text'")
-        self._expect("init_text", self.init_text is None or bool(self.init_text.strip()), "a text that is not empty")
+        self._check_method()
+        has_text = self.init_text is not None
+        self._expect("init_text", has_text == (self.init == "text"), "a text exactly if init='text'")
+        self._expect("init_text", not has_text or bool(self.init_text.strip()), "a text that is not empty")
         self._one_of("steps", "epochs")
         self._at_most_one_of("batch_size", "tokens_per_batch")
         self._at_most_one_of("eval_data", "eval_fraction")
@@ -95,15 +115,39 @@ class TrainingConfig:
 
     @property
     def task(self) -> Task:
-        return Task(**{field.name: getattr(self, field.name) for field in fields(Task)})
+        return Task(**{field.name: getattr(self, field.name) for field in fields(Task) if hasattr(self, field.name)})
+
+    @property
+    def learning_rate(self) -> float:
+        """``lr``, or the method's own if that is None."""
+        return METHODS[self.method].lr(self) if self.lr is None else self.lr
 
     def to_dict(self) -> dict:
         """The fields as JSON values. Paths are absolute, so that they hold from another folder too."""
-        values = asdict(self)
-        for name in ("model", "data", "eval_data"):
+        values = {**asdict(self), "lr": self.learning_rate}
+        for name in ("model", "data", "eval_data", "source"):
             if values[name] is not None and Path(values[name]).exists():
                 values[name] = os.path.abspath(values[name])
         return values
+
+    def _check_method(self):
+        inits = METHODS[self.method].inits
+        self._expect("init", self.init in inits, f"one of {', '.join(inits)} with method={self.method!r}")
+        for name in sorted({option for method in METHODS.values() for option in method.options}):
+            takers = [method for method in METHODS if name in METHODS[method].options]
+            if getattr(self, name) and self.method not in takers:
+                raise InputError(name, f"only {' and '.join(takers)} can use it, got method={self.method!r}")
+        if self.projection and self.init == "text":
+            raise InputError("init", "a projection cannot be made to put out a text's keys and values; got projection")
+        if self.encoder_hidden_size is not None and self.method == "prefix-tuning" and not self.projection:
+            raise InputError("encoder_hidden_size", "it is the width of the projection; expected projection too")
+        if self.source is None:
+            for name in ("source_init", "source_task"):
+                self._expect(name, getattr(self, name) is None, "a source too")
+        else:
+            self._expect("init", self.init == "random", "no init, since the prompt starts from source")
+            has_task, exact = self.source_task is not None, self.source_init == "exact"
+            self._expect("source_task", has_task == exact, "a task exactly if source_init='exact'")
 
     def _expect(self, name: str, holds: bool, expected: str):
         if not holds:

@@ -76,12 +76,13 @@ def split_rows(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text. ``label`` is the row's class, or None where completions are free text; ``row`` says which row
-    of which file it was."""
+    """One row as text. ``label`` is the row's class, or None where completions are free text; ``task`` is the task it
+    belongs to, or None where there is only one; ``row`` says which row of which file it was."""
 
     prompt: str
     completion: str
     label: str | None = None
+    task: str | None = None
     row: str = field(default="row", compare=False)
 
 
@@ -92,6 +93,7 @@ class Task:
     Either ``text_column`` and ``label_column``: the prompt is ``template`` with ``{text}`` (and any other
     ``{column}``) filled in, the completion is the label's word. Or ``prompt_column`` and ``completion_column``: both
     are used as they stand. ``verbaliser`` maps a label to its word; without one a label is its own word.
+    ``task_column`` names the task of each row where a file mixes several; ``tasks`` are the labels of each of them.
     """
 
     text_column: str | None = None
@@ -100,6 +102,8 @@ class Task:
     completion_column: str | None = None
     template: str = "{text}"
     verbaliser: dict[str, str] | None = None
+    task_column: str | None = None
+    tasks: dict[str, list[str]] | None = None
 
     def __post_init__(self):
         classify = (self.text_column, self.label_column)
@@ -135,8 +139,28 @@ class Task:
         labels = {_value(row, self.label_column, "label_column", name) for name, row in _named(rows, source)}
         return replace(self, verbaliser={label: label for label in sorted(labels)})
 
+    def with_tasks_of(self, rows: Sequence[dict[str, str]], source: str = "data") -> "Task":
+        """This task with ``tasks`` filled in: the sorted tasks of ``rows``, with the sorted labels of each."""
+        if self.task_column is None:
+            return self
+        labels = {}
+        for name, row in _named(rows, source):
+            seen = labels.setdefault(_value(row, self.task_column, "task_column", name), set())
+            if self.is_classification:
+                seen.add(_value(row, self.label_column, "label_column", name))
+        return replace(self, tasks={task: sorted(labels[task]) for task in sorted(labels)})
+
+    def task_id(self, task: str | None) -> int:
+        """The number of a task among ``tasks``; 0 where there is only one."""
+        return 0 if self.tasks is None else list(self.tasks).index(task)
+
+    def labels(self, task: str | None) -> list[str]:
+        """The labels to choose from in a task."""
+        return list(self.verbaliser) if self.tasks is None else self.tasks[task]
+
     def examples(self, rows: Sequence[dict[str, str]], source: str = "data") -> list[Example]:
-        """The rows as text; the verbaliser must be known (`with_words_of`). ``source`` is what errors call the rows."""
+        """The rows as text. The verbaliser and the tasks must be known (`with_words_of`, `with_tasks_of`); ``source``
+        is what errors call the rows."""
         make = self._classification if self.is_classification else self._completion
         return [make(row, name) for name, row in _named(rows, source)]
 
@@ -157,11 +181,23 @@ class Task:
         label = _value(row, self.label_column, "label_column", name)
         if label not in self.verbaliser:
             raise InputError("verbaliser", f"{name} has label {label!r}; expected one of {list(self.verbaliser)}")
-        return Example(prompt, self.completion(prompt, label), label, name)
+        task = self._task(row, name)
+        if task is not None and label not in self.tasks[task]:
+            raise InputError("label_column", f"{name} has label {label!r}; task {task!r} has {self.tasks[task]}")
+        return Example(prompt, self.completion(prompt, label), label, task, name)
 
     def _completion(self, row: dict[str, str], name: str) -> Example:
         prompt = _value(row, self.prompt_column, "prompt_column", name)
-        return Example(prompt, _value(row, self.completion_column, "completion_column", name), row=name)
+        completion = _value(row, self.completion_column, "completion_column", name)
+        return Example(prompt, completion, task=self._task(row, name), row=name)
+
+    def _task(self, row: dict[str, str], name: str) -> str | None:
+        if self.task_column is None:
+            return None
+        task = _value(row, self.task_column, "task_column", name)
+        if task not in self.tasks:
+            raise InputError("task_column", f"{name} has task {task!r}; expected one of {list(self.tasks)}")
+        return task
 
 
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")

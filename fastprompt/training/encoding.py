@@ -56,25 +56,30 @@ def encode_examples(tokenizer, examples: Sequence[Example], max_length: int | No
     return encoded
 
 
-def features(encoded: Sequence[Encoded]) -> list[dict[str, list[int]]]:
-    """Rows for a causal language model: labels stand on the completion only."""
-    return [
+def features(encoded: Sequence[Encoded], task_ids: Sequence[int] | None = None) -> list[dict]:
+    """Rows for a causal language model: labels stand on the completion only. ``task_ids`` are those of the rows."""
+    rows = [
         {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
         for prompt, completion in encoded
     ]
+    return rows if task_ids is None else [{**row, "task_ids": task} for row, task in zip(rows, task_ids)]
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, padded on the right to the longest row."""
+def collate(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, padded on the right to the longest row, and
+    ``task_ids`` ``[B]`` where rows have them."""
 
     def pad(columns, value):
         return pad_sequence([torch.tensor(column) for column in columns], batch_first=True, padding_value=value)
 
-    return {
+    batch = {
         "input_ids": pad([row["input_ids"] for row in rows], 0),
         "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": pad([row["labels"] for row in rows], IGNORED),
     }
+    if "task_ids" in rows[0]:
+        batch["task_ids"] = torch.tensor([row["task_ids"] for row in rows])
+    return batch
 
 
 def plan_batches(

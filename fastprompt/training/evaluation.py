@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import Cache
 
 from .data import Example, Task
 from .encoding import Encoded, encode
@@ -14,8 +15,10 @@ TOKENS_PER_FORWARD = 1024
 
 
 @torch.no_grad()
-def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded]) -> torch.Tensor:
+def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: int = 0) -> torch.Tensor:
     """Natural-log probability of each completion given its prompt, ``[len(pairs)]``, fp32 on the CPU.
+
+    ``task_id`` picks the soft prompt of a multitask model.
 
     The soft prompt is run once, rows of equal length share a forward, so nothing is padded, and logits are computed
     only where a completion is predicted. The last token of a completion need not be fed to the model: completions of
@@ -27,7 +30,7 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded]) -> torch.Te
 
     was_training = model.training
     model.eval()
-    base, soft_prompt = model.get_base_model(), _soft_prompt(model)
+    base, soft_prompt = model.get_base_model(), _soft_prompt(model, task_id)
     scores = torch.empty(len(pairs))
     with tqdm(total=len(readers), desc="evaluating", unit="row", leave=None) as bar:
         for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
@@ -45,21 +48,49 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded]) -> torch.Te
     return scores
 
 
-def _soft_prompt(model: PeftModel):
+def _soft_prompt(model: PeftModel, task_id: int):
     """A cache with the soft prompt's keys and values. It stands in front of every row, so it is the same in each."""
     base = model.get_base_model()
-    prompt = model.get_prompt(batch_size=1).to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
+    prompt = model.get_prompt(batch_size=1, task_ids=torch.tensor([task_id], device=base.device))
+    if isinstance(prompt, Cache):  # Prefix-Tuning learns keys and values
+        return prompt
+    prompt = prompt.to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
     return base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def evaluate(model, tokenizer, task: Task, examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict:
     """``loss`` (mean over completion tokens, natural log), ``rows``, and for labelled rows ``accuracy``: how often the
-    most probable of all label words is the right one. ``encoded`` are the token ids of ``examples``."""
-    tokens = sum(len(row.completion) for row in encoded)
-    if not task.is_classification:
-        return {"loss": -completion_log_probs(model, encoded).sum().item() / tokens, "rows": len(encoded)}
+    most probable of the task's label words is the right one. ``encoded`` are the token ids of ``examples``.
 
-    labels = list(task.verbaliser)
+    Where rows belong to several tasks these are over all rows, and ``tasks`` holds the same for each task.
+    """
+    if task.tasks is None:
+        return _means([_sums(model, tokenizer, task, None, examples, encoded)])
+    sums = {}
+    for name in task.tasks:
+        rows = [i for i, example in enumerate(examples) if example.task == name]
+        if rows:
+            sums[name] = _sums(model, tokenizer, task, name, [examples[i] for i in rows], [encoded[i] for i in rows])
+    return {**_means(list(sums.values())), "tasks": {name: _means([values]) for name, values in sums.items()}}
+
+
+def _means(sums: Sequence[dict]) -> dict:
+    total = {name: sum(values[name] for values in sums) for name in sums[0]}
+    result = {"loss": -total["log_prob"] / total["tokens"]}
+    if "right" in total:
+        result["accuracy"] = total["right"] / total["rows"]
+    return {**result, "rows": total["rows"]}
+
+
+def _sums(model, tokenizer, task: Task, name: str | None, examples, encoded) -> dict:
+    """Sums over the rows of one task: ``log_prob`` of the completions, their ``tokens``, ``rows``, and how many labels
+    are ``right``."""
+    task_id = task.task_id(name)
+    sums = {"tokens": sum(len(row.completion) for row in encoded), "rows": len(encoded)}
+    if not task.is_classification:
+        return {**sums, "log_prob": completion_log_probs(model, encoded, task_id).sum().item()}
+
+    labels = task.labels(name)
     words = encode(
         tokenizer,
         [example.prompt for example in examples for _ in labels],
@@ -67,12 +98,12 @@ def evaluate(model, tokenizer, task: Task, examples: Sequence[Example], encoded:
     )
     # The prompts of `encoded` may have been shortened; the words are scored behind the same.
     pairs = [Encoded(encoded[i // len(labels)].prompt, word.completion) for i, word in enumerate(words)]
-    scores = completion_log_probs(model, pairs).view(len(encoded), len(labels))
+    scores = completion_log_probs(model, pairs, task_id).view(len(encoded), len(labels))
     right = torch.tensor([labels.index(example.label) for example in examples])
     return {
-        "loss": -scores.gather(1, right[:, None]).sum().item() / tokens,
-        "accuracy": (scores.argmax(1) == right).double().mean().item(),
-        "rows": len(encoded),
+        **sums,
+        "log_prob": scores.gather(1, right[:, None]).sum().item(),
+        "right": (scores.argmax(1) == right).sum().item(),
     }
 
 

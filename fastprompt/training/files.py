@@ -7,16 +7,37 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import InputError
+
+RUN_FILE = "run.json"  # the configuration; marks a folder as the output of a run
 STAGING = ".incomplete"  # under a run's folder: what is being written, or being deleted
 
 
 def write_json(path: Path, value):
     """Replace ``path`` by ``value`` as JSON in one step."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path):
+    """A file to write aside, which on leaving takes the place of ``path`` in one step. After an error it does not."""
     aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    yield aside
     _sync(aside)
     os.replace(aside, path)
     _sync(path.parent)
+
+
+def read_record(folder: Path, argument: str = "adapter") -> dict:
+    """What ``run.json`` in a run's folder holds: ``config``, ``verbaliser``, ``tasks``, ``data_sha256``, ``versions``.
+
+    ``argument`` is the name that errors give the folder.
+    """
+    try:
+        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(argument, f"{str(folder)!r} holds no {RUN_FILE}; expected the output of a run") from None
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from .data import read_rows
 from .encoding import encode_examples
 from .errors import InputError
 from .evaluation import evaluate
-from .run import Data, read_record
+from .files import read_record
+from .run import Data
 
 
 class TrainedAdapter:
@@ -28,28 +29,50 @@ class TrainedAdapter:
         record = read_record(Path(adapter))
         moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
         self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
-        self.task = dataclasses.replace(self.config.task, verbaliser=record["verbaliser"])
+        self.task = dataclasses.replace(self.config.task, verbaliser=record["verbaliser"], tasks=record.get("tasks"))
         self.tokenizer = adapters.load_tokenizer(self.config.model, self.config.gguf_file)
         base = adapters.load_base(self.config.model, self.config.gguf_file, self.config.precision)
         self.model = adapters.load_adapter(base, adapter)
 
-    def evaluate(self, data: str | None = None) -> dict:
-        """`evaluation.evaluate` on the rows of a file, by default on those that the run held out."""
+    def evaluate(self, data: str | None = None, task: str | None = None) -> dict:
+        """`evaluation.evaluate` on the rows of a file, by default on those that the run held out; of a multitask run's
+        on those of one ``task`` or of all."""
+        if task is not None:
+            self._task_id(task)
         examples = self.task.examples(read_rows(data)) if data is not None else Data(self.config).held_out
         if not examples:
             raise InputError("data", "the run held nothing out; expected a file")
+        examples = [example for example in examples if task in (None, example.task)]
+        if not examples:
+            raise InputError("task", f"there are no rows of {task!r}")
         encoded = encode_examples(self.tokenizer, examples, self.config.max_length)
         return evaluate(self.model, self.tokenizer, self.task, examples, encoded)
 
-    def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
-        """The text that follows ``prompt``: the most probable token each time (``temperature`` 0), or sampled."""
+    def generate(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, task: str | None = None
+    ) -> str:
+        """The text that follows ``prompt``: the most probable token each time (``temperature`` 0), or sampled.
+
+        ``task`` is the prompt's task, where the run has several.
+        """
         if max_new_tokens < 1:
             raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
         if temperature < 0:
             raise InputError("temperature", f"expected at least 0, got {temperature}")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(adapters.device())
+        if self.config.method == "multitask":
+            inputs["task_ids"] = torch.tensor([self._task_id(task)], device=adapters.device())
+        elif task is not None:
+            self._task_id(task)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         set_seed(seed)
         with torch.no_grad():
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _task_id(self, task: str | None) -> int:
+        if self.task.tasks is None and task is not None:
+            raise InputError("task", f"the run has no tasks, got {task!r}")
+        if self.task.tasks is not None and task not in self.task.tasks:
+            raise InputError("task", f"expected one of {list(self.task.tasks)}, got {task!r}")
+        return self.task.task_id(task)

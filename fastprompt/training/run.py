@@ -1,7 +1,6 @@
 """A training run, from its configuration to the adapter on the disk."""
 
 import hashlib
-import json
 import math
 import os
 from importlib.metadata import version
@@ -17,10 +16,8 @@ from .data import Example, Task, read_rows, split_rows
 from .encoding import Encoded, collate, encode_examples, features, plan_batches
 from .errors import InputError
 from .evaluation import evaluate
-from .files import checkpoints, staged, write_json
+from .files import RUN_FILE, checkpoints, read_record, staged, write_json
 from .trainer import SoftPromptTrainer, deterministic
-
-RUN_FILE = "run.json"  # the configuration; marks a folder as the output of a run
 
 # What a run may change when it is resumed: nothing here reaches the weights.
 FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "eval_steps", "eval_rows"}
@@ -29,12 +26,12 @@ FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "eval_st
 class Data:
     """The rows of a run, as text (``train``, ``held_out``) and as token ids (``train_ids``, ``held_out_ids``).
 
-    ``held_out`` is empty where the configuration asks for no evaluation. ``task`` has its verbaliser filled in.
+    ``held_out`` is empty where the configuration asks for no evaluation. ``task`` has its verbaliser and its tasks.
     """
 
     def __init__(self, config: TrainingConfig):
         rows = read_rows(config.data)
-        self.task: Task = config.task.with_words_of(rows)
+        self.task: Task = config.task.with_words_of(rows).with_tasks_of(rows)
         self.train: list[Example] = self.task.examples(rows)
         self.held_out: list[Example] = []
         if config.eval_data is not None:
@@ -67,7 +64,8 @@ class TrainingRun:
         self.data.encode(self.tokenizer, config.max_length)
         if config.tokens_per_batch is not None:
             self._check_lengths("tokens_per_batch", 0, config.tokens_per_batch, "a batch")
-        self.features = features(self.data.train_ids)
+        tasks = [self.data.task.task_id(example.task) for example in self.data.train]
+        self.features = features(self.data.train_ids, tasks if config.method == "multitask" else None)
         self.batches = plan_batches(
             [len(row["input_ids"]) for row in self.features],
             seed=config.seed,
@@ -83,14 +81,18 @@ class TrainingRun:
         context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         if context is not None:
             self._check_lengths("max_length", config.num_virtual_tokens, context, "the model")
+        self.model = adapters.new_adapter(base, config, self.tokenizer, len(self.data.task.tasks or [None]))
         if config.gradient_checkpointing:
+            # After the adapter is made: PEFT refuses Prefix-Tuning otherwise, rightly where its own forward runs.
+            if config.method == "prefix-tuning" and not accelerated:
+                raise InputError("gradient_checkpointing", "plain PEFT cannot use it with Prefix-Tuning")
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = adapters.new_adapter(base, config)
         if accelerated:
             accelerate(self.model)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """What step ``step`` (from 0) trains on: ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``."""
+        """What step ``step`` (from 0) trains on: ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``, and
+        ``task_ids`` ``[B]`` for multitask."""
         return collate([self.features[row] for row in self.batches[step]])
 
     def evaluate(self, rows: int | None = None) -> dict:
@@ -98,20 +100,22 @@ class TrainingRun:
         data = self.data
         return evaluate(self.model, self.tokenizer, data.task, data.held_out[:rows], data.held_out_ids[:rows])
 
-    def train(self, callbacks=()) -> list[dict]:
+    def train(self, callbacks=(), loss=None) -> list[dict]:
         """Train, and leave in ``config.output`` the adapter (PEFT's format), ``run.json`` and ``log.json``.
 
         Returns the log: a dict for each step (``step``, ``loss``, ``grad_norm``, ``learning_rate``) and each
         evaluation (``step``, ``eval_loss``, ``eval_accuracy``). ``callbacks`` are `transformers.TrainerCallback`.
+        ``loss(model, batch, step)`` is what to minimise in place of the model's own loss of the batch.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         found = checkpoints(self.folder)
         with deterministic():
-            trainer = SoftPromptTrainer(self, callbacks)
+            trainer = SoftPromptTrainer(self, callbacks, loss)
             trainer.accelerator.wait_for_everyone()  # until all processes have looked at the folder
             if trainer.args.should_save:
-                record = {**self.record, "verbaliser": self.data.task.verbaliser, "versions": _versions()}
-                write_json(self.folder / RUN_FILE, record)
+                task = self.data.task
+                filled_in = {"verbaliser": task.verbaliser, "tasks": task.tasks, "versions": _versions()}
+                write_json(self.folder / RUN_FILE, {**self.record, **filled_in})
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
             if self.data.held_out and not _evaluated(trainer.state):
                 trainer.evaluate()
@@ -154,14 +158,6 @@ class TrainingRun:
 def train(config: TrainingConfig) -> list[dict]:
     """Train as ``config`` says; see `TrainingRun.train`."""
     return TrainingRun(config).train()
-
-
-def read_record(folder: Path) -> dict:
-    """What ``run.json`` in a run's folder holds: ``config``, ``verbaliser``, ``data_sha256``, ``versions``."""
-    try:
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("adapter", f"{str(folder)!r} holds no {RUN_FILE}; expected the output of a run") from None
 
 
 def _sha256(path: str) -> str:

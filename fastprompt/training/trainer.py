@@ -4,6 +4,7 @@ import os
 from contextlib import contextmanager, nullcontext
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -14,12 +15,14 @@ from .files import STAGING, checkpoints, delete_checkpoint, staged, write_json
 from .progress import ProgressBar
 
 LOG_FILE = "log.json"
+# What is trained, in a checkpoint. PEFT's own file holds only what the encoder of P-Tuning or Prefix-Tuning puts out.
+TRAINED_FILE = "trained.safetensors"
 
 
 class SoftPromptTrainer(Trainer):
     """Trains a `TrainingRun` on its planned batches; a checkpoint is complete or absent; evaluation is the run's own."""
 
-    def __init__(self, run, callbacks):
+    def __init__(self, run, callbacks, loss=None):
         config = run.config
         evaluates = bool(config.eval_steps and run.data.held_out)
         super().__init__(
@@ -27,7 +30,7 @@ class SoftPromptTrainer(Trainer):
             args=TrainingArguments(
                 output_dir=str(run.folder),
                 max_steps=run.steps,
-                learning_rate=config.lr,
+                learning_rate=config.learning_rate,
                 lr_scheduler_type=SCHEDULES[config.schedule],
                 warmup_steps=config.warmup,
                 weight_decay=config.weight_decay,
@@ -54,13 +57,28 @@ class SoftPromptTrainer(Trainer):
             callbacks=[ProgressBar(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
-        self.run = run
+        self.run, self.own_loss = run, loss
         self.saving_to = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.own_loss is not None:
+            return self.own_loss(model, inputs, self.state.global_step)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
             # Left to itself PEFT asks the hub whether the vocabulary grew.
             self.run.model.save_pretrained(output_dir, save_embedding_layers=False)
+            save_file(self._trained(), os.path.join(output_dir, TRAINED_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = load_file(os.path.join(resume_from_checkpoint, TRAINED_FILE))
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.run.model.named_parameters() if p.requires_grad}
 
     def get_train_dataloader(self) -> DataLoader:
         # One epoch of the Trainer is our whole run: the plan crosses the real epochs.

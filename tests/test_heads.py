@@ -1,0 +1,193 @@
+"""accelerate() on models with another head than a language model's, decoders and encoders, against PEFT itself."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from parity import PREFIXES, B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
+from tiny_models import VOCABULARY
+
+import fastprompt
+
+_SIZES = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, intermediate_size=80)
+_LLAMA = dict(_SIZES, num_key_value_heads=2, pad_token_id=0, classifier_dropout=0.0)
+_BERT = dict(_SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+DECODERS = {
+    "llama": (hf.LlamaConfig, _LLAMA),
+    "qwen2": (hf.Qwen2Config, _LLAMA),
+    "gpt2": (hf.GPT2Config, dict(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0.0,
+                                 embd_pdrop=0.0, attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=1,
+                                 eos_token_id=1)),
+}
+ENCODERS = {
+    "bert": (hf.BertConfig, _BERT),
+    "roberta": (hf.RobertaConfig, dict(_BERT, pad_token_id=1, max_position_embeddings=64)),
+    "electra": (hf.ElectraConfig, dict(_BERT, embedding_size=48)),
+    "modernbert": (hf.ModernBertConfig, dict(_SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1,
+                                             sep_token_id=1, global_attn_every_n_layers=2, local_attention=6)),
+}
+OWN = {"deberta": (hf.DebertaV2Config, dict(_BERT, pooler_dropout=0.0))}  # attention of its own: PEFT's padded forward
+ALL = DECODERS | ENCODERS | OWN
+
+_AUTO = {
+    "SEQ_CLS": hf.AutoModelForSequenceClassification,
+    "TOKEN_CLS": hf.AutoModelForTokenClassification,
+    "QUESTION_ANS": hf.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": hf.AutoModel,
+}
+
+
+def build(name, task_type, **changes):
+    config_class, arguments = ALL[name]
+    config = config_class(**arguments, **changes)
+    config.num_labels = 2 if task_type == "QUESTION_ANS" else 3
+    torch.manual_seed(0)
+    model = _AUTO[task_type].from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.train()
+
+
+def inputs_for(task_type, padding, method):
+    """A batch with the targets that PEFT's class expects: those of tokens cover the virtual ones in front too."""
+    inputs = batch(padding, method=method)
+    del inputs["labels"]
+    mask = torch.ones(B, S, dtype=torch.int64) if padding == "none" else inputs["attention_mask"]
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, 0)
+    generator = torch.Generator().manual_seed(4)
+    if task_type == "SEQ_CLS":
+        inputs["labels"] = torch.randint(3, (B,), generator=generator)
+    elif task_type == "TOKEN_CLS":
+        inputs["labels"] = torch.randint(3, (B, S), generator=generator).masked_fill(mask == 0, -100)
+        if method not in PREFIXES:
+            inputs["labels"] = torch.cat([torch.full((B, P), -100), inputs["labels"]], 1)
+    else:
+        inputs["start_positions"], inputs["end_positions"] = torch.tensor([1, 2, 0, 3]), torch.tensor([3, 3, 0, 5])
+    return inputs
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_lstm", "multitask", "prefix"])
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_classifiers_on_decoders(task_type, name, padding, method):
+    if task_type == "SEQ_CLS" and padding == "right" and method != "prefix":
+        pytest.skip("PEFT pools padding there; see test_a_head_that_reads_padding_runs_peft_itself")
+    inputs = inputs_for(task_type, padding, method)
+    assert_equal(*both(peft_model(None, method, task_type=task_type, base=build(name, task_type)), inputs), inputs)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_mlp", "multitask", "prefix", "prefix_mlp"])
+@pytest.mark.parametrize("padding", ["right", "none"])
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_classifiers_on_encoders(task_type, name, padding, method):
+    if name == "modernbert" and method in PREFIXES:
+        pytest.skip("PEFT refuses: the model takes no past_key_values")
+    inputs = inputs_for(task_type, padding, method)
+    assert_equal(*both(peft_model(None, method, task_type=task_type, base=build(name, task_type)), inputs), inputs)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_question_answering(name, method):
+    inputs = inputs_for("QUESTION_ANS", "none", method)
+    model = peft_model(None, method, task_type="QUESTION_ANS", base=build(name, "QUESTION_ANS"))
+    assert_equal(*both(model, inputs), inputs)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_lstm", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_feature_extraction(name, method):
+    model = peft_model(None, method, task_type="FEATURE_EXTRACTION", base=build(name, "FEATURE_EXTRACTION"))
+    inputs = batch("right", method=method)
+    del inputs["labels"]
+    real = torch.cat([torch.ones(B, 0 if method in PREFIXES else P), inputs["attention_mask"]], 1)[..., None]
+
+    def result():
+        model.zero_grad()
+        states = model(**inputs).last_hidden_state
+        (states.square() * real).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return (states.square() * real).sum().detach(), gradients, states.detach()
+
+    plain = result()
+    fastprompt.accelerate(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastprompt runs PEFT's own padded forward")
+        assert_equal(plain, result(), inputs)
+
+
+@pytest.mark.parametrize(
+    "name, task_type, padding, reason",
+    [
+        ("llama", "SEQ_CLS", "right", "the model reads what stands in the last column"),
+        ("bert", "SEQ_CLS", "left", "the model does not see left-padded rows as packed rows would"),
+        ("bert", "QUESTION_ANS", "right", "an answer's probabilities are over all columns, padding among them"),
+        ("deberta", "TOKEN_CLS", "right", "packed rows give another output than the padded forward"),
+    ],
+)
+def test_a_head_that_reads_padding_runs_peft_itself(name, task_type, padding, reason):
+    model = peft_model(None, task_type=task_type, base=build(name, task_type))
+    inputs = inputs_for(task_type, padding, "prompt_tuning")
+    plain = step(model, inputs)
+    with pytest.warns(UserWarning, match="fastprompt runs PEFT's own padded forward: " + reason):
+        fastprompt.accelerate(model)
+        fast = step(model, inputs)
+    assert_identical(plain, fast)
+
+
+def test_labels_at_padding_run_peft_itself():
+    model = fastprompt.accelerate(peft_model(None, task_type="TOKEN_CLS", base=build("bert", "TOKEN_CLS")))
+    inputs = inputs_for("TOKEN_CLS", "right", "prompt_tuning")
+    inputs["labels"] = inputs["labels"].clamp(min=0)
+    with pytest.warns(UserWarning, match="padding has labels other than -100"):
+        fast = model(**inputs).loss
+    assert torch.equal(fast, fastprompt.restore(model)(**inputs).loss)
+
+
+def test_the_head_s_own_dropout_is_drawn_as_peft_draws_it():
+    """It stands behind the padded states, so packed rows change nothing about it."""
+    model = peft_model(None, task_type="TOKEN_CLS", base=build("bert", "TOKEN_CLS", classifier_dropout=0.5))
+    inputs = inputs_for("TOKEN_CLS", "right", "prompt_tuning")
+
+    def seeded():
+        torch.manual_seed(3)
+        return step(model, inputs)
+
+    plain = seeded()
+    fastprompt.accelerate(model)
+    assert_equal(plain, seeded(), inputs)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_mlp", "multitask", "prefix"])
+def test_encoder_decoders_run_peft_itself(name, method):
+    if name == "t5":
+        config = hf.T5Config(vocab_size=VOCABULARY, d_model=48, d_kv=8, d_ff=80, num_layers=2, num_heads=6, dropout_rate=0.0,
+                             decoder_start_token_id=0)
+    else:
+        config = hf.BartConfig(vocab_size=VOCABULARY, d_model=48, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=80,
+                               decoder_ffn_dim=80, encoder_attention_heads=6, decoder_attention_heads=6, dropout=0.0,
+                               max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    torch.manual_seed(0)
+    model = peft_model(None, method, task_type="SEQ_2_SEQ_LM", base=hf.AutoModelForSeq2SeqLM.from_config(config))
+    inputs = batch("right", method=method)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = loss_and_gradients()
+    with pytest.warns(UserWarning, match="an encoder-decoder's cross-attention has no packed layout"):
+        fastprompt.accelerate(model)
+    fast = loss_and_gradients()
+    assert torch.equal(plain[0], fast[0]) and all(torch.equal(plain[1][name], fast[1][name]) for name in plain[1])
