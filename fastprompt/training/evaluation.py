@@ -36,7 +36,8 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
         for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
             keep = max(len(pairs[i].completion) for sequence in batch for i in readers[sequence])
             cache = copy.deepcopy(soft_prompt)
-            cache.batch_repeat_interleave(len(batch))
+            if cache is not None:
+                cache.batch_repeat_interleave(len(batch))
             ids = torch.tensor(batch, device=base.device)
             logits = base(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits  # [B, keep, V]
             for row, sequence in zip(logits[:, -keep:].float().log_softmax(-1), batch):
@@ -49,7 +50,9 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
 
 
 def _soft_prompt(model: PeftModel, task_id: int):
-    """A cache with the soft prompt's keys and values. It stands in front of every row, so it is the same in each."""
+    """A cache with the soft prompt's keys and values, None for another adapter. In front of every row it is the same."""
+    if not model.active_peft_config.is_prompt_learning:
+        return None
     base = model.get_base_model()
     prompt = model.get_prompt(batch_size=1, task_ids=torch.tensor([task_id], device=base.device))
     if isinstance(prompt, Cache):  # Prefix-Tuning learns keys and values
