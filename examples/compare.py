@@ -12,13 +12,10 @@ finished when it ends. Multitask Prompt Tuning learns both tasks in one run of t
 import argparse
 import csv
 import gc
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from data import load, mix, plain_model, write

@@ -18,12 +18,9 @@ A run that was stopped goes on where it was when called again with the same opti
 
 import argparse
 import itertools
-import os
 import random
 import statistics
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from data import DATA_SETS, load, mix, plain_model, write

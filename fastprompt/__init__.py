@@ -1,7 +1,7 @@
 """fastprompt: soft prompts for frozen language models, run once per batch."""
 
 __all__ = [
-    "MultitaskPromptTuning", "PTuning", "PrefixTuning", "PromptTuning", "Sequences", "SoftPromptModel", "accelerate",
+    "MultitaskPromptTuning", "PTuning", "PrefixTuning", "PromptTuning", "Sequences", "SoftPromptModel", "Template", "accelerate",
     "distillation_loss", "ensemble_vote", "multitask_prompt", "patch_attention", "prefix_attention", "prefix_of_text",
     "prompt_concat", "prompt_lstm", "restore", "unpatch_attention",
 ]
@@ -11,6 +11,7 @@ try:
     from .hf.model import SoftPromptModel
     from .hf.patch import patch_attention, unpatch_attention
     from .hf.prefix import prefix_of_text
+    from .hf.template import Template
     from .layout import Sequences
     from .methods import (
         MultitaskPromptTuning,

@@ -192,7 +192,20 @@ class _Call:
             raise _OwnForward(reason)
         if not self.direct:
             self._check_padding((plan.grid < 0), given.get("labels"))
+            if self.is_prefix and given.get("input_ids") is not None:
+                self._check_ids(given["input_ids"], plan.grid >= 0)
         return plan
+
+    def _check_ids(self, ids, real):
+        """Does the model take token ids at their word in a way that the rows ``real [B, S]`` do not follow?"""
+        padding = getattr(self.engine.base.config, "pad_token_id", None)
+        if self.engine.position_offset and bool((real & (ids == padding)).any()):
+            raise _OwnForward("the model counts positions by token ids, and a real token has that of padding")
+        if not self.engine.right_padding:  # a classifier reads the last token that is not padding by its id
+            column = torch.arange(ids.shape[1], device=ids.device)
+            last = column[-1:] if padding is None else ((ids != padding) * column).argmax(1)
+            if not bool(real.gather(1, last.expand(len(ids))[:, None]).all()):
+                raise _OwnForward("by its token ids, the model reads what the attention mask says is padding")
 
     def _check_padding(self, padding, labels):
         """Does the head read states at ``padding [B, W]``, where none were run?"""

@@ -11,7 +11,7 @@ import shutil
 import sys
 from importlib import metadata
 
-REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm")
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm", "rich")
 OPTIONAL = ("triton", "ninja")
 OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.

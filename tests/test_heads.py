@@ -143,6 +143,29 @@ def test_a_head_that_reads_padding_runs_peft_itself(name, task_type, padding, re
     assert_identical(plain, fast)
 
 
+@pytest.mark.parametrize(
+    "name, ids, mask, reason",
+    [
+        ("llama", [[5, 6, 7], [5, 6, 0]], [[1, 1, 1], [1, 1, 0]], None),
+        ("llama", [[5, 6, 7], [5, 0, 0]], [[1, 1, 1], [1, 1, 0]], None),  # a real token with the id of padding: not the last
+        ("llama", [[5, 6, 7], [5, 6, 9]], [[1, 1, 1], [1, 1, 0]], "by its token ids, the model reads"),
+        ("roberta", [[5, 6, 7], [5, 6, 1]], [[1, 1, 1], [1, 1, 0]], None),
+        ("roberta", [[5, 1, 7], [5, 6, 1]], [[1, 1, 1], [1, 1, 0]], "the model counts positions by token ids"),
+    ],
+)
+def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
+    """Behind a learned prefix they see the token ids; what they make of them is what PEFT gives."""
+    model = peft_model(None, "prefix", task_type="SEQ_CLS", base=build(name, "SEQ_CLS"))
+    inputs = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor([0, 2]))
+    plain = step(model, inputs)
+    fastprompt.accelerate(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_equal(step(model, inputs), plain, inputs)
+    reasons = {str(w.message) for w in caught if "fastprompt" in str(w.message)}
+    assert not reasons if reason is None else all(reason in text for text in reasons) and reasons
+
+
 def test_labels_at_padding_run_peft_itself():
     model = fastprompt.accelerate(peft_model(None, task_type="TOKEN_CLS", base=build("bert", "TOKEN_CLS")))
     inputs = inputs_for("TOKEN_CLS", "right", "prompt_tuning")

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
 _WEIGHTS, _CONFIG, _ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
+_HEAD = "base_model."  # in front of the names of a head's parameters, as PEFT writes its modules_to_save
 
 
-def save(directory, method, config):
+def save(directory, method, config, task_type="CAUSAL_LM", head=None):
     """Write a method's prompts so that ``PeftModel.from_pretrained`` reads them.
 
     One prompt, and all tasks of a :class:`MultitaskPromptTuning`, go into ``directory`` itself; several prompts go into
@@ -36,6 +37,8 @@ def save(directory, method, config):
         directory: made if it is not there.
         method: a :class:`PromptTuning`, :class:`PrefixTuning`, :class:`PTuning` or :class:`MultitaskPromptTuning`.
         config: the base model's config.
+        task_type: PEFT's name for the kind of model.
+        head: ``{parameter name in the model: tensor}`` of a head that trained along, written with every prompt.
 
     Raises:
         TypeError: another method.
@@ -46,10 +49,13 @@ def save(directory, method, config):
         raise TypeError(f"method must be {expected}, got {type(method).__name__}")
     directory, text = Path(directory), config.get_text_config()
     common = dict(
-        task_type="CAUSAL_LM", num_virtual_tokens=method.num_virtual_tokens, num_transformer_submodules=1,
+        task_type=task_type, num_virtual_tokens=method.num_virtual_tokens, num_transformer_submodules=1,
         num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
         base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
     )
+    head = {f"{_HEAD}{name}": x.detach() for name, x in (head or {}).items()}
+    if head:
+        common["modules_to_save"] = sorted({name.split(".")[1] for name in head})
     with torch.no_grad():
         if isinstance(method, PrefixTuning):
             peft_config, adapters, encoder, notes = _prefix_to_peft(method, common, _own_layers(text))
@@ -57,7 +63,7 @@ def save(directory, method, config):
             peft_config, adapters, encoder, notes = *_to_peft(method, common), {}
     for index, tensors in enumerate(adapters):
         folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
-        _write(folder, peft_config, {name: x.cpu().contiguous() for name, x in tensors.items()}, encoder, notes)
+        _write(folder, peft_config, {name: x.cpu().contiguous() for name, x in (tensors | head).items()}, encoder, notes)
     if len(adapters) > 1:  # what an earlier save left must not be read for one of these
         for stale in (directory, directory / f"prompt_{len(adapters)}"):
             (stale / _CONFIG).unlink(missing_ok=True)
@@ -107,6 +113,14 @@ def load(directory, layers=None):
         raise ValueError(f"{directory} must hold one {kind} adapter, got {len(folders)}")
     bank = torch.stack([w["prompt_embeddings"] for w in weights])
     return _READERS[kind](folders[0], configs[0], bank, weights[0], layers)
+
+
+def load_head(directory):
+    """``{parameter name in the model: tensor}`` of the head that was saved with the prompts; {} if there was none."""
+    directory = Path(directory)
+    folder = directory if (directory / _CONFIG).is_file() else directory / "prompt_0"
+    weights = load_peft_weights(str(folder), device="cpu")
+    return {name.removeprefix(_HEAD): x for name, x in weights.items() if name.startswith(_HEAD)}
 
 
 def _to_peft(method, common):

@@ -314,6 +314,26 @@ class Engine:
             except Exception as error:  # as in __init__
                 return f"{type(error).__name__}: {error}"
 
+    @cached_property
+    def reads_last_column(self):
+        """Does the head read the hidden state in the last column, whatever stands there, and no other?"""
+        with torch.no_grad(), quiet(self.base):
+            probe = Probe(self.base)
+            outputs = []
+            for change in (0.0, 1.0):
+                def add(module, args, output, change=change):
+                    output.last_hidden_state = output.last_hidden_state.clone()
+                    output.last_hidden_state[:, -1] += change
+                    return output
+
+                hook = self.backbone.register_forward_hook(add)
+                try:
+                    outputs.append(probe.padded(probe.full))
+                finally:
+                    hook.remove()
+        pooled = outputs[0].shape[:2] != (len(probe.ids), len(probe.prompt) + probe.ids.shape[1])
+        return pooled and not torch.equal(*outputs)
+
     def _head_is_plain(self, embeds):
         """Is the model's forward after its decoder nothing but a linear head and the ordinary causal LM loss?
 

@@ -44,7 +44,7 @@ class SoftPromptModel(nn.Module):
         elif base.config.is_encoder_decoder:
             raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
         for name, parameter in base.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in _HEADS)
+            parameter.requires_grad_(_is_head(name))
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._engine = Engine(base)
         self.config = base.config  # the model's own copy now
@@ -150,13 +150,21 @@ class SoftPromptModel(nn.Module):
         return result
 
     def save_pretrained(self, directory):
-        """Write the prompts in PEFT's adapter format; see :func:`fastprompt.hf.checkpoint.save`."""
-        checkpoint.save(directory, self.method, self.base.config)
+        """Write the prompts, and a head that trained along, in PEFT's adapter format; see :func:`fastprompt.hf.checkpoint.save`."""
+        head = {name: p for name, p in self.base.named_parameters() if _is_head(name)}
+        checkpoint.save(directory, self.method, self.base.config, self._task_type(), head)
 
     @classmethod
     def from_pretrained(cls, base, directory):
-        """``base`` with the prompts in ``directory``, written by PEFT or by :meth:`save_pretrained`."""
-        return cls(base, checkpoint.load(directory))
+        """``base`` with the prompts (and head) in ``directory``, written by PEFT or by :meth:`save_pretrained`."""
+        method, head = checkpoint.load(directory), checkpoint.load_head(directory)
+        unknown = sorted(head.keys() - dict(base.named_parameters()).keys())
+        if unknown:
+            raise ValueError(f"base must have the parameters {unknown} of the head that was saved, but has none of that name")
+        with torch.no_grad():
+            for name, value in head.items():
+                base.get_parameter(name).copy_(value)
+        return cls(base, method)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """See ``PreTrainedModel``; recomputation works, reentrant or not, with Prefix-Tuning too."""
@@ -207,8 +215,8 @@ class SoftPromptModel(nn.Module):
         cells = plan.grid[:, plan.grid.shape[1] - self._width(plan, attention_mask) :]
         if attention_mask is not None:
             cells = cells.masked_fill(attention_mask == 0, -1)
-        if not self._engine.right_padding:
-            cells = cells.gather(1, (cells >= 0).int().argsort(1, stable=True))
+        if self._engine.reads_last_column:
+            cells = cells.gather(1, (cells >= 0).int().argsort(dim=1, stable=True))
         return cells
 
     def _width(self, plan, attention_mask):
@@ -258,6 +266,11 @@ class SoftPromptModel(nn.Module):
         config = self.config.get_text_config()
         if self.method.layers[-1] >= config.num_hidden_layers:
             raise ValueError(f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {self.method.layers[-1]}")
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        found = self.method.num_kv_heads, self.method.head_dim
+        if found != (heads, width) and not hasattr(config, "global_head_dim"):  # which differs from layer to layer
+            raise ValueError(f"method must have {heads} key heads of width {width} like the model, got {found[0]} of width {found[1]}")
         prefix = self._prompts(None)[1]
 
         def padded(input_ids, attention_mask):
@@ -267,6 +280,14 @@ class SoftPromptModel(nn.Module):
 
         return self._engine.why_not_prefix(prefix, padded)
 
+    def _task_type(self):
+        if self.config.is_encoder_decoder:
+            return "SEQ_2_SEQ_LM"
+        if self._engine.is_lm:
+            return "CAUSAL_LM"
+        name = type(self.base).__name__
+        return next((kind for part, kind in _TASK_TYPES.items() if part in name), "FEATURE_EXTRACTION")
+
     def _warn(self, reason):
         if reason not in self._warned:
             self._warned.add(reason)
@@ -274,4 +295,9 @@ class SoftPromptModel(nn.Module):
 
 
 _HEADS = {"score", "classifier", "qa_outputs"}
+_TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 _LIKE_TOKENS = ("labels", "virtual_tokens", "token_ids")
+
+
+def _is_head(name):
+    return name.split(".")[0] in _HEADS
