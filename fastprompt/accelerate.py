@@ -49,7 +49,8 @@ def accelerate(peft_model, *, keep_logits=False):
     With labels, in training, the head of a causal LM runs on labelled rows only and ``outputs.logits`` is None;
     otherwise logits come in PEFT's shape. What a model puts out at padding is that of zero hidden states. A batch or
     model that packed rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one
-    warning a reason. ``generate`` is PEFT's own.
+    warning a reason. ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy
+    (``copy.deepcopy``) is accelerated too; a pickled model comes back as plain PEFT.
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
@@ -142,7 +143,9 @@ class _Call:
         self._check()
         self.task_ids, self.prompt_ids = given.get("task_ids"), None
         if self.config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and self.task_ids is not None:
-            self.task_ids, self.prompt_ids = self.task_ids.unique(return_inverse=True)
+            ids = self.task_ids.reshape(-1)
+            ids = ids.expand(len(self.tokens)) if len(ids) == 1 else ids  # as PEFT broadcasts one task
+            self.task_ids, self.prompt_ids = ids.unique(return_inverse=True)
         self.cache = self.prefix = None
         if self.is_prefix:
             self._find_prefix()
@@ -173,17 +176,21 @@ class _Call:
         key = (self.model.active_adapter, *(layer and layer[0].shape for layer in self.prefix))
         if key not in self.state.prefixes:
             own = self.state.forward or types.MethodType(type(self.model).forward, self.model)
-            self.state.prefixes[key] = self.engine.why_not_prefix(self.prefix, own)
+            with torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):  # as the probe runs
+                prefix = layers_of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config)
+            self.state.prefixes[key] = self.engine.why_not_prefix(prefix, own)
         if self.state.prefixes[key] is not None:
             raise _OwnForward(self.state.prefixes[key])
 
     def _plan(self):
         given = self.given
         everywhere = self.prefix is None or None not in self.prefix  # do all layers have one?
-        share = given.get("input_ids") is not None and everywhere and self.engine.may_share()
+        alike = given.get("token_type_ids") is None or self.direct  # may rows of the same ids still differ?
+        share = given.get("input_ids") is not None and everywhere and alike and self.engine.may_share()
         plan, reason = plan_or_reason(
             self.engine, *self.tokens.shape[:2], 0 if self.is_prefix else self.length,
-            attention_mask=given.get("attention_mask"), labels=given.get("labels") if self.direct else None,
+            attention_mask=given.get("attention_mask"),
+            labels=given.get("labels") if isinstance(self.model, PeftModelForCausalLM) else None,
             prompt_ids=self.prompt_ids, token_ids=self.tokens if share else None,
             prefix_length=self.length if self.is_prefix else 0, device=self.tokens.device,
             finds_last=self.is_prefix and given.get("input_ids") is not None,

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from parity import B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
 from tiny_models import VOCABULARY, build
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, Trainer, TrainingArguments
 
 import fastprompt
 
@@ -269,6 +269,86 @@ def _ddp_step(rank, halves, store, result):
         torch.save(next(model.module.prompt_encoder.parameters()).grad, result)
     # No destructors: that of DDP's reducer destroys the gloo group, waiting with the GIL for a thread that needs the GIL.
     os._exit(0)
+
+
+def test_two_models_on_one_base_do_not_disturb_each_other():
+    inputs = batch("right")
+    first = peft_model("llama")
+    second = peft_model(None, "prefix", base=first.base_model)
+    plain = step(first, inputs), step(second, inputs)
+    fastprompt.accelerate(first)
+    fastprompt.accelerate(second)
+    assert_equal(plain[0], step(first, inputs), inputs)
+    fastprompt.restore(second)  # which gives the base its own attention back
+    assert_equal(plain[0], step(first, inputs), inputs)
+    fastprompt.accelerate(second)
+    fastprompt.restore(first)
+    assert_equal(plain[1], step(second, inputs), inputs)
+
+
+def test_another_attention_implementation_afterwards():
+    model, inputs = peft_model("llama"), batch("right")
+    plain = step(model, inputs)
+    fastprompt.accelerate(model)
+    model.base_model.set_attn_implementation("eager")
+    assert_equal(plain, step(model, inputs), inputs)
+    assert fastprompt.restore(model).base_model.config._attn_implementation == "eager"
+
+
+def test_a_patched_base_goes_on_sharing_the_prompt():
+    model, inputs = peft_model("llama"), batch("right")
+    plain = step(model, inputs)
+    fastprompt.accelerate(model)
+    fastprompt.patch_attention(model.base_model)
+    assert_equal(plain, step(model, inputs), inputs)
+    fastprompt.unpatch_attention(model.base_model)
+    assert_equal(plain, step(model, inputs), inputs)
+
+
+def test_attention_in_chunks_runs_peft_itself():
+    """Llama 4: a window's size means a chunk's there."""
+    config = Llama4TextConfig(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, intermediate_size_mlp=80, num_hidden_layers=4,
+                              num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4)
+    torch.manual_seed(0)
+    model, inputs = peft_model(None, base=AutoModelForCausalLM.from_config(config)), batch("none")
+    plain = step(model, inputs)
+    with pytest.warns(UserWarning, match=PADDED + "UnsupportedAttention: attention in chunks"):
+        fastprompt.accelerate(model)
+    assert_identical(plain, step(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "cpt"])
+def test_labels_that_padding_would_predict_run_peft_itself(method):
+    model, inputs = peft_model("llama", method), batch("left")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    plain = model(**inputs).loss
+    fastprompt.accelerate(model)
+    with pytest.warns(UserWarning, match=PADDED + "a label follows a padding token"):
+        assert torch.equal(model(**inputs).loss, plain)
+
+
+def test_one_task_for_all_rows():
+    inputs = dict(batch("right"), task_ids=torch.tensor([1]))
+    assert_equal(*both(peft_model("llama", "multitask"), inputs), inputs)
+
+
+def test_a_label_out_of_range_is_refused_by_the_chunked_loss():
+    model = fastprompt.accelerate(peft_model("llama"))
+    ids = torch.randint(3, VOCABULARY, (40, 9))
+    labels = ids.clone()
+    labels[3, 4] = -1
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, {VOCABULARY}\), got values from -1"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_a_reparameterised_prefix_under_autocast():
+    """Its encoder runs in bf16 then, and the probe, which compares in fp32, must not mind."""
+    model, inputs = fastprompt.accelerate(peft_model("llama", "prefix_mlp")), batch("right")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=PADDED)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs).loss
+    torch.testing.assert_close(loss, fastprompt.restore(model)(**inputs).loss, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ _AUTO = {
 }
 
 
-def build(name, task_type, **changes):
+def build(name, task_type, num_labels=3, **changes):
     config_class, arguments = ALL[name]
-    config = config_class(**arguments, **changes)
-    config.num_labels = 2 if task_type == "QUESTION_ANS" else 3
+    config = config_class(**{**arguments, **changes})
+    config.num_labels = 2 if task_type == "QUESTION_ANS" else num_labels
     torch.manual_seed(0)
     model = _AUTO[task_type].from_config(config)
     with torch.no_grad():
@@ -164,6 +164,14 @@ def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
         assert_equal(step(model, inputs), plain, inputs)
     reasons = {str(w.message) for w in caught if "fastprompt" in str(w.message)}
     assert not reasons if reason is None else all(reason in text for text in reasons) and reasons
+
+
+def test_rows_of_equal_ids_and_other_token_types_share_nothing():
+    """GPT-2 adds an embedding of the type to that of the token."""
+    model = peft_model(None, task_type="SEQ_CLS", base=build("gpt2", "SEQ_CLS"))
+    ids, types = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=types, labels=torch.tensor([0, 2]))
+    assert_equal(*both(model, inputs), inputs)
 
 
 def test_labels_at_padding_run_peft_itself():

@@ -177,16 +177,27 @@ METHOD_WITH_HEAD = {
 }
 
 
+@pytest.mark.parametrize("labels", [3, 8])  # 8: as many as the probe has columns
+@pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name, method", [("llama", "prompt"), ("llama", "prefix_llama"), ("bert", "prompt"), ("bert", "prefix_bert"),
                                           ("deberta", "prompt")])
 @pytest.mark.filterwarnings("ignore:fastprompt runs the model's own padded forward")
-def test_a_classifier_reads_the_text_wherever_it_is_padded(name, method):
+def test_a_classifier_reads_the_text_wherever_it_is_padded(name, method, padding, labels):
     """PEFT's prompts make a decoder's classifier pool padding, and an encoder's the first virtual token."""
     torch.manual_seed(6)
-    model = SoftPromptModel(build_with_head(name, "SEQ_CLS"), METHOD_WITH_HEAD[method]()).eval()
-    inputs = batch("right")
+    base = build_with_head(name, "SEQ_CLS", num_labels=labels)
+    if padding == "left":
+        if name == "deberta":
+            pytest.skip("its distances count the padding between prompt and text")
+        for parameter_name, parameter in base.named_parameters():
+            if "position_embeddings" in parameter_name:  # absolute positions count left padding, and a row alone has none
+                parameter.data.zero_()
+        if name == "llama":
+            base.model.rotary_emb.inv_freq.zero_()
+    model = SoftPromptModel(base, METHOD_WITH_HEAD[method]()).eval()
+    inputs = batch(padding)
     together = model(inputs["input_ids"], inputs["attention_mask"]).logits
-    assert together.shape == (B, 3)
+    assert together.shape == (B, labels)
     for row in range(B):
         real = inputs["attention_mask"][row].bool()
         alone = model(inputs["input_ids"][row][real][None]).logits
@@ -270,6 +281,8 @@ def test_an_encoder_decoder_equals_peft():
          "virtual_tokens must be None with Prefix-Tuning"),
         (lambda: SoftPromptModel(build_with_head("bert", "SEQ_CLS"), PromptTuning(P, 48))(torch.zeros(3, dtype=torch.int64), cu_seqlens=[0, 3]),
          "cu_seqlens must be None for a BertForSequenceClassification"),
+        (lambda: SoftPromptModel(build("llama"), PromptTuning(P, 48))(torch.zeros(3, dtype=torch.int64), torch.ones(1, 3), cu_seqlens=[0, 3]),
+         "attention_mask must be None with cu_seqlens"),
     ],
 )
 def test_errors_name_the_argument(call, message):
@@ -277,6 +290,11 @@ def test_errors_name_the_argument(call, message):
         call()
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match=r"forward got unknown arguments \['token_type_ids'\]"):
-        SoftPromptModel(build("llama"), PromptTuning(P, 48))(torch.zeros(1, 3, dtype=torch.int64), token_type_ids=torch.zeros(1, 3))
+@pytest.mark.parametrize("argument", ["token_type_ids", "position_ids", "output_hidden_states"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_an_argument_that_would_be_ignored_is_refused(name, argument):
+    base = build("llama") if name == "llama" else build_with_head("bert", "SEQ_CLS")
+    if (name, argument) == ("bert", "token_type_ids"):
+        pytest.skip("BERT has token types")
+    with pytest.raises(TypeError, match=rf"forward got unknown arguments \['{argument}'\]"):
+        SoftPromptModel(base, PromptTuning(P, 48))(torch.zeros(1, 3, dtype=torch.int64), **{argument: torch.zeros(1, 3)})

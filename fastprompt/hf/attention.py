@@ -170,7 +170,7 @@ def switch_over(model):
     change.
 
     Raises:
-        UnsupportedAttention: the model's present attention is not one that can be handed back to.
+        UnsupportedAttention: the model's present attention is not one that can be handed back to, or sees chunks.
     """
     copies = {}
     copy.deepcopy(model.config, copies)
@@ -180,6 +180,8 @@ def switch_over(model):
         if config is not None and id(config) in copies:
             module.config = own[id(config)] = copies[id(config)]
     configs = list({id(c): c for c in own.values()}.values())
+    if any("chunked_attention" in (getattr(c, "layer_types", None) or ()) for c in configs):
+        raise UnsupportedAttention("attention in chunks is not a sliding window")
     before = [c._attn_implementation for c in configs]
     for implementation in before:
         if implementation not in _NAMES and implementation not in _BEFORE:
@@ -187,6 +189,16 @@ def switch_over(model):
     for config in configs:
         # The public setter would also overwrite sub-configs, which may run on something else.
         config._attn_implementation_internal = _NAMES.get(config._attn_implementation, config._attn_implementation)
+
+
+def is_switched_over(config):
+    """Does a model with this config run on prefix_attention inside of :func:`running` blocks?"""
+    return config._attn_implementation in _BEFORE
+
+
+def packed_rows_run():
+    """Is a :class:`PackedRows` being run right now?"""
+    return isinstance(_ACTIVE.get(), PackedRows)
 
 
 def switch_back(model):

@@ -9,10 +9,12 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..checks import check_range
 from ..layout import CannotPack, plan_padded_input
 from ..ops import prompt_concat
-from .attention import PackedRows, prefix_length, running, switch_back, switch_over
+from .attention import PackedRows, is_switched_over, prefix_length, running, switch_back, switch_over
 from .loss import ROWS, SummedCrossEntropy
+from .mlp import keep_all, keep_less
 from .prefix import checkpoints_reentrantly, through_reentrant_checkpoints
 from .probe import Probe, primary, quiet, relative_error, tolerance
 
@@ -38,19 +40,22 @@ class Engine:
             self.is_lm = base.get_output_embeddings() is not None and base.can_generate()
             self.backbone = base.get_decoder() if self.is_lm else base.base_model
             switch_over(self.root)
+            with quiet(self.base):
+                keep_less(self.base)
             self._probe()
         except Exception as error:  # a model can fail in any way on rows it was not written for; the reason is kept
             self.refusal = f"{type(error).__name__}: {error}"
         if self.refusal is not None:
-            switch_back(self.root)
+            self.detach()
 
     @property
     def causal(self):
         return self.layout == "shared"
 
     def detach(self):
-        """Give the model its own attention back."""
+        """Give the model its own attention and MLPs back."""
         switch_back(self.root)
+        keep_all(self.base)
 
     def why_not(self, attention_mask=None, finds_last=False):
         """The reason why this call has to take the padded path, or None. Costs a look at a few flags.
@@ -76,7 +81,7 @@ class Engine:
     def may_share(self):
         """Are two tokens of the same id the same row? Not if a hook of the embedding module may change one of them."""
         hooks = self.base.get_input_embeddings()._forward_hooks.values()
-        return all(getattr(hook, "__name__", "") == "make_inputs_require_grads" for hook in hooks)
+        return all(getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in hooks)
 
     def rows(self, plan, prompt, embeds):
         """``[R, D]`` input rows of a plan.
@@ -101,11 +106,14 @@ class Engine:
     def loss(self, plan, rows, num_items_in_batch=None, prefix=None):
         """The model's own loss over the plan's labelled rows, the head run on those rows only."""
         if self._chunked_loss(plan, rows):
-            hidden = self.hidden(plan, rows, prefix).index_select(0, plan.label_rows)
-            head = self.base.get_output_embeddings()
-            total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels)
+            hidden, head = self.hidden(plan, rows, prefix), self.base.get_output_embeddings()
+            hidden = hidden.index_select(0, plan.label_rows.to(hidden.device))
+            check_range("labels", plan.labels, 0, len(head.weight))
+            total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
             return total / (len(plan.labels) if num_items_in_batch is None else num_items_in_batch)
-        logits = self.logits(plan, rows, plan.label_rows, prefix)
+        head = self.base.get_output_embeddings().weight.device  # the last device of a model that is spread over several
+        keep = plan.label_rows if head.type == "meta" else plan.label_rows.to(head)
+        logits = self.logits(plan, rows, keep, prefix)
         return self.loss_of_logits(logits, plan.labels, num_items_in_batch)
 
     def loss_of_logits(self, logits, labels, num_items_in_batch=None):
@@ -164,6 +172,8 @@ class Engine:
         finally:
             for hook in hooks:
                 hook.remove()
+            while blocks:  # torch calls no hook after a KeyboardInterrupt
+                blocks.pop().__exit__(None, None, None)
 
     @contextmanager
     def padded_backbone(self, plan):
@@ -182,6 +192,8 @@ class Engine:
 
     def _inputs(self, plan, rows, prefix):
         """The keyword arguments of the backbone for ``{argument: [R, ...]}``, and the block it has to run in."""
+        if not is_switched_over(self.backbone.config):  # by another user of the same base model, or by set_attn_implementation
+            switch_over(self.root)
         if prefix is not None and checkpoints_reentrantly(self.base) and any(x.requires_grad for x in _tensors(prefix)):
             if "inputs_embeds" not in rows:
                 rows = {**rows, "inputs_embeds": self.base.get_input_embeddings()(rows["input_ids"])}
@@ -207,6 +219,7 @@ class Engine:
             len(plan.labels) > ROWS
             and self.plain_head
             and _is_plain_linear(head)  # still
+            and self.base.loss_function is ForCausalLMLoss
             and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
             and (rows.dtype == torch.float32 or not rows.is_floating_point())
             and not torch.is_autocast_enabled(rows.device.type)
@@ -315,24 +328,33 @@ class Engine:
                 return f"{type(error).__name__}: {error}"
 
     @cached_property
-    def reads_last_column(self):
-        """Does the head read the hidden state in the last column, whatever stands there, and no other?"""
+    def pooled_column(self):
+        """The column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it reads them all."""
         with torch.no_grad(), quiet(self.base):
             probe = Probe(self.base)
-            outputs = []
-            for change in (0.0, 1.0):
-                def add(module, args, output, change=change):
-                    output.last_hidden_state = output.last_hidden_state.clone()
-                    output.last_hidden_state[:, -1] += change
-                    return output
+            plain, *changed = (self._with_change(probe, column) for column in (None, 0, -1))
+        read = []
+        for column, output in zip((0, -1), changed):
+            differs = output != plain
+            if plain.shape[:2] == probe.real(probe.full).shape:  # one output a token: its own does not count
+                differs[:, column] = False
+            if differs.any():
+                read.append(column)
+        return read[0] if len(read) == 1 else None
 
-                hook = self.backbone.register_forward_hook(add)
-                try:
-                    outputs.append(probe.padded(probe.full))
-                finally:
-                    hook.remove()
-        pooled = outputs[0].shape[:2] != (len(probe.ids), len(probe.prompt) + probe.ids.shape[1])
-        return pooled and not torch.equal(*outputs)
+    def _with_change(self, probe, column):
+        """The output on the probe's rows with the hidden states of a column changed."""
+        def change(module, args, output):
+            if column is not None:
+                output.last_hidden_state = output.last_hidden_state.clone()
+                output.last_hidden_state[:, column] += 1
+            return output if column is None or output.get("pooler_output") is None else _pooled(module, output)
+
+        hook = self.backbone.register_forward_hook(change)
+        try:
+            return probe.padded(probe.full)
+        finally:
+            hook.remove()
 
     def _head_is_plain(self, embeds):
         """Is the model's forward after its decoder nothing but a linear head and the ordinary causal LM loss?
@@ -361,8 +383,11 @@ class Engine:
 def _unpacked(plan, backbone, output):
     """A backbone's output with padded in place of packed states, and what it pools from them pooled again."""
     output.last_hidden_state = plan.unpack(output.last_hidden_state.flatten(0, 1))
-    if output.get("pooler_output") is not None:
-        output.pooler_output = backbone.pooler(output.last_hidden_state)
+    return output if output.get("pooler_output") is None else _pooled(backbone, output)
+
+
+def _pooled(backbone, output):
+    output.pooler_output = backbone.pooler(output.last_hidden_state)
     return output
 
 
@@ -385,7 +410,7 @@ def _tensors(prefix):
 def _is_plain_linear(module):
     """A frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook of torch's or accelerate's."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked and not module.weight.requires_grad
+    return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
 
 
 def plan_or_reason(engine, *arguments, attention_mask=None, finds_last=False, **options):

@@ -78,7 +78,7 @@ class SoftPromptModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        self._check(prompt_ids, virtual_tokens, cu_seqlens, options)
+        self._check(prompt_ids, virtual_tokens, cu_seqlens, attention_mask, options)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         prompt, prefix, ids = self._prompts(prompt_ids)
@@ -86,29 +86,17 @@ class SoftPromptModel(nn.Module):
             options["num_items_in_batch"] = num_items_in_batch
         if self.config.is_encoder_decoder:
             return self._encoder_decoder(embeds, attention_mask, prompt, ids, labels, options)
-        is_lm = self._engine.is_lm
-        share = input_ids is not None and self._engine.may_share() and (prefix is None or None not in prefix)
+        is_lm, by_ids = self._engine.is_lm, input_ids is not None and self._engine.may_share()
         arguments = dict(
-            labels=labels if is_lm else None, prompt_ids=ids, virtual_tokens=virtual_tokens,
-            prefix_length=prefix_length(prefix), token_ids=input_ids if share else None,
+            labels=labels if is_lm else None, prompt_ids=ids, virtual_tokens=virtual_tokens, prefix_length=prefix_length(prefix),
+            token_ids=input_ids if by_ids and (prefix is None or None not in prefix) and "token_type_ids" not in options else None,
         )
-        length = 0 if self._is_prefix else self.method.num_virtual_tokens
-        if cu_seqlens is not None:
-            if (reason := self._engine.why_not() or self._prefix_reason) is not None:
-                raise CannotPack(f"cu_seqlens needs packed rows, but {reason}")
-            flat = {name: x.reshape(-1) if name in _LIKE_TOKENS and x is not None else x for name, x in arguments.items()}
-            plan, reason = plan_packed_input(cu_seqlens, length, **flat), None
-        else:
-            plan, reason = plan_or_reason(self._engine, *tokens.shape[:2], length, attention_mask=attention_mask,
-                                          device=tokens.device, finds_last=True, **arguments)
-            if self._prefix_reason is not None:
-                plan, reason = None, self._prefix_reason
+        plan, reason = self._plan(tokens, attention_mask, cu_seqlens, arguments)
         if plan is None:
             self._warn(reason)
             return self._padded(embeds, attention_mask, prompt, prefix, labels, arguments, options)
         if is_lm:
-            by_ids = self._is_prefix and input_ids is not None and self._engine.may_share()
-            rows = plan.token_ids(input_ids) if by_ids else self._engine.rows(plan, prompt, embeds)
+            rows = plan.token_ids(input_ids) if by_ids and self._is_prefix else self._engine.rows(plan, prompt, embeds)
             want_logits = labels is None or keep_logits or not self.training
             return self._engine.outputs(plan, rows, want_logits=want_logits, prefix=prefix, **options)
         inputs = {"inputs_embeds": self._engine.rows(plan, prompt, embeds)}
@@ -126,7 +114,7 @@ class SoftPromptModel(nn.Module):
             CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
         """
         batch = len(input_ids)
-        self._check(prompt_ids, None, None, {})
+        self._check(prompt_ids)
         prompt, prefix, ids = self._prompts(prompt_ids)
         ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
         if self._is_prefix:
@@ -174,19 +162,37 @@ class SoftPromptModel(nn.Module):
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
 
-    def _check(self, prompt_ids, virtual_tokens, cu_seqlens, options):
+    def _check(self, prompt_ids, virtual_tokens=None, cu_seqlens=None, attention_mask=None, options=()):
         if prompt_ids is not None and prompt_ids.numel():
             low, high = int(prompt_ids.min()), int(prompt_ids.max())
             if low < 0 or high >= self.method.num_prompts:
                 raise ValueError(f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}")
         if self._is_prefix and virtual_tokens is not None:
             raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
-        if not self._engine.is_lm and not self.config.is_encoder_decoder:
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("attention_mask must be None with cu_seqlens, which say where sequences end")
+        if self._engine.is_lm and not self.config.is_encoder_decoder:
+            known = set()
+        else:
+            known = set(options) if self.config.is_encoder_decoder else {"token_type_ids", "start_positions", "end_positions"}
             for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
                 if value is not None:
                     raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
-        elif options and not self.config.is_encoder_decoder:
-            raise TypeError(f"forward got unknown arguments {sorted(options)}")
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"forward got unknown arguments {unknown}")
+
+    def _plan(self, tokens, attention_mask, cu_seqlens, arguments):
+        """``(plan, None)``, or ``(None, the reason)`` for the padded path."""
+        length = 0 if self._is_prefix else self.method.num_virtual_tokens
+        if cu_seqlens is not None:
+            if (reason := self._engine.why_not() or self._prefix_reason) is not None:
+                raise CannotPack(f"cu_seqlens needs packed rows, but {reason}")
+            flat = {name: x.reshape(-1) if name in _LIKE_TOKENS and x is not None else x for name, x in arguments.items()}
+            return plan_packed_input(cu_seqlens, length, **flat), None
+        if self._prefix_reason is not None:
+            return None, self._prefix_reason
+        return plan_or_reason(self._engine, *tokens.shape[:2], length, attention_mask=attention_mask, device=tokens.device,
+                              finds_last=True, **arguments)
 
     def _prompts(self, prompt_ids):
         """The prompts a batch uses: ``[N * P, D]`` or None, a prefix or None, and the batch's ids among them or None."""
@@ -204,24 +210,21 @@ class SoftPromptModel(nn.Module):
 
     def _with_head(self, plan, inputs, embeds, attention_mask, prefix, labels, options):
         """The model's own forward with its head on the hidden states of the text."""
-        plan = replace(plan, grid=self._text_cells(plan, attention_mask))
+        plan = replace(plan, grid=self._text_cells(plan, embeds.shape[1], attention_mask))
         if labels is not None:
             options["labels"] = labels
         with self._engine.packed_backbone(plan, inputs, prefix):
             return self.base(inputs_embeds=embeds, return_dict=True, **options)
 
-    def _text_cells(self, plan, attention_mask):
-        """``[B, S]`` rows of the text tokens; behind a head that reads the last column, a row's last token stands there."""
-        cells = plan.grid[:, plan.grid.shape[1] - self._width(plan, attention_mask) :]
+    def _text_cells(self, plan, width, attention_mask):
+        """``[B, S]`` rows of the text tokens; in the column that a classifier reads, a row's first or last token stands."""
+        cells = plan.grid[:, plan.grid.shape[1] - width :]
         if attention_mask is not None:
             cells = cells.masked_fill(attention_mask == 0, -1)
-        if self._engine.reads_last_column:
-            cells = cells.gather(1, (cells >= 0).int().argsort(dim=1, stable=True))
+        column = self._engine.pooled_column
+        if column is not None:
+            cells = cells.gather(1, (cells >= 0).int().argsort(dim=1, stable=True, descending=column == 0))
         return cells
-
-    def _width(self, plan, attention_mask):
-        front = 0 if self._is_prefix else self.method.num_virtual_tokens
-        return plan.grid.shape[1] - front if attention_mask is None else attention_mask.shape[1]
 
     def _padded(self, embeds, attention_mask, prompt, prefix, labels, arguments, options):
         """The model's own forward on ``[B, P + S]`` rows, for what cannot be packed."""
@@ -244,7 +247,7 @@ class SoftPromptModel(nn.Module):
                 inputs["labels"] = torch.cat([labels.new_full((batch, front), IGNORE), labels], 1)
             output = self.base(use_cache=prefix is not None, **inputs, **options)
             return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
-        plan = replace(plan, grid=self._text_cells(plan, attention_mask))
+        plan = replace(plan, grid=self._text_cells(plan, width, attention_mask))
         if (types := options.pop("token_type_ids", None)) is not None:
             inputs["token_type_ids"] = torch.cat([types.new_zeros(batch, front), types], 1)
         if labels is not None:

@@ -4,7 +4,15 @@
 import torch
 
 from ..checks import FLOATS, check_tensor
-from .attention import PaddedBatch, UnsupportedAttention, prefix_length, running, switch_back, switch_over
+from .attention import (
+    PaddedBatch,
+    UnsupportedAttention,
+    packed_rows_run,
+    prefix_length,
+    running,
+    switch_back,
+    switch_over,
+)
 from .prefix import layers_of_tensor
 from .probe import primary, quiet, relative_error, tolerance
 
@@ -78,8 +86,17 @@ class PaddedCalls:
     def remove(self):
         for hook in self._hooks:
             hook.remove()
+        self._close()
+
+    def _close(self):
+        """Leave what an interrupted call left open: torch calls no hook after a KeyboardInterrupt."""
+        while self._open:
+            self._open.pop()[0].__exit__(None, None, None)
 
     def _enter(self, model, args, kwargs):
+        self._close()
+        if packed_rows_run():  # a soft prompt's own call of a model that is patched too
+            return args, kwargs
         if self.prefix is not None:
             kwargs = {**kwargs, "position_ids": self._positions(args, kwargs)}
         block = running(batch := PaddedBatch(self.prefix, self.prefix_ids))
@@ -88,9 +105,9 @@ class PaddedCalls:
         return args, kwargs
 
     def _leave(self, model, args, output):
-        block, batch = self._open.pop()
-        self.reached |= batch.asked
-        block.__exit__(None, None, None)
+        if self._open:
+            self.reached |= self._open[-1][1].asked
+        self._close()
 
     def _positions(self, args, kwargs):
         """The caller's position ids, or 0, 1, ... behind the cache, moved behind the prefix."""
