@@ -167,6 +167,8 @@ class _Call:
         self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         if self.tokens.shape[1] == 0:
             raise _OwnForward("the batch has no tokens")
+        if self.is_prefix and self.engine.position_offset and given.get("input_ids") is None:
+            raise _OwnForward("without token ids, the model does not count the prefix in its positions")  # RoBERTa
 
     def _find_prefix(self):
         self.cache = self.model.get_prompt(batch_size=1)

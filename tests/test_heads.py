@@ -166,6 +166,17 @@ def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
     assert not reasons if reason is None else all(reason in text for text in reasons) and reasons
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+@pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward: without token ids")
+def test_embeddings_behind_a_prefix(name):
+    """RoBERTa numbers positions another way when it is not told the token ids."""
+    model = peft_model(None, "prefix", task_type="TOKEN_CLS", base=build(name, "TOKEN_CLS"))
+    inputs = inputs_for("TOKEN_CLS", "right", "prefix")
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    plain = step(model, inputs)
+    assert_equal(plain, step(fastprompt.accelerate(model), inputs), inputs)
+
+
 def test_rows_of_equal_ids_and_other_token_types_share_nothing():
     """GPT-2 adds an embedding of the type to that of the token."""
     model = peft_model(None, task_type="SEQ_CLS", base=build("gpt2", "SEQ_CLS"))

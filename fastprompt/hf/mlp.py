@@ -29,7 +29,10 @@ class GatedActivation(torch.autograd.Function):
             leaf = gate.detach().requires_grad_()
             activated = ctx.activation(leaf)
         dgate = torch.autograd.grad(activated, leaf, grad * up)[0] if ctx.needs_input_grad[0] else None
-        return dgate, grad * activated.detach() if ctx.needs_input_grad[1] else None, None
+        dup = activated.detach()
+        # In place, since a step's memory peaks here; not into what was saved, which an identity would hand back.
+        dup = grad * dup if dup.data_ptr() == gate.data_ptr() else dup.mul_(grad)
+        return dgate, dup if ctx.needs_input_grad[1] else None, None
 
 
 @torch.no_grad()
