@@ -44,9 +44,14 @@ class Engine:
                 keep_less(self.base)
             self._probe()
         except Exception as error:  # a model can fail in any way on rows it was not written for; the reason is kept
-            self.refusal = f"{type(error).__name__}: {error}"
+            self.refusal = self._reason(error)
         if self.refusal is not None:
             self.detach()
+
+    def _reason(self, error):
+        if "MaskPlan" in str(error):  # what stands in place of the mask met code that wants a tensor
+            return f"{type(self.base).__name__} computes attention in code of its own"
+        return f"{type(error).__name__}: {error}"
 
     @property
     def causal(self):
@@ -270,7 +275,7 @@ class Engine:
                     try:
                         found = self._differs(probe, mask)
                     except Exception as error:  # as above; another layout may do
-                        found = f"{type(error).__name__}: {error}"
+                        found = self._reason(error)
                     if found is None:
                         return None
                     reason = reason or found
@@ -325,7 +330,7 @@ class Engine:
                         packed = primary(self.base(input_ids=ids, attention_mask=mask, return_dict=True))
                 return _difference(packed, padded, mask.bool(), probe.embeds.dtype)
             except Exception as error:  # as in __init__
-                return f"{type(error).__name__}: {error}"
+                return self._reason(error)
 
     @cached_property
     def pooled_column(self):
