@@ -167,7 +167,7 @@ def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
-@pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward: without token ids")
+@pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward")
 def test_embeddings_behind_a_prefix(name):
     """RoBERTa numbers positions another way when it is not told the token ids."""
     model = peft_model(None, "prefix", task_type="TOKEN_CLS", base=build(name, "TOKEN_CLS"))
