@@ -110,7 +110,7 @@ def train(run: TrainingRun, contender: Contender, tasks: list[str], seconds: flo
     return points, step
 
 
-def plot(file: Path, results: dict, seconds: float):
+def plot(file: Path, results: dict):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS):
         for name, result in results.items():
@@ -174,7 +174,7 @@ def main():
             gc.collect()
         results[name] = {"points": points, "steps": steps}
     write_json(folder / "result.json", {"seconds": options.seconds, "torch_threads": torch.get_num_threads(), "results": results})
-    plot(folder / "compare.png", results, options.seconds)
+    plot(folder / "compare.png", results)
     show(results, folder, options.seconds)
     print(f"{folder / 'compare.png'}, {folder / 'compare.csv'}, {folder / 'result.json'}")
 

@@ -118,7 +118,7 @@ class Distillation:
         self.run = run
         # The label logits: those of all tokens that occur in labels.
         self.vocabulary = torch.tensor(sorted({token for row in run.data.train_ids for token in row.completion}))
-        self.answers = {}  # row -> last hidden states and log-probabilities where its label is predicted
+        self.answers = {}  # row -> last hidden states and label logits where its label is predicted
         used = sorted({row for batch in run.batches for row in batch})
         with tqdm(total=len(used), desc="teachers answer", unit="row") as bar:
             for task, folder in teachers.items():
@@ -131,9 +131,9 @@ class Distillation:
         teacher.train()  # where the head runs on labelled rows only
         for start in range(0, len(rows), 16):
             part = rows[start : start + 16]
-            hidden, log_probs = self._answers(teacher, collate([self.run.features[row] for row in part]))
+            hidden, logits = self._answers(teacher, collate([self.run.features[row] for row in part]))
             lengths = [len(self.run.data.train_ids[row].completion) for row in part]
-            self.answers.update(zip(part, zip(hidden.split(lengths), log_probs.split(lengths))))
+            self.answers.update(zip(part, zip(hidden.split(lengths), logits.split(lengths))))
             bar.update(len(part))
         fastprompt.restore(teacher)
 
@@ -141,14 +141,13 @@ class Distillation:
         with HeadStates(model) as states:
             self.loss = model(**batch).loss
         hidden, logits = states.at_labels(batch["labels"])
-        return hidden, logits[:, self.vocabulary.to(logits.device)].float().log_softmax(-1)
+        return hidden, logits[:, self.vocabulary.to(logits.device)]
 
     def __call__(self, model, batch, step: int):
-        hidden, log_probs = self._answers(model, batch)
+        hidden, logits = self._answers(model, batch)
         answers = [self.answers[row] for row in self.run.batches[step]]
-        teacher_hidden, teacher_log_probs = (torch.cat(states) for states in zip(*answers))
-        divergence = functional.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="batchmean")
-        return self.loss + DISTILLATION * (divergence + functional.mse_loss(hidden, teacher_hidden))
+        teacher_hidden, teacher_logits = (torch.cat(states) for states in zip(*answers))
+        return self.loss + fastprompt.distillation_loss(logits, teacher_logits, hidden, teacher_hidden, weight=DISTILLATION)
 
 
 def plot(file: Path, result: dict):

@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import matplotlib
 import torch
-from data import package_folder
+from data import QUESTIONS, package_folder
 from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 import fastprompt
@@ -34,14 +34,6 @@ from matplotlib import pyplot
 # 20 tokens: a soft prompt of that length, started from this text, is at first exactly this hard prompt.
 HARD_PROMPT = "Say whether the question asks for an abbreviation, entity, description, human, location or number.\n"
 LOSS_TOLERANCE = 1e-3  # after ten steps whose gradients differ by rounding
-WORDS = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "entity",
-    "HUM": "human",
-    "LOC": "location",
-    "NUM": "number",
-}
 
 
 def write_questions(file: Path):
@@ -129,7 +121,7 @@ def main():
             text_column="question",
             label_column="class",
             template="Question: {text}\nType:",
-            verbaliser=WORDS,
+            verbaliser=QUESTIONS,
             eval_fraction=0.25,
             num_virtual_tokens=20,
             init="text",

@@ -92,6 +92,10 @@ class _State:
         self.warned = set()
         self.prefixes = {}  # adapter name and shapes of a prefix -> None if it can run packed, else why not
 
+    def original(self, model):
+        """The forward that the model had before."""
+        return self.forward or types.MethodType(type(model).forward, model)
+
     def warn(self, reason):
         if reason not in self.warned:
             self.warned.add(reason)
@@ -105,7 +109,7 @@ def _forward_like(peft_class):
     @functools.wraps(peft_class.forward)
     def forward(self, *args, **kwargs):
         state = self.__dict__["_fastprompt"]
-        original = state.forward or types.MethodType(peft_class.forward, self)
+        original = state.original(self)
         if not self.active_peft_config.is_prompt_learning or not issubclass(peft_class, _PACKED):
             return original(*args, **kwargs)
         given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
@@ -177,10 +181,9 @@ class _Call:
         self.prefix = layers_of_cache(self.cache, self.engine.base.config)
         key = (self.model.active_adapter, *(layer and layer[0].shape for layer in self.prefix))
         if key not in self.state.prefixes:
-            own = self.state.forward or types.MethodType(type(self.model).forward, self.model)
             with torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):  # as the probe runs
                 prefix = layers_of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config)
-            self.state.prefixes[key] = self.engine.why_not_prefix(prefix, own)
+            self.state.prefixes[key] = self.engine.why_not_prefix(prefix, self.state.original(self.model))
         if self.state.prefixes[key] is not None:
             raise _OwnForward(self.state.prefixes[key])
 

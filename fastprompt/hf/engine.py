@@ -199,7 +199,7 @@ class Engine:
         """The keyword arguments of the backbone for ``{argument: [R, ...]}``, and the block it has to run in."""
         if not is_switched_over(self.backbone.config):  # by another user of the same base model, or by set_attn_implementation
             switch_over(self.root)
-        if prefix is not None and checkpoints_reentrantly(self.base) and any(x.requires_grad for x in _tensors(prefix)):
+        if prefix is not None and any(x.requires_grad for x in _tensors(prefix)) and checkpoints_reentrantly(self.base):
             if "inputs_embeds" not in rows:
                 rows = {**rows, "inputs_embeds": self.base.get_input_embeddings()(rows["input_ids"])}
                 del rows["input_ids"]

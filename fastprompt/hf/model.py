@@ -80,13 +80,12 @@ class SoftPromptModel(nn.Module):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         self._check(prompt_ids, virtual_tokens, cu_seqlens, attention_mask, options)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        is_lm, by_ids = self._engine.is_lm, input_ids is not None and self._engine.may_share()
         prompt, prefix, ids = self._prompts(prompt_ids)
         if num_items_in_batch is not None:
             options["num_items_in_batch"] = num_items_in_batch
         if self.config.is_encoder_decoder:
-            return self._encoder_decoder(embeds, attention_mask, prompt, ids, labels, options)
-        is_lm, by_ids = self._engine.is_lm, input_ids is not None and self._engine.may_share()
+            return self._encoder_decoder(self._embed(tokens), attention_mask, prompt, ids, labels, options)
         arguments = dict(
             labels=labels if is_lm else None, prompt_ids=ids, virtual_tokens=virtual_tokens, prefix_length=prefix_length(prefix),
             token_ids=input_ids if by_ids and (prefix is None or None not in prefix) and "token_type_ids" not in options else None,
@@ -94,11 +93,13 @@ class SoftPromptModel(nn.Module):
         plan, reason = self._plan(tokens, attention_mask, cu_seqlens, arguments)
         if plan is None:
             self._warn(reason)
-            return self._padded(embeds, attention_mask, prompt, prefix, labels, arguments, options)
-        if is_lm:
-            rows = plan.token_ids(input_ids) if by_ids and self._is_prefix else self._engine.rows(plan, prompt, embeds)
+            return self._padded(self._embed(tokens), attention_mask, prompt, prefix, labels, arguments, options)
+        if is_lm:  # behind a learned prefix the model looks the tokens up itself
+            by_ids = by_ids and self._is_prefix
+            rows = plan.token_ids(input_ids) if by_ids else self._engine.rows(plan, prompt, self._embed(tokens))
             want_logits = labels is None or keep_logits or not self.training
             return self._engine.outputs(plan, rows, want_logits=want_logits, prefix=prefix, **options)
+        embeds = self._embed(tokens)
         inputs = {"inputs_embeds": self._engine.rows(plan, prompt, embeds)}
         if (types := options.pop("token_type_ids", None)) is not None:
             inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
@@ -125,7 +126,7 @@ class SoftPromptModel(nn.Module):
                 return self.base.generate(input_ids, attention_mask=attention_mask, **options)
             finally:
                 calls.remove()
-        embeds = self.base.get_input_embeddings()(input_ids)
+        embeds = self._embed(input_ids)
         prompt = prompt.unflatten(0, (-1, self.method.num_virtual_tokens)).to(embeds.dtype)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([mask.new_ones(batch, prompt.shape[1]), mask], 1)
@@ -180,6 +181,10 @@ class SoftPromptModel(nn.Module):
                     raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
         if unknown := sorted(set(options) - known):
             raise TypeError(f"forward got unknown arguments {unknown}")
+
+    def _embed(self, tokens):
+        """Token ids -> their embeddings; embeddings as they are."""
+        return tokens if tokens.is_floating_point() else self.base.get_input_embeddings()(tokens)
 
     def _plan(self, tokens, attention_mask, cu_seqlens, arguments):
         """``(plan, None)``, or ``(None, the reason)`` for the padded path."""
@@ -277,9 +282,8 @@ class SoftPromptModel(nn.Module):
         prefix = self._prompts(None)[1]
 
         def padded(input_ids, attention_mask):
-            embeds = self.base.get_input_embeddings()(input_ids)
             nothing = {"prompt_ids": None, "virtual_tokens": None}
-            return self._padded(embeds, attention_mask, None, prefix, None, nothing, {})
+            return self._padded(self._embed(input_ids), attention_mask, None, prefix, None, nothing, {})
 
         return self._engine.why_not_prefix(prefix, padded)
 
