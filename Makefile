@@ -8,17 +8,31 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test bench gpu-evidence gpu-check clean
 
 quickstart: $(READY)
 	$(PY) examples/quickstart.py
 
-# One thread a worker, or the workers fight for the cores.
+# One thread a worker, or the workers fight for the cores. Triton reads TRITON_INTERPRET when it is imported, so its
+# interpreter needs a process of its own.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
+	$(PYTEST)
+ifeq ($(shell uname),Linux)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+endif
 
 bench: $(READY)
 	$(PY) -m benchmarks
+
+# Needs no GPU. The matrix is a sample; benchmarks/gpu/README.md has the command for all of it.
+gpu-evidence: $(READY)
+	$(PY) -m benchmarks.gpu.compile_matrix
+	$(PY) -m benchmarks.gpu.model
+	$(PY) -m benchmarks.gpu.launch_cost
+
+gpu-check: $(READY)
+	$(PY) -m benchmarks.gpu.check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

@@ -5,7 +5,9 @@ At the top level its name would collide with the PyPI package `kernels`, which t
 
 from setuptools import find_packages, setup
 
+kernels = [f"fastprompt.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+
 setup(
-    packages=[*find_packages(include=["fastprompt", "fastprompt.*"]), "fastprompt.kernels"],
+    packages=[*find_packages(include=["fastprompt", "fastprompt.*"]), *kernels],
     package_dir={"fastprompt.kernels": "kernels"},
 )

@@ -158,7 +158,7 @@ def test_compiles_without_a_graph_break():
 
 def test_backends():
     assert available_backends()["reference"] is None
-    assert select_backend("cpu") == select_backend("cuda") == "reference"
+    assert select_backend("cpu") == "reference" and select_backend("cuda") in ("triton", "reference")
     with pytest.raises(RuntimeError, match="'triton' of multitask_prompt cannot run this call: the Triton kernel"):
         multitask_prompt(*inputs(), backend="triton")
 

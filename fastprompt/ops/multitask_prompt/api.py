@@ -3,22 +3,40 @@
 import torch
 
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
+from ..launcher import launcher
 from . import reference
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
+    return _available("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def _available(device_type, dtype):
+    triton, problem = launcher("multitask_prompt", "triton")
     return {
         "reference": None,
         "cpu": "the C++ kernel is not part of this version",
-        "triton": "the Triton kernel is not part of this version",
+        "triton": problem or triton.unsupported(device_type, dtype),
         "cuda": "this operator has no CUDA C++ kernel",
     }
 
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose_backend("multitask_prompt", "auto", available_backends(), ["reference"])
+    return _choose("auto", device_type, torch.float32)
+
+
+def _choose(requested, device_type, dtype):
+    if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
+        return "reference"
+    return choose_backend("multitask_prompt", requested, _available(device_type, dtype), ["triton", "reference"])
+
+
+def _implementation(requested, tensor):
+    """The module whose ``forward`` and ``backward`` run the call."""
+    backend = _choose(requested, tensor.device.type, tensor.dtype)
+    return reference if backend == "reference" else launcher("multitask_prompt", backend)[0]
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
@@ -33,7 +51,8 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         cols: ``[T, r, D]`` the right factors, likewise.
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a GPU "auto" takes "triton", but "reference" for
+            float64 and where Triton is not installed.
 
     Returns:
         ``[N, P, D]`` prompts in the dtype of ``shared``, under autocast too, differentiable in ``shared``, ``rows``
@@ -47,7 +66,6 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
     check_tensor("rows", rows, ["T", shared.shape[0], "r"], like=("shared", shared))
     check_tensor("cols", cols, [rows.shape[0], rows.shape[2], shared.shape[1]], like=("shared", shared))
     check_tensor("task_ids", task_ids, ["N"], dtypes=INTS, like=("shared", shared))
-    backend = choose_backend("multitask_prompt", backend, available_backends(), ["reference"])
     return MultitaskPrompt.apply(shared, rows, cols, task_ids, backend)
 
 
@@ -80,7 +98,7 @@ _library.define(
 def _forward(shared, rows, cols, task_ids, backend):
     check_range("task_ids", task_ids, 0, rows.shape[0])
     with torch.autocast(shared.device.type, enabled=False):
-        return reference.forward(shared, rows, cols, task_ids)
+        return _implementation(backend, shared).forward(shared, rows, cols, task_ids)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt", lib=_library)
@@ -91,7 +109,7 @@ def _forward_fake(shared, rows, cols, task_ids, backend):
 @torch.library.impl(_library, "multitask_prompt_backward", "CompositeExplicitAutograd")
 def _backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols, backend):
     with torch.autocast(shared.device.type, enabled=False):
-        return reference.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
+        return _implementation(backend, shared).backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt_backward", lib=_library)

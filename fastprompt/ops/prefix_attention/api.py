@@ -4,24 +4,27 @@ import torch
 
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
 from ...layout import Sequences
+from ..launcher import launcher
 from . import cpu, reference
-
-_PREFERRED = ["cpu", "reference"]
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    triton, problem = launcher("prefix_attention", "triton")
     return {
         "reference": None,
         "cpu": None,
-        "triton": "the Triton kernel is not part of this version",
-        "cuda": "the CUDA kernel is not part of this version",
+        "triton": problem or triton.unsupported(device, torch.float32, 64),
+        "cuda": "this operator has no CUDA C++ kernel",
     }
 
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return "cpu" if device_type == "cpu" else "reference"
+    if device_type == "cpu":
+        return "cpu"
+    return "reference" if launcher("prefix_attention", "triton")[1] else "triton"
 
 
 def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None,
@@ -42,7 +45,8 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=No
         sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
         scale: factor on the scores, ``Dh ** -0.5`` by default.
         backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", and "reference" for
-            softcap, a window shorter than a sequence, and decode, which "cpu" does not have.
+            softcap, a window shorter than a sequence, and decode, which "cpu" does not have. On a GPU "auto" takes
+            "triton", and "reference" for float64, for heads wider than 256 and where Triton is not installed.
 
     Returns:
         out: ``[Rq, H, Dh]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
@@ -86,12 +90,14 @@ class PrefixAttention(torch.autograd.Function):
     def backward(ctx, grad, _):
         q, k, v, prefix_k, prefix_v, sinks, out, lse = ctx.saved_tensors
         seq, tensors = ctx.seq, (grad, q, k, v, prefix_k, prefix_v, sinks, out, lse)
+        needs = list(ctx.needs_input_grad[:6])
         if torch.compiler.is_compiling():
-            grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options)
+            grads = torch.ops.fastprompt.prefix_attention_backward(
+                *tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options, needs
+            )
         else:
-            grads = _backward(*tensors, seq, *ctx.options)
-        needed = ctx.needs_input_grad
-        return *(g if needed[i] else None for i, g in enumerate(grads)), *[None] * 6
+            grads = _backward(*tensors, seq, *ctx.options, needs)
+        return *(g if need else None for g, need in zip(grads, needs)), *[None] * 6
 
 
 def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
@@ -122,54 +128,62 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
 
 
-def _backend(q, prefix_k, seq, causal, window, softcap, requested):
-    available = available_backends()
+def _implementation(q, prefix_k, seq, causal, window, softcap, requested):
+    """The module whose ``forward`` and ``backward`` run the call."""
+    available = {"reference": None, "cuda": "this operator has no CUDA C++ kernel"}
     available["cpu"] = cpu.unsupported(q, seq, 0 if prefix_k is None else prefix_k.shape[1], causal, window, softcap)
-    return choose_backend("prefix_attention", requested, available, _PREFERRED)
+    modules = {"reference": reference, "cpu": cpu}
+    if requested != "auto" or q.device.type != "cpu":  # importing Triton takes time
+        triton, problem = launcher("prefix_attention", "triton")
+        modules["triton"], available["triton"] = triton, problem or triton.unsupported(q.device.type, q.dtype, q.shape[-1])
+    preferred = ["triton", "reference"] if q.device.type != "cpu" else ["cpu", "reference"]
+    return modules[choose_backend("prefix_attention", requested, available, preferred)]
 
 
 def _check_ranges(k, prefix_k, seq):
-    """What only the values of seq tell; on the host, where they have to be known anyway."""
+    """What only the values of seq tell, looked at once: they are known on the host, where they have to be anyway."""
+    checked = seq.__dict__.setdefault("_checked", set())
+    key = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
+    if key in checked:
+        return
     if seq.kind == "decode":
-        check_range("seq.lengths", seq.lengths, 0, k.shape[2] + 1)
+        check_range("seq.lengths", torch.tensor([n for _, n, _, _ in seq.host]), 0, k.shape[2] + 1)
     if prefix_k is not None:
         if seq.prefix_ids is None:
             if len(seq.starts) and prefix_k.shape[0] == 0:
                 raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
         else:
-            check_range("seq.prefix_ids", seq.prefix_ids, -1, prefix_k.shape[0])
+            check_range("seq.prefix_ids", torch.tensor([p for _, _, p, _ in seq.host]), -1, prefix_k.shape[0])
         if seq.prefix_lens is not None:
-            check_range("seq.prefix_lens", seq.prefix_lens, 0, prefix_k.shape[1] + 1)
+            check_range("seq.prefix_lens", torch.tensor(seq.host_prefix_lens), 0, prefix_k.shape[1] + 1)
+    checked.add(key)
 
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
     _check_ranges(k, prefix_k, seq)
-    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
-    inputs = (q, k, v, prefix_k, prefix_v, seq)
+    implementation = _implementation(q, prefix_k, seq, causal, window, softcap, backend)
+    options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise
-        if chosen == "cpu":
-            return cpu.forward(*inputs, causal=causal, sinks=sinks, scale=scale)
-        return reference.forward(*inputs, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+        return implementation.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
-def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend):
-    """Gradients in the order of the inputs, in their dtypes, None for an input that is None."""
-    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
-    saved = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq)
+def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend, needs):
+    """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
+    implementation = _implementation(q, prefix_k, seq, causal, window, softcap, backend)
+    options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, needs=needs)
     with torch.autocast(q.device.type, enabled=False):
-        if chosen == "cpu":
-            grads = cpu.backward(*saved, causal=causal, sinks=sinks, scale=scale)
-        else:
-            grads = reference.backward(*saved, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+        grads = implementation.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
-    return [None if x is None else g.to(x.dtype) for x, g in zip(inputs, grads)]
+    return [g.to(x.dtype) if need and x is not None else None for x, g, need in zip(inputs, grads, needs)]
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks"
 _OPTIONS = "Tensor[] seq, str kind, int rows, bool causal, int? window, float? softcap, float scale, str backend"
 _library.define(f"prefix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-_library.define(f"prefix_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]")
+_library.define(
+    f"prefix_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] needs) -> Tensor[]"
+)
 
 
 @torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
@@ -193,5 +207,8 @@ def _backward_op(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, kind, 
 
 @torch.library.register_fake("fastprompt::prefix_attention_backward", lib=_library)
 def _backward_fake(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, kind, rows, *options):
-    inputs = (q, k, v, prefix_k, prefix_v, sinks)
-    return [grad.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    pairs = zip((q, k, v, prefix_k, prefix_v, sinks), options[-1])
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else grad.new_empty(0)
+        for x, need in pairs
+    ]

@@ -35,7 +35,7 @@ def unsupported(q, seq, prefix_length, causal, window, softcap):
     return None
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, sinks, scale):
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
     heads, kv_heads = q.shape[1], k.shape[1]
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written below
     out = (torch.empty_like if whole else torch.zeros_like)(q, memory_format=torch.contiguous_format)
@@ -62,7 +62,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, sinks, scale):
     return out, lse.t()
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, sinks, scale):
+def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs):
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     lse = lse.t()  # [Rq, H]
     whole = seq.kind == "packed"

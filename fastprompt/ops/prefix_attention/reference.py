@@ -20,10 +20,10 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     return out, lse
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale):
+def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=None):
     """Gradients of q, k, v, prefix_k, prefix_v, sinks (None where there is no such input), from the final out and lse.
 
-    With weights p = exp(score - lse): dv = p^T dout, dscore = p (dout v^T - rowsum(dout out)); a sink takes the
+    ``needs`` is for backends that can leave some out. With weights p = exp(score - lse): dv = p^T dout, dscore = p (dout v^T - rowsum(dout out)); a sink takes the
     weight that is left over, dsink = -sum exp(sink - lse) rowsum(dout out).
     """
     acc = accumulator(q.dtype)

@@ -3,22 +3,40 @@
 import torch
 
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
+from ..launcher import launcher
 from . import reference
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
+    return _available("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def _available(device_type, dtype):
+    triton, problem = launcher("prompt_concat", "triton")
     return {
         "reference": None,
         "cpu": "the C++ kernel is not part of this version",
-        "triton": "the Triton kernel is not part of this version",
+        "triton": problem or triton.unsupported(device_type, dtype),
         "cuda": "this operator has no CUDA C++ kernel",
     }
 
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose_backend("prompt_concat", "auto", available_backends(), ["reference"])
+    return _choose("auto", device_type, torch.float32)
+
+
+def _choose(requested, device_type, dtype):
+    if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
+        return "reference"
+    return choose_backend("prompt_concat", requested, _available(device_type, dtype), ["triton", "reference"])
+
+
+def _implementation(requested, tensor):
+    """The module whose ``forward`` and ``backward`` run the call."""
+    backend = _choose(requested, tensor.device.type, tensor.dtype)
+    return reference if backend == "reference" else launcher("prompt_concat", backend)[0]
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
@@ -33,7 +51,8 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
         table: ``[V, D]`` token embeddings (or any rows to gather from).
         prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
         scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a GPU "auto" takes "triton", but "reference" for
+            float64 and where Triton is not installed.
 
     Returns:
         ``[R, D]`` rows, differentiable in ``table`` and ``prompt``. A row read several times receives the sum of its
@@ -46,7 +65,6 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
     check_tensor("table", table, ["V", "D"], dtypes=FLOATS)
     check_tensor("prompt", prompt, ["M", table.shape[1]], like=("table", table))
     check_tensor("source", source, ["R"], dtypes=INTS, like=("table", table))
-    backend = choose_backend("prompt_concat", backend, available_backends(), ["reference"])
     return PromptConcat.apply(source, table, prompt, float(scale), backend)
 
 
@@ -82,7 +100,7 @@ _library.define(
 @torch.library.impl(_library, "prompt_concat", "CompositeExplicitAutograd")
 def _forward(source, table, prompt, scale, backend):
     check_range("source", source, -prompt.shape[0], table.shape[0])
-    return reference.forward(source, table, prompt, scale)
+    return _implementation(backend, table).forward(source, table, prompt, scale)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat", lib=_library)
@@ -92,7 +110,7 @@ def _forward_fake(source, table, prompt, scale, backend):
 
 @torch.library.impl(_library, "prompt_concat_backward", "CompositeExplicitAutograd")
 def _backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt, backend):
-    return reference.backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
+    return _implementation(backend, grad).backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat_backward", lib=_library)

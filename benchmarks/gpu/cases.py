@@ -1,0 +1,166 @@
+"""The calls whose kernels are compiled: typical ones, and for each flag of the operators one that sets it.
+
+A case runs an operator's own launching code on tensors without storage, so what is compiled is what would be launched.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+import torch
+
+from fastprompt import Sequences
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Uneven lengths whose sum is odd: nothing may be fast only where the row count happens to divide. "even" makes it a
+# multiple of 16, which gives the same variants unless a kernel depends on it.
+LENGTHS = (37, 12, 64, 10, 25, 51, 18)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        op, direction: which operator; "forward", "backward" or "decode".
+        label: dtype, sizes and flags.
+        run: makes the call.
+        everywhere: part of the sample for every target; the other cases of the sample take turns.
+        native: full tiles of halves, so the matrix instructions have to be the chip's own.
+    """
+
+    op: str
+    direction: str
+    label: str
+    run: Callable
+    everywhere: bool = False
+    native: bool = False
+
+
+def sample():
+    """The cases that are compiled by default."""
+    cases = []
+    for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 128)):
+        for rows in ({}, {"even": True}):
+            cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **rows)
+    flags = dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3)
+    cases += _attention("fp16", 128, 32, 8, native=True)
+    cases += _attention("fp16", 96, 4, 4, **flags)
+    cases += _attention("fp32", 64, 9, 3)
+    cases += _attention("bf16", 80, 8, 1, causal=False, strided=True)
+    cases += _attention("bf16", 256, 8, 4)
+    cases += _attention("bf16", 112, 7, 7, prefix=0)
+    cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
+    cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
+    cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
+    return cases
+
+
+def complete():
+    """Every head dim and dtype, and every flag at the usual head dims."""
+    cases = sample()
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            cases += _attention(dtype, head_dim, 8, 2)
+    flags = [dict(window=48), dict(softcap=30.0), dict(sinks=True), dict(causal=False), dict(causal=False, window=48),
+             dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True),
+             dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3),
+             *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        for head_dim in (64, 128):
+            for chosen in flags:
+                cases += _attention(dtype, head_dim, 32, 8, **chosen)
+            for heads, kv_heads in ((8, 8), (8, 1), (9, 3), (71, 1)):
+                cases += _attention(dtype, head_dim, heads, kv_heads)
+    for dtype in DTYPES:
+        for width in (576, 577, 4096):
+            cases += _concat(dtype, width)
+            for rank in (1, 4, 16):
+                cases += _multitask(dtype, width, rank)
+    return cases
+
+
+_NEEDS = {  # gradients asked for: of q, k, v, prefix_k, prefix_v, sinks
+    "all": (True,) * 6,
+    "prefix": (False, False, False, True, True, False),
+    "inputs": (True, True, True, False, False, False),
+    "query": (True, False, False, False, False, False),
+}
+
+
+def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=False, needs="all", **flags):
+    """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are."""
+    given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
+    label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
+    arguments = DTYPES[dtype], head_dim, heads, kv_heads
+    return [
+        Case("prefix_attention", direction, label, partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags),
+             everywhere, native and direction != "decode")  # a decoding tile has too few rows
+        for direction in ("forward", "backward", "decode")
+        if needs == "all" or direction == "backward"
+    ]  # fmt: skip
+
+
+def _run_attention(direction, dtype, head_dim, heads, kv_heads, *, needs, causal=True, window=None, softcap=None, sinks=False,
+                   layout="packed", prefix=100, prefixes=1, strided=False, even=False):
+    from fastprompt.ops.prefix_attention import triton as launcher
+
+    new = partial(torch.empty, dtype=dtype, device="meta")
+    lengths = (*LENGTHS[:-1], LENGTHS[-1] + 7) if even else LENGTHS
+    batch = len(lengths)
+    bank = dict(prefix_ids=[b % (prefixes + 1) - 1 for b in range(batch)], prefix_lens=[prefix - p for p in range(prefixes)])
+    if direction == "decode":
+        seq = Sequences.decode(lengths, **(bank if prefixes > 1 else {}))
+    elif layout == "padded":
+        seq = Sequences.padded([max(lengths) - n for n in lengths], lengths, max(lengths), **(bank if prefixes > 1 else {}))
+    else:
+        seq = Sequences.packed([sum(lengths[:b]) for b in range(batch + 1)], **(bank if prefixes > 1 else {}))
+
+    def rows(heads):  # [Rq, heads, Dh], strided: a column too many in memory
+        return new(seq.rows, heads * head_dim + strided)[:, : heads * head_dim].unflatten(1, (heads, head_dim))
+
+    q = rows(heads)
+    k, v = (new(batch, kv_heads, max(lengths), head_dim) if direction == "decode" else rows(kv_heads) for _ in range(2))
+    prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, head_dim) if prefix else None for _ in range(2))
+    options = dict(causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5)
+    if direction != "backward":
+        launcher.forward(q, k, v, prefix_k, prefix_v, seq, **options)
+        return
+    lse = torch.empty(heads, seq.rows, device="meta")
+    launcher.backward(new(q.shape), q, k, v, prefix_k, prefix_v, new(q.shape), lse, seq, **options, needs=needs)
+
+
+def _concat(dtype, width, everywhere=False):
+    return [Case("prompt_concat", direction, f"{dtype} D={width}",
+                 partial(_run_concat, direction, DTYPES[dtype], width), everywhere)
+            for direction in ("forward", "backward")]
+
+
+def _run_concat(direction, dtype, width):
+    from fastprompt.ops.prompt_concat import triton as launcher
+
+    source = torch.cat([-1 - torch.arange(100), torch.arange(sum(LENGTHS))]).to("meta")
+    new = partial(torch.empty, dtype=dtype, device="meta")
+    if direction == "forward":
+        launcher.forward(source, new(32768, width), new(100, width), 1.0)
+    else:
+        launcher.backward(new(len(source), width), source, 1.0, 32768, 100, True, True)
+
+
+def _multitask(dtype, width, rank, everywhere=False):
+    return [Case("multitask_prompt", direction, f"{dtype} D={width} rank={rank}",
+                 partial(_run_multitask, direction, DTYPES[dtype], width, rank), everywhere)
+            for direction in ("forward", "backward")]
+
+
+def _run_multitask(direction, dtype, width, rank, prompt=100, tasks=8, distinct=3):
+    from fastprompt.ops.multitask_prompt import triton as launcher
+
+    new = partial(torch.empty, dtype=dtype, device="meta")
+    inputs = new(prompt, width), new(tasks, prompt, rank), new(tasks, rank, width), torch.arange(distinct, device="meta")
+    if direction == "forward":
+        launcher.forward(*inputs)
+    else:
+        launcher.backward(new(distinct, prompt, width), *inputs, True, True, True)

@@ -1,0 +1,200 @@
+"""``python -m benchmarks.gpu.compile_matrix``: compile every kernel variant for every target, and read the binaries.
+
+Needs Triton and no GPU. Exits with 1 and names the variants where one spills, takes more shared memory than the chip
+gives a program, makes a half-precision matrix product of plain multiply-adds, does not compile, or, in a forward or
+backward with full tiles, does not use the chip's own matrix instructions.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+
+from fastprompt.kernels import launch
+
+from . import binary, cases, output
+from .chips import CHIPS, KIB
+
+OUT = Path(__file__).parent / "compile_matrix.csv"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant to compile for a target, and the first case that launches it."""
+
+    case: cases.Case
+    chip: str
+    launch: launch.Launch
+
+    @property
+    def constants(self):
+        names = dict(zip(self.launch.kernel.constants, self.launch.constants))
+        return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
+
+    @property
+    def name(self):
+        return f"{self.case.op} {self.launch.kernel.name.strip('_')} [{self.case.direction} {self.case.label}] on {self.chip}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave: the contents of the binary or an error, and the seconds it took (None: it was in Triton's cache)."""
+
+    contents: binary.Contents | None
+    seconds: float | None
+    error: str = ""
+
+
+def problems(contents, chip, native=False):
+    """Why a binary must not be shipped for a chip; an empty list if it may."""
+    found = []
+    if contents.spills:
+        found.append(f"spills {contents.spills} bytes")
+    if contents.shared > chip.shared:
+        found.append(f"needs {contents.shared} bytes of shared memory, the chip has {chip.shared}")
+    if contents.half_dots_without_matrix:
+        found.append("makes a half-precision matrix product of multiply-adds")
+    elif native and contents.half_dots and chip.matrix not in contents.matrix:
+        found.append(f"uses {', '.join(contents.matrix)}, not {chip.matrix}")
+    return found
+
+
+def select(all_cases, chips, everywhere=True):
+    """The jobs of some cases, each variant once a target; not ``everywhere``: cases that take turns go to one target."""
+    jobs, turn = {}, 0
+    for case in all_cases:
+        if everywhere or case.everywhere:
+            wanted = chips
+        else:
+            wanted, turn = [chips[turn % len(chips)]], turn + 1
+        for chip in wanted:
+            with launch.capture(CHIPS[chip].target) as launches:
+                case.run()
+            for one in launches:
+                key = chip, one.kernel, one.types, one.aligned, one.constants, one.options
+                if key not in jobs or case.native and not jobs[key].case.native:
+                    jobs[key] = Job(case, chip, one)
+    return list(jobs.values())
+
+
+def compile_job(job):
+    """Compile and inspect; a failure of the compiler is a result too."""
+    took = []
+    triton.knobs.compilation.listener = lambda *, times, cache_hit, **_: took.append(None if cache_hit else times.total / 1e6)
+    try:
+        contents = binary.inspect(job.launch.compile(CHIPS[job.chip].target))
+    except Exception as error:  # whatever a compiler raises: the other variants are compiled all the same
+        return Result(None, None, f"does not compile: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
+    finally:
+        triton.knobs.compilation.listener = None
+    return Result(contents, took[0])
+
+
+def compile_all(jobs, processes, console):
+    """The results in the order of the jobs."""
+    if processes == 1:
+        return [compile_job(job) for job in track(jobs, "compiling", console=console, transient=True)]
+    global _jobs
+    _jobs = jobs  # inherited by the forked workers: a kernel holds a compiled function and cannot be sent
+    results = [None] * len(jobs)
+    with Progress(console=console, transient=True) as progress, \
+            ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        task = progress.add_task("compiling", total=len(jobs))
+        running = {pool.submit(_compile_number, i): i for i in range(len(jobs))}
+        for future in as_completed(running):
+            results[running[future]] = future.result()
+            progress.advance(task)
+    return results
+
+
+def _compile_number(i):
+    return compile_job(_jobs[i])
+
+
+def record(job, result):
+    """One row of the table and of the CSV."""
+    one, c, chip = job.launch, result.contents, CHIPS[job.chip]
+    row = {"op": job.case.op, "kernel": one.kernel.name.strip("_"), "target": job.chip, "case": job.case.label}
+    if c is not None:
+        bad = problems(c, chip, job.case.native)
+        row |= {
+            "registers": c.registers, "shared KiB": f"{c.shared / KIB:.1f}", "spills": c.spills,
+            "resident": chip.resident(c.registers, c.shared, one.options.num_warps),
+            "matrix": " ".join(f"{family}:{count}" for family, count in c.matrix.items()) or "-", "FMA": c.fma,
+            "wide loads": f"{c.wide_loads}/{c.loads}", "wide stores": f"{c.wide_stores}/{c.stores}",
+            "code KiB": f"{c.code / KIB:.1f}", "seconds": "cached" if result.seconds is None else f"{result.seconds:.1f}",
+        }
+    else:
+        bad = [result.error]
+        row |= dict.fromkeys(("registers", "shared KiB", "spills", "resident", "matrix", "FMA", "wide loads", "wide stores",
+                              "code KiB", "seconds"), "")
+    return row | {"warps": one.options.num_warps, "stages": one.options.num_stages, "aligned": "yes" if one.aligned else "no",
+                  "constants": job.constants, "verdict": "; ".join(bad) or "ok"}
+
+
+def show(records, console):
+    hidden = ("constants", "op", "stages", "verdict")
+    columns = [name for name in records[0] if name not in hidden]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("kernel", "target", "case", "matrix") else "right",
+                         overflow="fold", no_wrap=name != "case")
+    for row in records:
+        table.add_row(*(str(row[name]) for name in columns), style=None if row["verdict"] == "ok" else "red")
+    console.print(table)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile_matrix",
+                                     description="Compile every kernel variant for every target. Needs no GPU.")
+    parser.add_argument("--complete", action="store_true", help="every head dim, dtype and flag, not a sample")
+    parser.add_argument("--op", help="only this operator")
+    parser.add_argument("--direction", help="only forward, backward or decode")
+    parser.add_argument("--match", default="", help="only cases whose label contains this, such as bf16 or x128")
+    parser.add_argument("--target", nargs="+", default=list(CHIPS), metavar="T", help="of " + ", ".join(CHIPS) + "; 90 for sm_90")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", type=Path, help=f"CSV; {OUT.name} beside this module, if nothing is left out")
+    options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, there is nothing to compile")
+    chips = [name if name in CHIPS else f"sm_{name}" for name in options.target]
+    if unknown := set(chips) - set(CHIPS):
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(CHIPS)}")
+    chosen = [case for case in (cases.complete() if options.complete else cases.sample())
+              if options.op in (None, case.op) and options.direction in (None, case.direction) and options.match in case.label]
+    if not chosen:
+        parser.error("no case is left")
+    filtered = chips != list(CHIPS) or options.op or options.direction or options.match
+
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    start = time.perf_counter()
+    jobs = select(chosen, chips, everywhere=options.complete or filtered)
+    results = compile_all(jobs, options.jobs, console)
+    records = sorted((record(job, result) for job, result in zip(jobs, results)),
+                     key=lambda row: (row["op"], row["kernel"], row["case"], list(CHIPS).index(row["target"])))
+    show(records, console)
+    if file := options.out or (None if filtered else OUT):
+        output.write_csv(file, records, [
+            f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
+            "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
+            "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
+        ])
+    wrong = [(job, row) for job, result in zip(jobs, results) if (row := record(job, result))["verdict"] != "ok"]
+    for job, row in wrong:
+        console.print(f"FAILED {job.name}: {row['verdict']} ({row['constants']})", style="red", markup=False, soft_wrap=True)
+    console.print(f"{len(jobs)} variants of {len(chosen)} cases for {', '.join(chips)}, {len(wrong)} failed, "
+                  f"{time.perf_counter() - start:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What the forward, backward and decode kernels share: addresses, visibility and scores."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def rows_of(virtual, live, rows, GATHER: tl.constexpr):
+    """The rows in memory of virtual rows, int64; the same numbers where the batch already stands in that order."""
+    if GATHER:
+        return tl.load(rows + virtual, mask=live, other=0).to(tl.int64)
+    return virtual.to(tl.int64)
+
+
+@triton.jit
+def key_offsets(row, room, stride_batch, stride_row, CACHE: tl.constexpr):
+    """Offsets of own keys: rows of ``[Rk, Hkv, Dh]``, or places ``b * Lmax + j`` of a cache ``[B, Hkv, Lmax, Dh]``."""
+    if CACHE:
+        return (row // room) * stride_batch + (row % room) * stride_row
+    return row * stride_row
+
+
+@triton.jit
+def load_rows(base, offsets, live, DH: tl.constexpr, BD: tl.constexpr):
+    """``[n, BD]`` from ``n`` rows of DH elements; zero in dead rows and beyond DH."""
+    d = tl.arange(0, BD)
+    mask = live[:, None]
+    if DH != BD:
+        mask = mask & (d < DH)[None, :]
+    return tl.load(base + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offsets, live, values, DH: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    mask = live[:, None]
+    if DH != BD:
+        mask = mask & (d < DH)[None, :]
+    tl.store(base + offsets[:, None] + d[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def visible(query, live, spans, queries, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr):
+    """The intervals of keys that queries see: own ``[low, high)``, and from ``prefix_low`` on in the prefix.
+
+    ``spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key to get
+    its position behind the prefix. Dead queries see nothing.
+    """
+    low = tl.load(spans + query, mask=live, other=0)
+    high = tl.load(spans + queries + query, mask=live, other=0)
+    prefix_low = tl.zeros_like(low)
+    if CAUSAL or WINDOW:
+        own = query  # the query's own key
+        if CACHE:
+            own = high - 1
+        if WINDOW:
+            low = tl.maximum(low, own - window + 1)
+            shift = tl.load(spans + 2 * queries + query, mask=live, other=0)
+            prefix_low = tl.maximum(own + shift - window + 1, 0)
+            if not CAUSAL:
+                high = tl.minimum(high, own + window)
+        if CAUSAL:
+            high = own + 1
+    return tl.where(live, low, 0), tl.where(live, high, 0), prefix_low
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr):
+    """a @ b with fp32 sums and, for fp32, fp32 products. UPCAST: the interpreter's bf16 product is wrong."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 1e-7: the series near zero, where 1 - 2 / (exp(2 x) + 1) would cancel."""
+    y = x * x
+    near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 + y * (-1382 / 155925 + y * (21844 / 6081075))))))
+    small = tl.exp(-2 * tl.abs(x))
+    far = 1 - 2 * small / (1 + small)
+    return tl.where(tl.abs(x) < 0.5, x * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def cap(product, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores from the products of queries and keys, and ``tanh(score / softcap)`` or an unused value."""
+    if SOFTCAP:
+        capped = tanh(product * (scale / softcap))
+        return capped * softcap, capped
+    return product * scale, product

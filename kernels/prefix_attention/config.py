@@ -1,0 +1,83 @@
+"""Sizes of tiles, by rule: what fits the registers and the shared memory of a chip, and fills its matrix units."""
+
+from dataclasses import dataclass
+
+from ..launch import Options
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A program's tile of queries (heads of a group folded in) and of keys.
+
+    ``key_queries`` and ``key_keys`` are those of a backward item that holds keys.
+    """
+
+    queries: int
+    keys: int
+    options: Options
+    key_queries: int = 0
+    key_keys: int = 0
+
+
+def block_width(head_dim):
+    """Head dims are padded to a power of two, at least what a matrix instruction takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def fold(group, *tiles):
+    """How many heads of a group stand in one tile: all of them, or the most that divide it and fit."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and n <= min(tiles))
+
+
+def forward_tiles(width, element_size, target):
+    """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
+    where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there."""
+    if element_size == 4:  # fp32 products run on the plain units, operands are twice as large
+        return Tiles(32, 32, Options(num_warps=4))
+    if width > 128:
+        return Tiles(64, 32, Options(num_warps=8))
+    if target.backend == "hip":
+        return Tiles(128, 64, Options(num_warps=4))
+    keys = 64 if width <= 64 or _from_shared_memory(target) else 32
+    return Tiles(128, keys, Options(num_warps=8, num_stages=2 if keys == 64 else 3))
+
+
+def backward_tiles(width, element_size, target):
+    """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100 keeps
+    sums in tensor memory and has room for more."""
+    if element_size == 4 or width > 128:
+        return Tiles(32, 32, Options(num_warps=4), key_queries=16, key_keys=32)
+    if target.backend == "hip":
+        return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=64)
+    if target.arch // 10 == 10:
+        return Tiles(64, 64, Options(num_warps=8), key_queries=64, key_keys=64)
+    if target.arch // 10 == 12 and width <= 64:
+        return Tiles(64, 32, Options(num_warps=4), key_queries=64, key_keys=32)
+    return Tiles(64, 64, Options(num_warps=8), key_queries=32, key_keys=64)
+
+
+DECODE_ROWS = 64
+
+
+def decode_tiles(width, element_size, target, *, fold, sharing):
+    """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a time."""
+    rows = 1 << (fold * sharing - 1).bit_length()
+    return Tiles(min(DECODE_ROWS, max(16, rows)), 32, Options(num_warps=4, num_stages=3))
+
+
+def _from_shared_memory(target):
+    """Whether matrix instructions read their operands from shared memory: sm_90 and sm_100."""
+    return target.arch // 10 in (9, 10)
+
+
+def chunk_rows(prefix_length, tile_rows, tile_queries):
+    """Queries a prefix item runs over. The partial sums it writes and that are read again are about
+    ``2 P / (chunk in tile rows)`` of what the backward moves anyway: with 8 P rows a quarter, of which the longer walk
+    through fewer chunks would lose more to the cache (benchmarks/gpu/model.py)."""
+    return tile_queries * max(4, -(-8 * prefix_length // tile_rows))
+
+
+def decode_split(keys, kv_heads, programs=264, smallest=128, largest=1024):
+    """Own keys a decode program reads: few enough that two programs for each of about 132 processors have work."""
+    split = -(-keys * kv_heads // programs)
+    return min(max(1 << max(split - 1, 1).bit_length(), smallest), largest)

@@ -1,0 +1,87 @@
+"""Forward: a program holds a tile of queries and runs one online softmax over its prefix and then its own keys."""
+
+import triton
+import triton.language as tl
+
+from ..launch import Kernel
+from .common import LN_2, LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, visible
+
+
+@triton.jit
+def attend(state, query, keys, values, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+    """One block of keys into the running ``(sum of values [BM, BD], maximum [BM], sum of weights [BM])``, base 2."""
+    total, maximum, weights = state
+    # exp2 is the cheaper exponential: its factor goes into the scale, or behind the cap.
+    if SOFTCAP:
+        score, _ = cap(product(query, tl.trans(keys), UPCAST), scale, softcap, True)
+        score *= LOG2_E
+    else:
+        score = product(query, tl.trans(keys), UPCAST) * (scale * LOG2_E)  # [BM, BN]
+    score = tl.where(seen, score, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(score, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: no inf - inf
+    weight = tl.exp2(score - base[:, None])
+    fade = tl.exp2(maximum - base)
+    total = total * fade[:, None] + product(weight.to(values.dtype), values, UPCAST)
+    return total, highest, weights * fade + tl.sum(weight, 1)
+
+
+def _forward(
+    q, k, v, prefix_k, prefix_v, sinks, out, lse, tiles, query_rows, key_rows, spans,
+    queries, room, window, scale, softcap,
+    stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
+    stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh, lse_rows, stride_or,
+    GROUP: tl.constexpr, FOLD: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GATHER: tl.constexpr, CACHE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Scalars of the tile: queries [q0, q1), own keys [k0, k1), prefix and its keys [p0, p1).
+    tile = tiles + tl.program_id(0) * 8
+    q0, q1, k0, k1 = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    first_head = tl.program_id(1) * FOLD
+    kv_head = first_head // GROUP
+
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    query, head = q0 + m // FOLD, first_head + m % FOLD  # [BM]
+    live = (query < q1) & (m // FOLD < BM // FOLD)
+    row = rows_of(query, live, query_rows, GATHER)
+    low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
+    b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
+    state = (tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))
+
+    if prefix_k is not None:
+        prefix, p0, p1 = tl.load(tile + 4).to(tl.int64), tl.load(tile + 5), tl.load(tile + 6)
+        prefix_k += prefix * stride_pkn + kv_head * stride_pkh
+        prefix_v += prefix * stride_pvn + kv_head * stride_pvh
+        for start in range(p0, p1, BN):
+            key = start + n  # [BN]
+            b_k = load_rows(prefix_k, key.to(tl.int64) * stride_pkr, key < p1, DH, BD)  # [BN, BD]
+            b_v = load_rows(prefix_v, key.to(tl.int64) * stride_pvr, key < p1, DH, BD)
+            seen = (key < p1)[None, :] & live[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] >= prefix_low[:, None])
+            state = attend(state, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, UPCAST)
+
+    k += kv_head * stride_kh
+    v += kv_head * stride_vh
+    for start in range(k0, k1, BN):
+        key = start + n
+        at = rows_of(key, key < k1, key_rows, GATHER or CACHE)
+        b_k = load_rows(k, key_offsets(at, room, stride_kb, stride_kr, CACHE), key < k1, DH, BD)  # [BN, BD]
+        b_v = load_rows(v, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        state = attend(state, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, UPCAST)
+
+    total, maximum, weights = state
+    if sinks is not None:  # a logit without a value
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        highest = tl.maximum(maximum, sink)
+        fade = tl.exp2(maximum - highest)
+        total, maximum = total * fade[:, None], highest
+        weights = weights * fade + tl.exp2(sink - highest)
+    weights = tl.where(live, weights, 1.0)
+    store_rows(out, row * stride_or + head * DH, live, total / weights[:, None], DH, BD)
+    tl.store(lse + head.to(tl.int64) * lse_rows + row, (maximum + tl.log2(weights)) * LN_2, mask=live)
+
+
+forward = Kernel(_forward)

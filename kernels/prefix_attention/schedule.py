@@ -1,0 +1,177 @@
+"""Which program does what: a batch in virtual order, and tables of tiles. Plain numpy on the host, made once a batch.
+
+Every table row is 8 int32, the unused ones 0.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+QUERIES, KEYS, PREFIX = 0, 1, 2  # roles of backward items
+_COLUMNS = 8
+
+
+@dataclass(eq=False)
+class Batch:
+    """The sequences of a batch in virtual order; see the package's docstring.
+
+    Attributes:
+        prefixes, lengths: ``[S]`` the prefix (-1: none) and the own keys of each sequence that has keys, in order.
+        prefix_lengths: ``[S]`` the keys of its prefix.
+        query_rows, key_rows: ``[Q]``, ``[K]`` the row of each virtual query and key; for a cache ``b * room + j``.
+        spans: ``[3, Q]`` of each query: first and last own key of its sequence, and its position minus its own key.
+        low, high, prefix_low: ``[Q]`` the intervals of keys it sees.
+    """
+
+    prefixes: np.ndarray
+    prefix_lengths: np.ndarray
+    query_rows: np.ndarray
+    key_rows: np.ndarray
+    spans: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    prefix_low: np.ndarray
+
+    @property
+    def queries(self):
+        return len(self.query_rows)
+
+    @property
+    def keys(self):
+        return len(self.key_rows)
+
+    @cached_property
+    def in_order(self):
+        """Whether virtual rows are the rows in memory."""
+        return bool((self.query_rows == np.arange(self.queries)).all())
+
+    @cached_property
+    def groups(self):
+        """``(first query, last query, prefix, its length)`` of the queries that read one prefix."""
+        edges = np.flatnonzero(np.diff(self.prefixes)) + 1
+        starts, ends = [0, *edges.tolist()], [*edges.tolist(), self.queries]
+        return [(a, b, int(self.prefixes[a]), int(self.prefix_lengths[a])) for a, b in zip(starts, ends) if a < b]
+
+
+def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
+    """
+    Args:
+        sequences: ``[B, 4]`` ints: first row, length, prefix (-1: none), gap.
+        prefix_lengths: the keys of each prefix of the bank.
+        decode: one query a sequence, keys in a cache with ``room`` places a sequence.
+    """
+    table = np.asarray(sequences, np.int64).reshape(-1, 4)
+    index = np.flatnonzero(table[:, 1] > 0)
+    start, length, prefix, gap = table[index].T
+    used = np.append(np.asarray(prefix_lengths, np.int64), 0)[prefix]  # -1 finds the last
+    prefix = np.where(used > 0, prefix, -1)
+    order = np.lexsort((start, prefix))
+    index, start, length, prefix, gap, used = (x[order] for x in (index, start, length, prefix, gap, used))
+
+    first = np.cumsum(length) - length  # the first virtual key
+    in_sequence = np.arange(length.sum()) - np.repeat(first, length)
+    if decode:
+        rows, of = start, np.arange(len(start))
+        key_rows = np.repeat(index * room, length) + in_sequence
+        if len(key_rows) and key_rows.max() >= 2**31:
+            raise ValueError(f"k must hold less than 2**31 keys, got {key_rows.max() + 1}")
+        own = first + length - 1
+    else:
+        of = np.repeat(np.arange(len(start)), length)
+        rows = key_rows = np.repeat(start, length) + in_sequence
+        own = np.arange(len(rows))
+    spans = np.stack([first[of], (first + length)[of], (used + gap - first)[of]])
+    low, high, prefix_low = spans[0], spans[1], np.zeros_like(own)
+    if window is not None:
+        low, prefix_low = np.maximum(low, own - window + 1), np.maximum(own + spans[2] - window + 1, 0)
+        high = high if causal else np.minimum(high, own + window)
+    if causal:
+        high = own + 1
+    return Batch(prefix[of], used[of], rows, key_rows, spans, low, high, prefix_low)
+
+
+def query_tiles(batch, rows):
+    """``[T, 8]``: queries [q0, q1), own keys [k0, k1), prefix, its keys [p0, p1), at most ``rows`` queries a tile."""
+    firsts = [np.arange(a, b, rows) for a, b, _, _ in batch.groups]
+    q0 = np.concatenate([np.zeros(0, np.int64), *firsts])
+    ends = np.repeat([b for _, b, _, _ in batch.groups], [len(x) for x in firsts]).astype(np.int64)
+    q1 = np.minimum(q0 + rows, ends)
+    if not len(q0):
+        return np.zeros((0, _COLUMNS), np.int64)
+    p1 = batch.prefix_lengths[q0]
+    p0 = np.minimum(np.minimum.reduceat(batch.prefix_low, q0), p1)
+    return _table(q0, q1, batch.low[q0], batch.high[q1 - 1], np.maximum(batch.prefixes[q0], 0), p0, p1)
+
+
+def backward_items(batch, *, query_rows, key_block, chunk_rows, dq, dkv, dprefix):
+    """Items of the backward kernel and, for the reduction, where partial sums of each prefix block stand.
+
+    Args:
+        query_rows: queries of a query item.
+        key_block: keys of a key item.
+        chunk_rows: queries of a prefix item; the items of a chunk are launched side by side.
+        dq, dkv, dprefix: which gradients are asked for.
+
+    Returns:
+        items: ``[W, 8]``: role, queries [q0, q1), keys [k0, k1), prefix, then [p0, p1) or the slot of the partial sum.
+        slots: ``{(prefix, block): (first slot, last slot, keys of the prefix)}``.
+        number of slots.
+    """
+    parts, slots, count = [_table()], {}, 0
+    if dq:
+        tiles = query_tiles(batch, query_rows)
+        parts.append(_table(QUERIES, *tiles[:, :7].T))
+    if dkv and batch.keys:
+        k0 = np.arange(0, batch.keys, key_block)
+        k1 = np.minimum(k0 + key_block, batch.keys)
+        q0 = np.searchsorted(batch.high, k0, "right")  # the first query that sees so far
+        q1 = np.searchsorted(batch.low, k1 - 1, "right")
+        parts.append(_table(KEYS, q0, q1, k0, k1))
+    if dprefix:
+        for a, b, prefix, length in batch.groups:
+            chunks = np.arange(a, b, chunk_rows)
+            for block, p0 in enumerate(range(0, length, key_block)):
+                slots[prefix, block] = count, count + len(chunks), length
+                slot = np.arange(count, count + len(chunks))
+                count += len(chunks)
+                parts.append(_table(PREFIX, chunks, np.minimum(chunks + chunk_rows, b), p0, min(p0 + key_block, length), prefix, slot))
+    items = np.concatenate(parts)
+    return items[np.lexsort((items[:, 0], items[:, 1] // chunk_rows))], slots, count
+
+
+def slot_table(slots, prefixes, length, key_block):
+    """``[N, blocks, 3]`` of :func:`backward_items`'s slots for a bank of ``prefixes`` with room for ``length`` keys."""
+    table = np.zeros((prefixes, -(-length // key_block), 3), np.int64)
+    for (prefix, block), entry in slots.items():
+        table[prefix, block] = entry
+    return table
+
+
+def decode_items(batch, *, rows, prefix_split, own_split):
+    """Work items of the decode kernel and, for the merge, the partial results of each query.
+
+    Returns:
+        items: ``[W, 8]``: queries [q0, q1), keys [k0, k1), prefix or -1 for own keys, number among its queries' parts.
+        parts: ``[Q + 1]`` the first part of each query, and the total.
+    """
+    tables, counts = [_table()], np.zeros(batch.queries, np.int64)
+    for q0, q1, _, _, prefix, p0, p1, _ in query_tiles(batch, rows):
+        k0 = np.arange(p0, p1, prefix_split)
+        tables.append(_table(q0, q1, k0, np.minimum(k0 + prefix_split, p1), prefix, np.arange(len(k0))))
+        counts[q0:q1] = len(k0)
+    splits = -(-(batch.high - batch.low) // own_split)
+    query = np.repeat(np.arange(batch.queries), splits)
+    number = np.arange(splits.sum()) - np.repeat(np.cumsum(splits) - splits, splits)
+    k0 = batch.low[query] + number * own_split
+    tables.append(_table(query, query + 1, k0, np.minimum(k0 + own_split, batch.high[query]), -1, counts[query] + number))
+    return np.concatenate(tables), np.concatenate([[0], np.cumsum(counts + splits)])
+
+
+def _table(*columns):
+    """``[n, 8]`` from columns, scalars repeated."""
+    rows = max((len(c) for c in columns if isinstance(c, np.ndarray)), default=0)
+    table = np.zeros((rows, _COLUMNS), np.int64)
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    return table
