@@ -2,15 +2,20 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
-from . import reference
+from . import cpu, reference
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
+    return _available("cpu", torch.float32)
+
+
+def _available(device_type, dtype):
     return {
         "reference": None,
-        "cpu": "the C++ kernel is not part of this version",
+        "cpu": native.unsupported(device_type, dtype),
         "triton": "the Triton kernel is not part of this version",
         "cuda": "this operator has no CUDA C++ kernel",
     }
@@ -18,7 +23,17 @@ def available_backends():
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose_backend("multitask_prompt", "auto", available_backends(), ["reference"])
+    return _choose("auto", device_type, torch.float32)
+
+
+def _choose(requested, device_type, dtype, rank=1):
+    preferred = ["cpu", "reference"] if rank <= cpu.FASTER_UP_TO_RANK else ["reference"]
+    return choose_backend("multitask_prompt", requested, _available(device_type, dtype), preferred)
+
+
+def _implementation(requested, tensor, rank):
+    """The module whose ``forward`` and ``backward`` run the call."""
+    return {"reference": reference, "cpu": cpu}[_choose(requested, tensor.device.type, tensor.dtype, rank)]
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
@@ -33,7 +48,8 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         cols: ``[T, r, D]`` the right factors, likewise.
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", but
+            "reference" for float64, for a rank over 8 and where the C++ library is missing.
 
     Returns:
         ``[N, P, D]`` prompts in the dtype of ``shared``, under autocast too, differentiable in ``shared``, ``rows``
@@ -47,7 +63,6 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
     check_tensor("rows", rows, ["T", shared.shape[0], "r"], like=("shared", shared))
     check_tensor("cols", cols, [rows.shape[0], rows.shape[2], shared.shape[1]], like=("shared", shared))
     check_tensor("task_ids", task_ids, ["N"], dtypes=INTS, like=("shared", shared))
-    backend = choose_backend("multitask_prompt", backend, available_backends(), ["reference"])
     return MultitaskPrompt.apply(shared, rows, cols, task_ids, backend)
 
 
@@ -78,9 +93,11 @@ _library.define(
 
 @torch.library.impl(_library, "multitask_prompt", "CompositeExplicitAutograd")
 def _forward(shared, rows, cols, task_ids, backend):
-    check_range("task_ids", task_ids, 0, rows.shape[0])
+    implementation = _implementation(backend, shared, rows.shape[2])
+    if implementation is not cpu:  # which finds them itself
+        check_range("task_ids", task_ids, 0, rows.shape[0])
     with torch.autocast(shared.device.type, enabled=False):
-        return reference.forward(shared, rows, cols, task_ids)
+        return implementation.forward(shared, rows, cols, task_ids)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt", lib=_library)
@@ -90,8 +107,9 @@ def _forward_fake(shared, rows, cols, task_ids, backend):
 
 @torch.library.impl(_library, "multitask_prompt_backward", "CompositeExplicitAutograd")
 def _backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols, backend):
+    implementation = _implementation(backend, shared, rows.shape[2])
     with torch.autocast(shared.device.type, enabled=False):
-        return reference.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
+        return implementation.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt_backward", lib=_library)

@@ -2,18 +2,20 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
 from ...layout import Sequences
-from . import cpu, reference
+from . import composed, cpu, reference
 
-_PREFERRED = ["cpu", "reference"]
+_PREFERRED = ["cpu", "composed", "reference"]
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
     return {
         "reference": None,
-        "cpu": None,
+        "composed": None,
+        "cpu": native.missing,
         "triton": "the Triton kernel is not part of this version",
         "cuda": "the CUDA kernel is not part of this version",
     }
@@ -21,7 +23,8 @@ def available_backends():
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return "cpu" if device_type == "cpu" else "reference"
+    available = available_backends() if device_type == "cpu" else {"reference": None}
+    return choose_backend("prefix_attention", "auto", available, _PREFERRED)
 
 
 def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None,
@@ -41,8 +44,9 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=No
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
         scale: factor on the scores, ``Dh ** -0.5`` by default.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", and "reference" for
-            softcap, a window shorter than a sequence, and decode, which "cpu" does not have.
+        backend: "auto", "reference", "composed", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", the C++ library.
+            For float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
+            for softcap, a window shorter than a sequence, and decode, which "composed" does not have.
 
     Returns:
         out: ``[Rq, H, Dh]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
@@ -89,7 +93,7 @@ class PrefixAttention(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options)
         else:
-            grads = _backward(*tensors, seq, *ctx.options)
+            grads = _backward(*tensors, seq, *ctx.options, needed=ctx.needs_input_grad[:6])
         needed = ctx.needs_input_grad
         return *(g if needed[i] else None for i, g in enumerate(grads)), *[None] * 6
 
@@ -122,9 +126,11 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
 
 
-def _backend(q, prefix_k, seq, causal, window, softcap, requested):
+def _backend(q, prefix_k, seq, window, softcap, requested):
     available = available_backends()
-    available["cpu"] = cpu.unsupported(q, seq, 0 if prefix_k is None else prefix_k.shape[1], causal, window, softcap)
+    available["cpu"] = cpu.unsupported(q)
+    room = 0 if prefix_k is None else prefix_k.shape[1]
+    available["composed"] = composed.unsupported(q, seq, room, window, softcap)
     return choose_backend("prefix_attention", requested, available, _PREFERRED)
 
 
@@ -144,25 +150,29 @@ def _check_ranges(k, prefix_k, seq):
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
     _check_ranges(k, prefix_k, seq)
-    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
-    inputs = (q, k, v, prefix_k, prefix_v, seq)
+    chosen = _backend(q, prefix_k, seq, window, softcap, backend)
+    inputs, flags = (q, k, v, prefix_k, prefix_v, seq), dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    if chosen == "cpu":
+        return cpu.forward(*inputs, **flags)
     with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise
-        if chosen == "cpu":
-            return cpu.forward(*inputs, causal=causal, sinks=sinks, scale=scale)
-        return reference.forward(*inputs, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+        if chosen == "composed":
+            return composed.forward(*inputs, causal=causal, sinks=sinks, scale=scale)
+        return reference.forward(*inputs, **flags)
 
 
-def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend):
-    """Gradients in the order of the inputs, in their dtypes, None for an input that is None."""
-    chosen = _backend(q, prefix_k, seq, causal, window, softcap, backend)
-    saved = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq)
+def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend, needed=(True,) * 6):
+    """Gradients in the order of the inputs, in their dtypes; None for an input that is None or not ``needed``."""
+    chosen = _backend(q, prefix_k, seq, window, softcap, backend)
+    inputs, saved = (q, k, v, prefix_k, prefix_v, sinks), (grad, q, k, v, prefix_k, prefix_v, out, lse, seq)
+    flags = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    if chosen == "cpu":
+        return cpu.backward(*saved, needed=[x is not None and need for x, need in zip(inputs, needed)], **flags)
     with torch.autocast(q.device.type, enabled=False):
-        if chosen == "cpu":
-            grads = cpu.backward(*saved, causal=causal, sinks=sinks, scale=scale)
+        if chosen == "composed":
+            grads = composed.backward(*saved, causal=causal, sinks=sinks, scale=scale)
         else:
-            grads = reference.backward(*saved, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
-    inputs = (q, k, v, prefix_k, prefix_v, sinks)
-    return [None if x is None else g.to(x.dtype) for x, g in zip(inputs, grads)]
+            grads = reference.backward(*saved, **flags)
+    return [g.to(x.dtype) if x is not None and need else None for x, g, need in zip(inputs, grads, needed)]
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")

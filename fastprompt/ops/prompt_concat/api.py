@@ -2,15 +2,20 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
-from . import reference
+from . import cpu, reference
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
+    return _available("cpu", torch.float32)
+
+
+def _available(device_type, dtype):
     return {
         "reference": None,
-        "cpu": "the C++ kernel is not part of this version",
+        "cpu": native.unsupported(device_type, dtype),
         "triton": "the Triton kernel is not part of this version",
         "cuda": "this operator has no CUDA C++ kernel",
     }
@@ -18,7 +23,16 @@ def available_backends():
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose_backend("prompt_concat", "auto", available_backends(), ["reference"])
+    return _choose("auto", device_type, torch.float32)
+
+
+def _choose(requested, device_type, dtype):
+    return choose_backend("prompt_concat", requested, _available(device_type, dtype), ["cpu", "reference"])
+
+
+def _implementation(requested, tensor):
+    """The module whose ``forward`` and ``backward`` run the call."""
+    return {"reference": reference, "cpu": cpu}[_choose(requested, tensor.device.type, tensor.dtype)]
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
@@ -33,7 +47,8 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
         table: ``[V, D]`` token embeddings (or any rows to gather from).
         prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
         scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", but
+            "reference" for float64 and where the C++ library is missing.
 
     Returns:
         ``[R, D]`` rows, differentiable in ``table`` and ``prompt``. A row read several times receives the sum of its
@@ -46,7 +61,6 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
     check_tensor("table", table, ["V", "D"], dtypes=FLOATS)
     check_tensor("prompt", prompt, ["M", table.shape[1]], like=("table", table))
     check_tensor("source", source, ["R"], dtypes=INTS, like=("table", table))
-    backend = choose_backend("prompt_concat", backend, available_backends(), ["reference"])
     return PromptConcat.apply(source, table, prompt, float(scale), backend)
 
 
@@ -81,8 +95,10 @@ _library.define(
 
 @torch.library.impl(_library, "prompt_concat", "CompositeExplicitAutograd")
 def _forward(source, table, prompt, scale, backend):
-    check_range("source", source, -prompt.shape[0], table.shape[0])
-    return reference.forward(source, table, prompt, scale)
+    implementation = _implementation(backend, table)
+    if implementation is not cpu:  # which finds them while it copies
+        check_range("source", source, -prompt.shape[0], table.shape[0])
+    return implementation.forward(source, table, prompt, scale)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat", lib=_library)
@@ -92,7 +108,7 @@ def _forward_fake(source, table, prompt, scale, backend):
 
 @torch.library.impl(_library, "prompt_concat_backward", "CompositeExplicitAutograd")
 def _backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt, backend):
-    return reference.backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
+    return _implementation(backend, grad).backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat_backward", lib=_library)
