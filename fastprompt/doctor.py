@@ -12,11 +12,12 @@ import sys
 from importlib import metadata
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm", "rich")
-OPTIONAL = ("triton", "ninja")
+OPTIONAL = ("triton",)
 OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.
 MAIN_JOB = ("fastprompt.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
+COMPILE = "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . (which says why, if it fails again)"
 NOT_INSTALLED = "not installed"
 NEEDS = "needs {}, which is not installed"
 
@@ -29,6 +30,7 @@ def main() -> int:
     heading(f"fastprompt {distribution_version('fastprompt') or '(not installed)'}")
     show_versions(errors, hints)
     device_types = show_devices(hints)
+    show_library(hints)
     show_operators(device_types, own_errors)
     check_main_job(own_errors)
     # Where a requirement is missing, what fails in fastprompt itself follows from it.
@@ -95,6 +97,21 @@ def show_devices(hints):
             "a CUDA or ROCm build of torch that fits the driver: pytorch.org/get-started",
         ))
     return ["cpu"]
+
+
+def show_library(hints):
+    """Print what the C++ kernels are compiled for, or say how to get them."""
+    native, problem = load("fastprompt.native")
+    if problem:
+        return  # no operator can be imported either, and that is an error
+    if not native.missing:
+        row("C++ kernels", load("torch")[0].ops.fastprompt.cpu_isa())
+        return
+    row("C++ kernels", native.missing)
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    found = shutil.which(compiler)
+    hints.append((f"the CPU runs PyTorch code in place of C++ kernels: {native.missing}",
+                  COMPILE if found else f"install a C++ compiler (there is no {compiler}), then {COMPILE}"))
 
 
 def show_operators(device_types, errors):

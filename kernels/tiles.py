@@ -25,13 +25,13 @@ def row_tile(width, element_size, loads=4, most_columns=1024):
     A tile as wide as the row would leave up to half its threads idle. The widest is taken that wastes at most an eighth,
     but never less than 128 bytes, a cache line.
     """
+    values = _THREADS * loads * (_LOAD // element_size if width % 16 == 0 else 2)
     columns = power_of_two(width)
     narrowest = min(columns, 128 // element_size)
-    columns = min(columns, most_columns)
+    columns = min(columns, most_columns, values)
     while columns > narrowest and -(-width // columns) * columns * 8 > width * 9:
         columns //= 2
-    values = _LOAD // element_size if width % 16 == 0 else 2
-    return Tile(max(1, _THREADS * loads * values // columns), columns)
+    return Tile(values // columns, columns)
 
 
 def power_of_two(n):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, memory, methods, models, step
+from benchmarks import common, memory, methods, models, small_ops, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
+from fastprompt import native
 
 TINY = {**models.SIZES, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -97,6 +98,21 @@ def test_memory_compares_two_processes(tmp_path, capsys):
     assert memory.run(tmp_path, sizes=TINY)
     assert "of PEFT's peak" in capsys.readouterr().out
     assert (tmp_path / "memory.csv").exists()
+
+
+@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+@pytest.mark.parametrize("wrong", [None, "prompt_concat", "multitask_prompt"])
+def test_small_operators_are_reported_unless_they_are_wrong(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(small_ops, "VOCABULARY", 64)
+    monkeypatch.setattr(small_ops, "CONCAT", [(24, 40, 3, 4)])
+    monkeypatch.setattr(small_ops, "MULTITASK", [(2, 5, 2, 40)])
+    if wrong:
+        right = getattr(small_ops, wrong)
+        monkeypatch.setattr(small_ops, wrong, lambda *a, **options: right(*a, **options) * 1.1)
+    assert small_ops.run(tmp_path, quick=True) == (wrong is None)
+    with open(tmp_path / "small_ops.csv") as stream:
+        records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    assert {r["operator"] for r in records if r["over PyTorch"] == "WRONG"} == ({wrong} if wrong else set())
 
 
 @pytest.mark.parametrize("right, code", [(True, 0), (False, 1)])

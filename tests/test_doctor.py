@@ -85,3 +85,15 @@ def test_survives_an_operator_that_selects_nothing(monkeypatch, capsys):
     monkeypatch.setattr(api, "select_backend", select_backend)
     assert doctor.main() == 1
     assert "prompt_lstm: selects no backend: RuntimeError: no backend for this device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiler, remedy", [("/bin/sh", "remedy: in a checkout"), ("/none/c++", "there is no /none/c++")])
+def test_says_how_to_get_the_library(compiler, remedy, monkeypatch, capsys):
+    from fastprompt import native
+
+    monkeypatch.setattr(native, "missing", "the C++ library was not compiled")
+    monkeypatch.setenv("CXX", f"{compiler} -pipe")
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert "prompt_concat     cpu -> reference" in out and "not cpu: the C++ library was not compiled" in out
+    assert "PyTorch code in place of C++ kernels" in out and remedy in out

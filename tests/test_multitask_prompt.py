@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from budget import assert_within_budget
 from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
+
+BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def task_by_task(shared, rows, cols, task_ids):
@@ -20,26 +24,49 @@ def inputs(ids=(2, 0, 2), length=5, width=6, tasks=4, rank=2, dtype=torch.float6
     return *tensors, torch.tensor(ids, dtype=torch.int64)
 
 
-def gradients(function, tensors, task_ids, grad):
+def gradients(function, tensors, task_ids, grad, **options):
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out = function(*leaves, task_ids)
+    out = function(*leaves, task_ids, **options)
     if out.requires_grad:
         out.backward(grad)
     return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 
+def check(backend, dtype, tensors, task_ids):
+    """The prompts and the three gradients against the definition in float64."""
+    tensors = [x.to(dtype) for x in tensors]
+    grad = torch.randn(len(task_ids), *tensors[0].shape).to(dtype)
+    exact, exact_grads = gradients(task_by_task, [x.double() for x in tensors], task_ids, grad.double())
+    plain, plain_grads = gradients(task_by_task, tensors, task_ids, grad)
+    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
+    for triple in zip([got, *got_grads], [plain, *plain_grads], [exact, *exact_grads], strict=True):
+        assert_within_budget(*triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(
-    ids=st.lists(st.integers(0, 2), max_size=7), length=st.integers(0, 9), width=st.integers(1, 9),
-    rank=st.integers(1, 4), seed=st.integers(0, 99),
+    ids=st.lists(st.integers(0, 2), max_size=7), length=st.integers(0, 9), width=st.integers(0, 40),
+    rank=st.integers(0, 6), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_forward_and_gradients_match_the_definition(ids, length, width, rank, seed):
+def test_forward_and_gradients_match_the_definition(backend, ids, length, width, rank, dtype, seed):
     *tensors, task_ids = inputs(ids, length, width, tasks=3, rank=rank, seed=seed)
-    grad = torch.randn(len(ids), length, width, dtype=torch.float64)
-    expected, expected_grads = gradients(task_by_task, tensors, task_ids, grad)
-    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad)
-    for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    check(backend, dtype, tensors, task_ids)
+
+
+def test_float64_runs_on_the_reference():
+    *tensors, task_ids = inputs([0, 2, 2, 1], length=9, width=9, rank=3)
+    grad = torch.randn(4, 9, 9, dtype=torch.float64)
+    expected, got = (gradients(f, tensors, task_ids, grad) for f in (task_by_task, multitask_prompt))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length, width, rank", [(6, 700, 1), (9, 257, 7), (1, 33, 70), (3, 5, 2)])
+def test_every_instruction_set(cpu_isa, poisoned, dtype, length, width, rank):
+    """More columns than are computed together, ends of every length, small ranks and large ones."""
+    *tensors, task_ids = inputs([2, 0, 2, 1], length, width, tasks=5, rank=rank)
+    check("cpu", dtype, tensors, task_ids)
 
 
 def test_gradcheck():
@@ -48,25 +75,27 @@ def test_gradcheck():
     torch.autograd.gradcheck(lambda *t: multitask_prompt(*t, task_ids), tensors)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
     args = inputs(dtype=torch.float32)
-    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*args, "reference"))
+    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*args, backend))
     strided = [x.mT.contiguous().mT for x in args[:3]]  # outputs must be contiguous all the same
-    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*strided, args[3], "reference"))
+    torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*strided, args[3], backend))
     grad = torch.randn(3, 5, 6)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         torch.library.opcheck(
-            torch.ops.fastprompt.multitask_prompt_backward.default, (grad, *strided, args[3], *needs, "reference")
+            torch.ops.fastprompt.multitask_prompt_backward.default, (grad, *strided, args[3], *needs, backend)
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_is_rounded_once(dtype):
+def test_low_precision_is_rounded_once(backend, dtype):
     """The fp32 result of the same inputs, rounded: not a bit of the factors or sums is lost before."""
     *tensors, task_ids = inputs([0, 1, 0, 3] * 4, length=7, width=24, rank=5, dtype=dtype)
     grad = torch.randn(16, 7, 24).to(dtype)
     expected, expected_grads = gradients(task_by_task, [x.double() for x in tensors], task_ids, grad.double())
-    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
     for a, b in zip([got, *got_grads], [expected, *expected_grads], strict=True):
         assert a.dtype == dtype
         half_step = torch.finfo(dtype).eps / 2 * b.abs()
@@ -74,53 +103,67 @@ def test_low_precision_is_rounded_once(dtype):
         assert ((a.double() - b).abs() <= half_step + sums).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_of_a_repeated_task_are_summed_in_fp32(dtype):
+def test_gradients_of_a_repeated_task_are_summed_in_fp32(backend, dtype):
     """4096 prompts of one task: a sum kept in half precision would stall at 2048 (fp16) or 256 (bf16)."""
     tensors = [torch.ones(shape, dtype=dtype) for shape in ((1, 1), (2, 1, 1), (2, 1, 1))]
     task_ids, grad = torch.ones(4096, dtype=torch.int64), torch.ones(4096, 1, 1, dtype=dtype)
-    _, grads = gradients(multitask_prompt, tensors, task_ids, grad)
+    _, grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
     assert [g.flatten().tolist() for g in grads] == [[4096.0], [0.0, 4096.0], [0.0, 4096.0]]
 
 
-def test_gradients_of_a_repeated_task_have_the_same_bits_every_time():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_repeated_task_have_the_same_bits_every_time(backend):
     """Large enough that a CPU would share the sum out among threads."""
     *tensors, task_ids = inputs([1] * 2048, length=16, width=8, rank=64, dtype=torch.float32)
     grad = torch.randn(2048, 16, 8)
-    _, first = gradients(multitask_prompt, tensors, task_ids, grad)
+    _, first = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
     for _ in range(10):
-        _, again = gradients(multitask_prompt, tensors, task_ids, grad)
+        _, again = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_non_contiguous_expanded_and_int32_inputs():
-    *tensors, task_ids = inputs()
-    expected = task_by_task(*tensors, task_ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_expanded_and_int32_inputs(backend):
+    *tensors, task_ids = inputs(dtype=torch.float32)
+    expected = multitask_prompt(*tensors, task_ids, backend=backend)
     strided = [x.mT.contiguous().mT for x in tensors]
     assert not any(x.is_contiguous() for x in strided)
-    torch.testing.assert_close(multitask_prompt(*strided, task_ids.int()), expected, rtol=1e-12, atol=1e-12)
-    shared = torch.randn(1, 6, dtype=torch.float64)
-    rows = torch.randn(1, 5, 2, dtype=torch.float64)
+    assert torch.equal(multitask_prompt(*strided, task_ids.int(), backend=backend), expected)
+    shared, rows = torch.randn(1, 6), torch.randn(1, 5, 2)
 
     def expanded(function):
-        return lambda s, r, c, ids: function(s.expand(5, 6), r.expand(4, 5, 2), c, ids)
+        return lambda s, r, c, ids, **options: function(s.expand(5, 6), r.expand(4, 5, 2), c, ids, **options)
 
-    grad = torch.ones(1, 1, 1, dtype=torch.float64).expand(3, 5, 6)  # as .sum() sends it
-    _, expected_grads = gradients(expanded(task_by_task), (shared, rows, tensors[2]), task_ids, grad)
-    _, got_grads = gradients(expanded(multitask_prompt), (shared, rows, tensors[2]), task_ids.int(), grad)
-    for a, b in zip(got_grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    grad = torch.ones(1, 1, 1).expand(3, 5, 6)  # as .sum() sends it
+    parts = (shared, rows, tensors[2])
+    _, exact = gradients(expanded(task_by_task), [x.double() for x in parts], task_ids, grad.double())
+    _, plain = gradients(expanded(task_by_task), parts, task_ids, grad)
+    _, got = gradients(expanded(multitask_prompt), parts, task_ids.int(), grad, backend=backend)
+    for triple in zip(got, plain, exact, strict=True):
+        assert_within_budget(*triple)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_task_out_of_range_names_the_values(backend):
+    *tensors, _ = inputs(dtype=torch.float32)
+    for task_ids in (torch.tensor([0, 4]), torch.tensor([0, -1], dtype=torch.int32)):
+        values = f"from {min(task_ids)} to {max(task_ids)}"
+        with pytest.raises(ValueError, match=rf"task_ids must lie in \[0, 4\), got values {values}"):
+            multitask_prompt(*tensors, task_ids, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("asked", range(3))
-def test_gradients_that_nobody_asked_for_are_skipped(asked, monkeypatch):
-    *tensors, task_ids = inputs()
+def test_gradients_that_nobody_asked_for_are_skipped(asked, backend, monkeypatch):
+    *tensors, task_ids = inputs(dtype=torch.float32)
     operator, seen = torch.ops.fastprompt.multitask_prompt_backward, []
     monkeypatch.setattr(
         torch.ops.fastprompt, "multitask_prompt_backward", lambda *a: seen.append(operator(*a)) or seen[-1]
     )
     tensors[asked].requires_grad_()
-    multitask_prompt(*tensors, task_ids).sum().backward()
+    multitask_prompt(*tensors, task_ids, backend=backend).sum().backward()
     assert [x.grad is not None for x in tensors] == [i == asked for i in range(3)]
     assert [g.numel() > 0 for g in seen[0]] == [i == asked for i in range(3)]
 
@@ -158,7 +201,11 @@ def test_compiles_without_a_graph_break():
 
 def test_backends():
     assert available_backends()["reference"] is None
-    assert select_backend("cpu") == "reference" and select_backend("cuda") in ("triton", "reference")
+    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert select_backend("cuda") in ("triton", "reference")
+    if "cpu" in BACKENDS:
+        with pytest.raises(RuntimeError, match="'cpu' of multitask_prompt cannot run this call: the C.. kernels have no float64"):
+            multitask_prompt(*inputs(), backend="cpu")
     with pytest.raises(RuntimeError, match="'triton' of multitask_prompt cannot run this call: the Triton kernel"):
         multitask_prompt(*inputs(), backend="triton")
 

@@ -1,4 +1,4 @@
-"""The wheel holds exactly what the tree holds, and is built without torch, compiler or network."""
+"""The wheel holds exactly what the tree holds and, with a compiler, the C++ library; it is built without importing torch."""
 
 import os
 import re
@@ -14,6 +14,7 @@ import pytest
 from fastprompt import doctor
 
 ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) if os.name == "posix" else None
 
 
 def python(*arguments, **options):
@@ -23,9 +24,9 @@ def python(*arguments, **options):
 
 
 def copy_tree(target):
-    for name in ("fastprompt", "kernels", "tests"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("fastprompt", "kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
 
 
@@ -55,6 +56,13 @@ def test_wheel(tmp_path, compiler):
     assert (info / "licenses/LICENSE").is_file()
     assert "fastprompt = fastprompt.cli:main" in (info / "entry_points.txt").read_text()
 
+    libraries = [path.relative_to(site).as_posix() for path in site.rglob("*.so")]
+    if compiler is None and COMPILER:
+        assert "-cp310-abi3-" in wheel.name and libraries == ["fastprompt/_cpu.abi3.so"]
+        check_library(site)
+    else:
+        assert wheel.name.endswith("-py3-none-any.whl") and not libraries
+
     header = (info / "METADATA").read_text().split("\n\n", 1)[0]
     core = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", header, flags=re.MULTILINE)
     assert sorted(core) == sorted(doctor.REQUIRED)
@@ -62,6 +70,28 @@ def test_wheel(tmp_path, compiler):
     show = "import fastprompt.kernels; print(fastprompt.kernels.__file__)"
     where = python("-c", show, cwd=site, env={**os.environ, "PYTHONPATH": str(site)})
     assert Path(where.strip()) == site / "fastprompt/kernels/__init__.py"
+
+
+def check_library(site):
+    """It loads, and asks torch for nothing but its stable C interface; where from, this machine alone knows."""
+    show = "import torch; from fastprompt import native; print(native.LIBRARY, native.missing, torch.ops.fastprompt.cpu_isa())"
+    library, missing, _ = python("-c", show, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}).split()
+    assert missing == "None" and Path(library).parent == site / "fastprompt"
+    if shutil.which("nm") and sys.platform == "linux":
+        listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+        needed = [line.split()[1] for line in listing.splitlines() if line.split()[0] == "U"]
+        unversioned = [name for name in needed if "@" not in name]  # others are of the C and C++ runtimes
+        assert unversioned and all(name.startswith(("aoti_torch_", "torch_")) for name in unversioned)
+    if shutil.which("readelf"):
+        dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_the_library_is_there():
+    from fastprompt import native
+
+    assert native.missing is None, "install the checkout first: pip install -e ."
 
 
 def test_kernels_are_importable_from_the_editable_install():

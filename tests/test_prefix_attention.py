@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastprompt import Sequences, prefix_attention
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "composed"]  # in float64; the C++ kernel has tests/test_prefix_attention_cpu.py
 
 
 def dense(q, k, v, prefix_k, prefix_v, sequences, *, causal=True, window=None, softcap=None, sinks=None, scale=None):
@@ -99,10 +99,10 @@ FLAGS = {
     "bidirectional_window": dict(causal=False, window=4), "softcap": dict(softcap=1.5), "scale": dict(scale=0.3),
     "sinks": dict(sinks=True), "all": dict(window=6, softcap=2.0, sinks=True, scale=0.5),
 }
-CPU_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
+COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
 
 
-@pytest.mark.parametrize("backend, flags", [("reference", f) for f in FLAGS] + [("cpu", f) for f in CPU_FLAGS])
+@pytest.mark.parametrize("backend, flags", [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS])
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
@@ -185,7 +185,7 @@ def test_decode_equals_the_last_row_of_a_prefill(flags):
 def test_gradcheck():
     seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
     inputs = [t.requires_grad_() for t in tensors(seq.rows, 2, 1, 4, 2, 3, sinks=True)]
-    for backend, flags in (("reference", dict(window=4, softcap=2.0)), ("reference", dict(causal=False)), ("cpu", {})):
+    for backend, flags in (("reference", dict(window=4, softcap=2.0)), ("reference", dict(causal=False)), ("composed", {})):
         torch.autograd.gradcheck(
             lambda q, k, v, pk, pv, s: prefix_attention(q, k, v, pk, pv, seq, sinks=s, backend=backend, **flags)[0], inputs
         )
@@ -200,7 +200,8 @@ def test_opcheck(backend, with_prefix):
     arguments = (q, k, v, prefix_k, prefix_v, sinks)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
-    torch.library.opcheck(torch.ops.fastprompt.prefix_attention_backward.default, (torch.randn_like(out), *arguments, out, lse, *options))
+    needs = [True, True, False, True, True, True]
+    torch.library.opcheck(torch.ops.fastprompt.prefix_attention_backward.default, (torch.randn_like(out), *arguments, out, lse, *options, needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -254,8 +255,8 @@ def test_auto_takes_what_can_run_and_an_explicit_backend_says_why_not():
     inputs = tensors(seq.rows, 2, 2, 8, 1, 3)[:5]
     for flags, reason in ((dict(softcap=2.0), "softcap"), (dict(window=3), "window")):
         prefix_attention(*inputs, seq, **flags)
-        with pytest.raises(RuntimeError, match=f"'cpu' of prefix_attention cannot run this call: .*{reason}"):
-            prefix_attention(*inputs, seq, backend="cpu", **flags)
+        with pytest.raises(RuntimeError, match=f"'composed' of prefix_attention cannot run this call: .*{reason}"):
+            prefix_attention(*inputs, seq, backend="composed", **flags)
     with pytest.raises(RuntimeError, match="'triton' of prefix_attention cannot run this call"):
         prefix_attention(*inputs, seq, backend="triton")
 

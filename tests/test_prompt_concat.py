@@ -5,7 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from budget import assert_within_budget
 from fastprompt.ops import prompt_concat
+from fastprompt.ops.prompt_concat.api import available_backends, select_backend
+
+BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def row_by_row(source, table, prompt, scale):
@@ -21,22 +26,57 @@ def inputs(rows=13, vocabulary=7, prompts=5, width=6, dtype=torch.float64, seed=
     return source, table, prompt
 
 
+def results(function, source, table, prompt, scale, grad, **options):
+    """The rows and the gradients of both tensors."""
+    leaves = [x.detach().clone().requires_grad_() for x in (table, prompt)]
+    out = function(source, *leaves, scale, **options)
+    out.backward(grad)
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def check(backend, dtype, source, table, prompt, scale):
+    """The three results against the definition in float64."""
+    table, prompt, grad = table.to(dtype), prompt.to(dtype), torch.randn(len(source), table.shape[1]).to(dtype)
+    exact = results(row_by_row, source, table.double(), prompt.double(), scale, grad.double())
+    plain = results(row_by_row, source, table, prompt, scale, grad)
+    got = results(prompt_concat, source, table, prompt, scale, grad, backend=backend)
+    for triple in zip(got, plain, exact, strict=True):
+        assert_within_budget(*triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(
-    rows=st.integers(0, 40), vocabulary=st.integers(1, 9), prompts=st.integers(0, 9), width=st.integers(1, 9),
-    scale=st.sampled_from([1.0, 24.0]), seed=st.integers(0, 99),
+    rows=st.integers(0, 40), vocabulary=st.integers(1, 9), prompts=st.integers(0, 9), width=st.integers(0, 40),
+    scale=st.sampled_from([1.0, 24.0]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_forward_and_gradients_match_the_definition(rows, vocabulary, prompts, width, scale, seed):
-    source, table, prompt = inputs(rows, vocabulary, prompts, width, seed=seed)
-    grad = torch.randn(rows, width, dtype=torch.float64)
-    results = []
-    for function in (row_by_row, prompt_concat):
-        leaves = [table.clone().requires_grad_(), prompt.clone().requires_grad_()]
-        out = function(source, *leaves, scale)
-        (out * grad).sum().backward()
-        results.append([out, *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)])
-    for expected, got in zip(*results):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+def test_forward_and_gradients_match_the_definition(backend, rows, vocabulary, prompts, width, scale, dtype, seed):
+    check(backend, dtype, *inputs(rows, vocabulary, prompts, width, seed=seed), scale)
+
+
+def test_float64_runs_on_the_reference():
+    source, table, prompt = inputs(rows=40)
+    grad = torch.randn(40, 6, dtype=torch.float64)
+    expected = results(row_by_row, source, table, prompt, 24.0, grad)
+    got = results(prompt_concat, source, table, prompt, 24.0, grad)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, prompts, width", [(300, 7, 1037), (90, 1, 2500), (65, 80, 31)])
+def test_every_instruction_set(cpu_isa, poisoned, dtype, rows, prompts, width):
+    """Rows wider than what one sum takes, ends of every length, one reader and many."""
+    for scale in (1.0, 0.37):
+        check("cpu", dtype, *inputs(rows, 9, prompts, width), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_number_is_scaled_as_torch_scales_it(cpu_isa, dtype):
+    """Also the infinite ones, nan, and those that become subnormal or infinite."""
+    table = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    for scale in (1.0, 0.37, 2.0**-9, 3e3):
+        got = prompt_concat(torch.tensor([0]), table, table[:0], scale, backend="cpu")
+        torch.testing.assert_close(got, table * scale, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gradcheck():
@@ -46,41 +86,72 @@ def test_gradcheck():
     )
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
     source, table, prompt = inputs(dtype=torch.float32)
-    torch.library.opcheck(torch.ops.fastprompt.prompt_concat.default, (source, table, prompt, 2.0, "reference"))
+    torch.library.opcheck(torch.ops.fastprompt.prompt_concat.default, (source, table, prompt, 2.0, backend))
     grad = torch.randn(len(source), table.shape[1])
     for need_table, need_prompt in ((True, True), (False, True)):
         torch.library.opcheck(
             torch.ops.fastprompt.prompt_concat_backward.default,
-            (grad, source, 2.0, len(table), len(prompt), need_table, need_prompt, "reference"),
+            (grad, source, 2.0, len(table), len(prompt), need_table, need_prompt, backend),
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_gradients_are_summed_in_fp32(dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision_gradients_are_summed_in_fp32(backend, dtype):
     """4096 readers of one prompt row: a sum kept in half precision would stall at 2048 (fp16) or 256 (bf16)."""
     source = torch.full((4096,), -1)
     table, prompt = torch.zeros(1, 3, dtype=dtype), torch.zeros(1, 3, dtype=dtype, requires_grad=True)
-    prompt_concat(source, table, prompt).sum().backward()
+    prompt_concat(source, table, prompt, backend=backend).sum().backward()
     assert prompt.grad.tolist() == [[4096.0] * 3]
 
 
-def test_non_contiguous_expanded_and_int32_inputs():
-    source, table, prompt = inputs(width=6)
-    wide = torch.randn(5, 12, dtype=torch.float64)
-    strided = wide[:, ::2]
-    expected = row_by_row(source, table, strided, 1.0)
-    torch.testing.assert_close(prompt_concat(source.int(), table.t().contiguous().t(), strided), expected)
-    one = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
-    prompt_concat(source, table, one.expand(5, 6)).sum().backward()  # the gradient that comes in is expanded too
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_expanded_misaligned_and_int32_inputs(backend):
+    source, table, prompt = inputs(width=6, dtype=torch.float32)
+    expected = row_by_row(source, table, prompt, 1.0)
+    between = torch.stack([prompt, torch.full_like(prompt, torch.nan)], 2)[..., 0]
+    apart = torch.cat([prompt, torch.full_like(prompt, torch.nan)], 1)[:, :6]
+    misaligned = torch.cat([torch.zeros(1), prompt.flatten()])[1:].view_as(prompt)
+    for vectors in (between, apart, misaligned):
+        assert torch.equal(prompt_concat(source.int(), table.t().contiguous().t(), vectors, backend=backend), expected)
+    every_second = torch.stack([source, torch.full_like(source, 99)], 1)[:, 0]
+    assert torch.equal(prompt_concat(every_second, table, prompt, backend=backend), expected)
+    one = torch.randn(1, 6, requires_grad=True)
+    prompt_concat(source, table, one.expand(5, 6), backend=backend).sum().backward()  # the incoming gradient is expanded too
     assert one.grad.tolist() == [[float((source < 0).sum())] * 6]
 
 
-def test_gradients_that_nobody_asked_for_are_skipped():
-    source, table, prompt = inputs()
-    prompt_concat(source, table, prompt.requires_grad_()).sum().backward()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_source_out_of_range_names_the_values(backend):
+    _, table, prompt = inputs(dtype=torch.float32)
+    for source in (torch.tensor([0, 7]), torch.tensor([0, -6], dtype=torch.int32), torch.tensor([0, -(2**40)])):
+        value = int(source[1])
+        message = rf"source must lie in \[-5, 7\), got values from {min(0, value)} to {max(0, value)}"
+        with pytest.raises(ValueError, match=message):
+            prompt_concat(source, table, prompt, backend=backend)
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            torch.ops.fastprompt.prompt_concat_backward(torch.ones(2, 6), source, 1.0, 7, 5, True, True, backend)
+
+
+def test_backends():
+    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert select_backend("cuda") == "reference"
+    if "cpu" in BACKENDS:
+        with pytest.raises(RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"):
+            prompt_concat(*inputs(), backend="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_nobody_asked_for_are_skipped(backend):
+    source, table, prompt = inputs(dtype=torch.float32)
+    prompt_concat(source, table, prompt.requires_grad_(), backend=backend).sum().backward()
     assert table.grad is None and prompt.grad is not None
+    grad = torch.ones(len(source), 6)
+    dtable, dprompt = torch.ops.fastprompt.prompt_concat_backward(grad, source, 1.0, 7, 5, True, False, backend)
+    assert dtable.shape == (7, 6) and dprompt.numel() == 0
 
 
 def test_second_backward_raises():
@@ -120,7 +191,8 @@ def test_errors_name_the_argument(change, error, message):
         prompt_concat(**{**dict(source=source, table=table, prompt=prompt), **change})
 
 
-def test_gradient_has_the_same_bits_every_time():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_has_the_same_bits_every_time(backend):
     """Many readers of one row on several threads: an atomic sum would come out differently from run to run."""
     source = torch.full((4096,), -1)
     grad = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
@@ -130,7 +202,7 @@ def test_gradient_has_the_same_bits_every_time():
         results = []
         for _ in range(10):
             prompt = torch.zeros(1, 64, requires_grad=True)
-            (prompt_concat(source, torch.zeros(1, 64), prompt) * grad).sum().backward()
+            (prompt_concat(source, torch.zeros(1, 64), prompt, backend=backend) * grad).sum().backward()
             results.append(prompt.grad)
     finally:
         torch.set_num_threads(threads)

@@ -19,15 +19,15 @@ class Tile:
 
 
 def rows_tile(width, rank, element_size):
-    """Of the sum over columns: 4 tokens, and what 128 threads load with up to two 16-byte loads each."""
+    """Of the sum over columns: 4 tokens, and what 128 threads load with one 16-byte load each, two for the first rank."""
     ranks = _ranks(rank)
-    return Tile(4, ranks, min(power_of_two(width), 1024 // element_size // ranks))
+    return Tile(4, ranks, min(power_of_two(width), max(512, 1024 // ranks) // element_size))
 
 
 def cols_tile(width, rank, element_size):
-    """Of the sum over tokens: the columns of one 128-byte cache line."""
+    """Of the sum over tokens: the columns of one 128-byte cache line, and as many loads as above."""
     ranks = _ranks(rank)
-    return Tile(32 // ranks, ranks, min(power_of_two(width), 128 // element_size))
+    return Tile(max(16, 32 // ranks), ranks, min(power_of_two(width), 128 // element_size))
 
 
 def _ranks(rank):

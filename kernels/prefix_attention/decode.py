@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LN_2, LOG2_E, key_offsets, load_rows, rows_of, store_rows, visible
+from .common import LOG2_E, key_offsets, load_rows, rows_of, store_rows, visible
 from .forward import attend
 
 
@@ -57,7 +57,7 @@ def _decode(
     place = (tl.load(parts + query, mask=live, other=0) + part).to(tl.int64) * heads + head  # [parts, H]
     some = weights > 0
     store_rows(part_out, place * DH, live, total / tl.where(some, weights, 1.0)[:, None], DH, BD)
-    tl.store(part_lse + place, tl.where(some, maximum + tl.log2(tl.where(some, weights, 1.0)), float("-inf")), mask=live)
+    tl.store(part_lse + place, tl.where(some, maximum + tl.log(tl.where(some, weights, 1.0)), float("-inf")), mask=live)
 
 
 def _merge(
@@ -70,21 +70,21 @@ def _merge(
     total = tl.zeros([BD], tl.float32)
     maximum, weights = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     if sinks is not None:
-        maximum, weights = tl.load(sinks + head).to(tl.float32) * LOG2_E, weights + 1.0
+        maximum, weights = tl.load(sinks + head).to(tl.float32), weights + 1.0
     first = tl.load(parts + query).to(tl.int64)
     for part in range(0, tl.load(parts + query + 1) - tl.load(parts + query)):
         place = (first + part) * heads + head
         part_weight = tl.load(part_lse + place)
         highest = tl.maximum(maximum, part_weight)
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        fade, weight = tl.exp2(maximum - base), tl.exp2(part_weight - base)
+        fade, weight = tl.exp2((maximum - base) * LOG2_E), tl.exp2((part_weight - base) * LOG2_E)
         total = total * fade + weight * tl.load(part_out + place * DH + d, mask=d < DH, other=0.0)  # [BD]
         maximum, weights = highest, weights * fade + weight
     row = query.to(tl.int64)
     if GATHER:
         row = tl.load(query_rows + query).to(tl.int64)
     tl.store(out + row * stride_or + head * DH + d, (total / weights).to(out.dtype.element_ty), mask=d < DH)
-    tl.store(lse + head.to(tl.int64) * lse_rows + row, (maximum + tl.log2(weights)) * LN_2)
+    tl.store(lse + head.to(tl.int64) * lse_rows + row, maximum + tl.log(weights))
 
 
 decode = Kernel(_decode)

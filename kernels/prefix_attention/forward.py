@@ -4,24 +4,22 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LN_2, LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, visible
+from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, visible
 
 
 @triton.jit
 def attend(state, query, keys, values, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
-    """One block of keys into the running ``(sum of values [BM, BD], maximum [BM], sum of weights [BM])``, base 2."""
+    """One block of keys into the running ``(sum of values [BM, BD], maximum [BM], sum of weights [BM])``.
+
+    The exponential is exp2, the cheaper one; its factor waits until the maximum is subtracted, where it rounds least.
+    """
     total, maximum, weights = state
-    # exp2 is the cheaper exponential: its factor goes into the scale, or behind the cap.
-    if SOFTCAP:
-        score, _ = cap(product(query, tl.trans(keys), UPCAST), scale, softcap, True)
-        score *= LOG2_E
-    else:
-        score = product(query, tl.trans(keys), UPCAST) * (scale * LOG2_E)  # [BM, BN]
+    score, _ = cap(product(query, tl.trans(keys), UPCAST), scale, softcap, SOFTCAP)  # [BM, BN]
     score = tl.where(seen, score, float("-inf"))
     highest = tl.maximum(maximum, tl.max(score, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: no inf - inf
-    weight = tl.exp2(score - base[:, None])
-    fade = tl.exp2(maximum - base)
+    weight = tl.exp2((score - base[:, None]) * LOG2_E)
+    fade = tl.exp2((maximum - base) * LOG2_E)
     total = total * fade[:, None] + product(weight.to(values.dtype), values, UPCAST)
     return total, highest, weights * fade + tl.sum(weight, 1)
 
@@ -74,14 +72,14 @@ def _forward(
 
     total, maximum, weights = state
     if sinks is not None:  # a logit without a value
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks + head).to(tl.float32)
         highest = tl.maximum(maximum, sink)
-        fade = tl.exp2(maximum - highest)
+        fade = tl.exp2((maximum - highest) * LOG2_E)
         total, maximum = total * fade[:, None], highest
-        weights = weights * fade + tl.exp2(sink - highest)
+        weights = weights * fade + tl.exp2((sink - highest) * LOG2_E)
     weights = tl.where(live, weights, 1.0)
     store_rows(out, row * stride_or + head * DH, live, total / weights[:, None], DH, BD)
-    tl.store(lse + head.to(tl.int64) * lse_rows + row, (maximum + tl.log2(weights)) * LN_2, mask=live)
+    tl.store(lse + head.to(tl.int64) * lse_rows + row, maximum + tl.log(weights), mask=live)
 
 
 forward = Kernel(_forward)

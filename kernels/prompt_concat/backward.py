@@ -17,7 +17,8 @@ CHUNK = 64  # 2 CHUNK rows at the ends of a row's readers and R / CHUNK partial 
 def add_rows(total, values, row, live, column, stride, STEP: tl.constexpr, WIDTH: tl.constexpr):
     """``total [BR, BD]`` plus the rows ``row [BR]`` of ``values``, where ``live``."""
     mask = live[:, None] & (column < WIDTH)
-    return total + tl.load(values + row.to(tl.int64)[:, None] * stride + column * STEP, mask=mask, other=0.0).to(tl.float32)
+    place = values + row.to(tl.int64)[:, None] * stride + column.to(tl.int64) * STEP  # [BR, BD]
+    return total + tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 @Kernel

@@ -213,7 +213,7 @@ def test_a_task_out_of_range_is_refused_before_anything_is_read():
 
 def test_backends():
     assert available_backends()["triton"] is None
-    assert select_backend("cuda") == "triton" and select_backend("cpu") == "reference"
+    assert select_backend("cuda") == "triton" != select_backend("cpu")
     shared, rows, cols, task_ids, _ = (x.to(DEVICE) for x in inputs())
     double = [x.double() for x in (shared, rows, cols)]
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):

@@ -232,7 +232,7 @@ def test_source_out_of_range_is_refused_before_anything_is_read():
 
 def test_backends(monkeypatch):
     assert available_backends()["triton"] is None
-    assert select_backend("cuda") == "triton" and select_backend("cpu") == "reference"
+    assert select_backend("cuda") == "triton" != select_backend("cpu")
     source, table, prompt, _ = (x.to(DEVICE) for x in inputs())
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):
         prompt_concat(source, table.double(), prompt.double(), backend="triton")

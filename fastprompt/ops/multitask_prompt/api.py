@@ -2,9 +2,10 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
 from ..launcher import launcher
-from . import reference
+from . import cpu, reference
 
 
 def available_backends():
@@ -16,7 +17,7 @@ def _available(device_type, dtype):
     triton, problem = launcher("multitask_prompt", "triton")
     return {
         "reference": None,
-        "cpu": "the C++ kernel is not part of this version",
+        "cpu": native.unsupported(device_type, dtype),
         "triton": problem or triton.unsupported(device_type, dtype),
         "cuda": "this operator has no CUDA C++ kernel",
     }
@@ -27,16 +28,18 @@ def select_backend(device_type):
     return _choose("auto", device_type, torch.float32)
 
 
-def _choose(requested, device_type, dtype):
-    if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
-        return "reference"
-    return choose_backend("multitask_prompt", requested, _available(device_type, dtype), ["triton", "reference"])
+def _choose(requested, device_type, dtype, rank=1):
+    available = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
+    if requested != "auto" or device_type != "cpu":  # importing Triton takes time
+        available = _available(device_type, dtype)
+    preferred = ["cpu", "triton", "reference"] if rank <= cpu.FASTER_UP_TO_RANK else ["triton", "reference"]
+    return choose_backend("multitask_prompt", requested, available, preferred)
 
 
-def _implementation(requested, tensor):
+def _implementation(requested, tensor, rank):
     """The module whose ``forward`` and ``backward`` run the call."""
-    backend = _choose(requested, tensor.device.type, tensor.dtype)
-    return reference if backend == "reference" else launcher("multitask_prompt", backend)[0]
+    backend = _choose(requested, tensor.device.type, tensor.dtype, rank)
+    return {"reference": reference, "cpu": cpu}.get(backend) or launcher("multitask_prompt", backend)[0]
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
@@ -51,8 +54,8 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         cols: ``[T, r, D]`` the right factors, likewise.
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". On a GPU "auto" takes "triton", but "reference" for
-            float64 and where Triton is not installed.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+            "reference" for float64, on a CPU for a rank over 8, and where the C++ library or Triton is missing.
 
     Returns:
         ``[N, P, D]`` prompts in the dtype of ``shared``, under autocast too, differentiable in ``shared``, ``rows``
@@ -96,9 +99,11 @@ _library.define(
 
 @torch.library.impl(_library, "multitask_prompt", "CompositeExplicitAutograd")
 def _forward(shared, rows, cols, task_ids, backend):
-    check_range("task_ids", task_ids, 0, rows.shape[0])
+    implementation = _implementation(backend, shared, rows.shape[2])
+    if implementation is not cpu:  # which finds them itself
+        check_range("task_ids", task_ids, 0, rows.shape[0])
     with torch.autocast(shared.device.type, enabled=False):
-        return _implementation(backend, shared).forward(shared, rows, cols, task_ids)
+        return implementation.forward(shared, rows, cols, task_ids)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt", lib=_library)
@@ -108,8 +113,9 @@ def _forward_fake(shared, rows, cols, task_ids, backend):
 
 @torch.library.impl(_library, "multitask_prompt_backward", "CompositeExplicitAutograd")
 def _backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols, backend):
+    implementation = _implementation(backend, shared, rows.shape[2])
     with torch.autocast(shared.device.type, enabled=False):
-        return _implementation(backend, shared).backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
+        return implementation.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt_backward", lib=_library)

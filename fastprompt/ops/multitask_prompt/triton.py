@@ -48,12 +48,12 @@ def backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_co
         tile = rows_tile(width, rank, size)
         sum_rows(
             (tasks * -(-length // tile.tokens), -(-rank // tile.ranks)), tile.options, grad, shared, cols, task_ids, drows,
-            *numbers, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
+            *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
         )  # fmt: skip
     if need_cols:
         tile = cols_tile(width, rank, size)
         sum_cols(
             (tasks, -(-width // tile.columns), -(-rank // tile.ranks)), tile.options, grad, shared, rows, task_ids, dcols,
-            *numbers, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
+            *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
         )  # fmt: skip
     return dshared, drows, dcols

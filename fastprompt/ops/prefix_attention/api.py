@@ -2,10 +2,11 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
 from ...layout import Sequences
 from ..launcher import launcher
-from . import cpu, reference
+from . import composed, cpu, reference
 
 
 def available_backends():
@@ -14,7 +15,8 @@ def available_backends():
     triton, problem = launcher("prefix_attention", "triton")
     return {
         "reference": None,
-        "cpu": None,
+        "composed": None,
+        "cpu": native.missing,
         "triton": problem or triton.unsupported(device, torch.float32, 64),
         "cuda": "this operator has no CUDA C++ kernel",
     }
@@ -23,7 +25,7 @@ def available_backends():
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
     if device_type == "cpu":
-        return "cpu"
+        return "composed" if native.missing else "cpu"
     return "reference" if launcher("prefix_attention", "triton")[1] else "triton"
 
 
@@ -44,8 +46,9 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=No
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
         scale: factor on the scores, ``Dh ** -0.5`` by default.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", and "reference" for
-            softcap, a window shorter than a sequence, and decode, which "cpu" does not have. On a GPU "auto" takes
+        backend: "auto", "reference", "composed", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", the C++ library.
+            For float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
+            for softcap, a window shorter than a sequence, and decode, which "composed" does not have. On a GPU it takes
             "triton", and "reference" for float64, for heads wider than 256 and where Triton is not installed.
 
     Returns:
@@ -128,15 +131,16 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
 
 
-def _implementation(q, prefix_k, seq, causal, window, softcap, requested):
+def _implementation(q, prefix_k, seq, window, softcap, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
+    room = 0 if prefix_k is None else prefix_k.shape[1]
     available = {"reference": None, "cuda": "this operator has no CUDA C++ kernel"}
-    available["cpu"] = cpu.unsupported(q, seq, 0 if prefix_k is None else prefix_k.shape[1], causal, window, softcap)
-    modules = {"reference": reference, "cpu": cpu}
+    available |= {"cpu": cpu.unsupported(q), "composed": composed.unsupported(q, seq, room, window, softcap)}
+    modules = {"reference": reference, "composed": composed, "cpu": cpu}
     if requested != "auto" or q.device.type != "cpu":  # importing Triton takes time
         triton, problem = launcher("prefix_attention", "triton")
         modules["triton"], available["triton"] = triton, problem or triton.unsupported(q.device.type, q.dtype, q.shape[-1])
-    preferred = ["triton", "reference"] if q.device.type != "cpu" else ["cpu", "reference"]
+    preferred = ["cpu", "composed", "reference"] if q.device.type == "cpu" else ["triton", "reference"]
     return modules[choose_backend("prefix_attention", requested, available, preferred)]
 
 
@@ -161,7 +165,7 @@ def _check_ranges(k, prefix_k, seq):
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
     _check_ranges(k, prefix_k, seq)
-    implementation = _implementation(q, prefix_k, seq, causal, window, softcap, backend)
+    implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise
         return implementation.forward(q, k, v, prefix_k, prefix_v, seq, **options)
@@ -169,12 +173,13 @@ def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, s
 
 def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend, needs):
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
-    implementation = _implementation(q, prefix_k, seq, causal, window, softcap, backend)
+    implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
+    inputs = (q, k, v, prefix_k, prefix_v, sinks)
+    needs = [need and x is not None for x, need in zip(inputs, needs)]
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, needs=needs)
     with torch.autocast(q.device.type, enabled=False):
         grads = implementation.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
-    inputs = (q, k, v, prefix_k, prefix_v, sinks)
-    return [g.to(x.dtype) if need and x is not None else None for x, g, need in zip(inputs, grads, needs)]
+    return [g.to(x.dtype) if need else None for x, g, need in zip(inputs, grads, needs)]
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")

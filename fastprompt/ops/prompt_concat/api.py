@@ -2,9 +2,10 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
 from ..launcher import launcher
-from . import reference
+from . import cpu, reference
 
 
 def available_backends():
@@ -16,7 +17,7 @@ def _available(device_type, dtype):
     triton, problem = launcher("prompt_concat", "triton")
     return {
         "reference": None,
-        "cpu": "the C++ kernel is not part of this version",
+        "cpu": native.unsupported(device_type, dtype),
         "triton": problem or triton.unsupported(device_type, dtype),
         "cuda": "this operator has no CUDA C++ kernel",
     }
@@ -28,15 +29,16 @@ def select_backend(device_type):
 
 
 def _choose(requested, device_type, dtype):
-    if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
-        return "reference"
-    return choose_backend("prompt_concat", requested, _available(device_type, dtype), ["triton", "reference"])
+    available = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
+    if requested != "auto" or device_type != "cpu":  # importing Triton takes time
+        available = _available(device_type, dtype)
+    return choose_backend("prompt_concat", requested, available, ["cpu", "triton", "reference"])
 
 
 def _implementation(requested, tensor):
     """The module whose ``forward`` and ``backward`` run the call."""
     backend = _choose(requested, tensor.device.type, tensor.dtype)
-    return reference if backend == "reference" else launcher("prompt_concat", backend)[0]
+    return {"reference": reference, "cpu": cpu}.get(backend) or launcher("prompt_concat", backend)[0]
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
@@ -51,8 +53,8 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
         table: ``[V, D]`` token embeddings (or any rows to gather from).
         prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
         scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". On a GPU "auto" takes "triton", but "reference" for
-            float64 and where Triton is not installed.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+            "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:
         ``[R, D]`` rows, differentiable in ``table`` and ``prompt``. A row read several times receives the sum of its
@@ -99,8 +101,10 @@ _library.define(
 
 @torch.library.impl(_library, "prompt_concat", "CompositeExplicitAutograd")
 def _forward(source, table, prompt, scale, backend):
-    check_range("source", source, -prompt.shape[0], table.shape[0])
-    return _implementation(backend, table).forward(source, table, prompt, scale)
+    implementation = _implementation(backend, table)
+    if implementation is not cpu:  # which finds them while it copies
+        check_range("source", source, -prompt.shape[0], table.shape[0])
+    return implementation.forward(source, table, prompt, scale)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat", lib=_library)

@@ -1,0 +1,1 @@
+#include "multitask_prompt_kernels.h"

@@ -1,0 +1,42 @@
+// Loops on torch's own threads: torch.get_num_threads() of them, one inside a parallel region, and none of ours.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
+
+namespace fastprompt {
+
+inline int64_t num_threads() {
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return threads;
+}
+
+// Call body(begin, end) on pieces of [begin, end), each of at least `grain` but the last. The body must not throw.
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  if (begin >= end) return;
+#if defined(__SANITIZE_THREAD__)
+  // ThreadSanitizer cannot see how OpenMP's threads wait for one another, but knows of threads started and joined.
+  auto const pieces = std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, num_threads());
+  auto const size = (end - begin + pieces - 1) / pieces;
+  std::vector<std::thread> threads;
+  for (int64_t from = begin; from < end; from += size) threads.emplace_back(body, from, std::min(from + size, end));
+  for (auto& thread : threads) thread.join();
+#else
+  auto const call = [](int64_t from, int64_t to, void* f) { (*static_cast<const Body*>(f))(from, to); };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, call, const_cast<Body*>(&body)));
+#endif
+}
+
+}  // namespace fastprompt

@@ -1,0 +1,177 @@
+// prefix_attention: reads the arguments and hands the items of a call to torch's threads. See prefix_attention.h for the
+// plan and fastprompt/ops/prefix_attention for what is computed.
+
+#include "prefix_attention.h"
+
+#include "isa.h"
+#include "parallel.h"
+#include "tensors.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+namespace fastprompt {
+namespace {
+
+using torch::stable::Tensor;
+using Plans = std::vector<Tensor>;
+
+// Aligned and not initialised.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), ALIGNED))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t ALIGNED{64};
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, ALIGNED); }
+  };
+  std::unique_ptr<float, Delete> data_;
+};
+
+template <typename T>
+List<T> list(const Tensor& x) {
+  STD_TORCH_CHECK(x.element_size() == 8 && x.is_contiguous() && x.numel() * 8 % sizeof(T) == 0, "a plan is made of int64");
+  return {static_cast<const T*>(x.const_data_ptr()), int64_t(x.numel() * 8 / sizeof(T))};
+}
+
+// The order is that of plan.py.
+Plan read_plan(const Plans& x) {
+  STD_TORCH_CHECK(x.size() == 7, "a plan has 7 tensors");
+  auto const sizes = list<int64_t>(x[6]);
+  STD_TORCH_CHECK(sizes.size == 5, "a plan has 5 sizes");
+  return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Split>(x[4]),
+          list<Part>(x[5]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+}
+
+void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+
+void check_columns(const Tensor& x) {
+  auto const last = x.dim() - 1;
+  STD_TORCH_CHECK(x.size(last) <= 1 || x.stride(last) == 1, "columns must stand side by side");
+}
+
+Strided rows_of(const Tensor& x) {  // [R, heads, Dh]
+  check_columns(x);
+  return {data_of(x), x.stride(0), x.stride(0), x.stride(1)};
+}
+
+Strided bank_of(const Tensor& x) {  // [N, P, Hkv, Dh]
+  check_columns(x);
+  return {data_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Strided keys_of(const Tensor& x) {  // [R, Hkv, Dh], or the cache [B, Hkv, Lmax, Dh]
+  if (x.dim() == 3) return rows_of(x);
+  check_columns(x);
+  return {data_of(x), x.stride(0), x.stride(2), x.stride(1)};
+}
+
+template <typename Read>
+Strided optional(const std::optional<Tensor>& x, const Read& read) {
+  return x ? read(*x) : Strided{};
+}
+
+using MaybeTensor = std::optional<Tensor>;
+
+Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
+               const MaybeTensor& sinks, const Plans& plan, bool causal, std::optional<int64_t> window,
+               std::optional<double> softcap, double scale, const Tensor& out, const Tensor& lse) {
+  Call call{};
+  call.plan = read_plan(plan);
+  call.dtype = dtype_of(q);
+  call.query_rows = q.size(0), call.heads = q.size(1), call.kv_heads = k.size(1), call.head_dim = q.size(2);
+  call.causal = causal;
+  call.window = window.value_or(int64_t(1) << 40);
+  call.softcap = float(softcap.value_or(0));
+  call.scale = float(scale);
+  call.sinks = sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr;
+  call.q = rows_of(q), call.k = keys_of(k), call.v = keys_of(v), call.out = rows_of(out);
+  call.prefix_k = optional(prefix_k, bank_of), call.prefix_v = optional(prefix_v, bank_of);
+  call.lse = static_cast<float*>(data_of(lse));
+  return call;
+}
+
+// Threads take items in order, the most expensive first, until none is left; what an item computes depends on no other.
+template <typename Item>
+void share_out(const Call& call, int64_t floats, const Item& item) {
+  auto const items = call.plan.chunks.size * call.kv_heads;
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min(items, num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (auto thread = begin; thread < end; ++thread) {
+      auto i = next++;
+      if (i >= items) return;
+      const Floats workspace(floats);
+      for (; i < items; i = next++) item(i % call.kv_heads, i / call.kv_heads, workspace.get());
+    }
+  });
+}
+
+template <typename Body>
+void for_each(const Call& call, int64_t count, const Body& body) {
+  parallel_for(0, count * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (auto i = begin; i < end; ++i) body(i % call.kv_heads, i / call.kv_heads);
+  });
+}
+
+void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Plans plan, bool causal,
+             std::optional<int64_t> window, std::optional<double> softcap, double scale, Tensor out, Tensor lse) {
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, plan, causal, window, softcap, scale, out, lse);
+  auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
+  auto const slots = call.kv_heads * call.plan.prefix_slots;
+  const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
+  call.prefix_kt = panels.get(), call.prefix_vrows = rows.get();
+  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
+  share_out(call, kernels.forward_floats(call),
+            [&](int64_t head, int64_t chunk, float* workspace) { kernels.forward(call, head, chunk, workspace); });
+}
+
+// sink_parts [chunks, H], zero before.
+void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Tensor out,
+              Tensor lse, Plans plan, bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
+              MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k, MaybeTensor dprefix_v,
+              MaybeTensor sink_parts) {
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, plan, causal, window, softcap, scale, out, lse);
+  auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
+  call.grad = rows_of(grad), call.dq = optional(dq, rows_of), call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
+  call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
+  call.sink_parts = sink_parts ? static_cast<float*>(data_of(*sink_parts)) : nullptr;
+  auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.plan.prefix_slots;
+  auto const prefix_parts = call.kv_heads * call.plan.prefix_parts * stride, split_parts = call.kv_heads * call.plan.split_parts * stride;
+  const Floats kt(slots * call.head_dim), vt(slots * call.head_dim), krows(slots * stride);
+  const Floats prefix_dk(dprefix_k ? prefix_parts : 0), prefix_dv(dprefix_v ? prefix_parts : 0);
+  const Floats split_dk(dk ? split_parts : 0), split_dv(dv ? split_parts : 0);
+  call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
+  call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get(), call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
+  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
+  share_out(call, kernels.backward_floats(call),
+            [&](int64_t head, int64_t chunk, float* workspace) { kernels.backward(call, head, chunk, workspace); });
+  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
+  for_each(call, call.plan.splits.size, [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
+  m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor[] plan, "
+        "bool causal, int? window, float? softcap, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
+        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] plan, bool causal, int? window, float? softcap, float scale, "
+        "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
+        "Tensor(f!)? sink_parts) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, m) {
+  m.impl("prefix_attention_cpu", TORCH_BOX(&forward));
+  m.impl("prefix_attention_backward_cpu", TORCH_BOX(&backward));
+}
+
+}  // namespace fastprompt

@@ -1,0 +1,1 @@
+#include "prefix_attention_kernels.h"

@@ -1,0 +1,200 @@
+// One item of the backward pass: weights again, from lse, and five products for every block of keys.
+//
+// With weights p = exp(score - lse): dv = p^T dout, dp = dout v^T, dscore = p (dp - rowsum(dout out)), dq = dscore k,
+// dk = dscore^T q.
+#pragma once
+
+#include "prefix_attention_tile.h"
+
+namespace fastprompt {
+namespace FASTPROMPT_SIMD {
+
+// Keys of a prefix or of one sequence.
+struct Keys {
+  int64_t count;
+  const float *kt, *vt, *k;  // transposed panels, rows
+  float *dk, *dv;            // sums of gradients, rows
+};
+
+struct Backward {
+  const Call& call;
+  int64_t head_dim, stride;
+  bool need_scores, need_keys, need_values, need_prefix_keys, need_prefix_values;
+  float *q_across, *grad_across, *q_rows, *grad_rows, *dq, *weights, *dscores, *lse, *delta, *queries;
+  float *kt, *vt, *k, *dk, *dv;  // of the sequences at hand
+  const void **q_starts, **grad_starts;
+  float* end;
+
+  Backward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
+    need_keys = c.dk.data, need_values = c.dv.data;
+    need_prefix_keys = c.dprefix_k.data, need_prefix_values = c.dprefix_v.data;
+    need_scores = c.dq.data || need_keys || need_prefix_keys;
+    auto const rows = c.plan.rows * (c.heads / c.kv_heads), slots = c.plan.slots;
+    auto const take = [&](int64_t floats) {
+      auto const p = memory;
+      memory += round_up(floats, 16);
+      return p;
+    };
+    q_across = take(round_up(rows, ROWS) * head_dim + LANES);
+    grad_across = take(round_up(rows, ROWS) * head_dim + LANES);
+    q_rows = take(rows * stride);
+    grad_rows = take(rows * stride);
+    dq = take(rows * stride);
+    weights = take(rows * WIDTH);
+    dscores = take(rows * WIDTH);
+    lse = take(rows);
+    delta = take(rows);
+    queries = take(Queries::floats_needed(rows));
+    q_starts = reinterpret_cast<const void**>(take(2 * rows));
+    grad_starts = reinterpret_cast<const void**>(take(2 * rows));
+    kt = take(slots * head_dim);
+    vt = take(slots * head_dim);
+    k = take(slots * stride);
+    dk = take(slots * stride);
+    dv = take(slots * stride);
+    end = memory;
+  }
+
+  static int64_t floats_needed(const Call& call) { return Backward(call, nullptr).end - static_cast<float*>(nullptr); }
+
+  template <typename T>
+  void run(int64_t kv_head, int64_t number) {
+    auto const& plan = call.plan;
+    auto const& chunk = plan.chunks[number];
+    auto const sinks = call.sink_parts ? call.sink_parts + number * call.heads : nullptr;
+    Keys prefix{};
+    if (chunk.prefix >= 0) prefix = prefix_keys(kv_head, chunk);
+    prefetch_tile<T>(call, plan.tiles[chunk.begin], kv_head, call.q, call.grad, call.out);
+    for (auto t = chunk.begin; t < chunk.end; ++t) {
+      auto const& tile = plan.tiles[t];
+      Queries rows(call, tile, kv_head, queries);
+      load_queries<T>(rows, sinks);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, plan.tiles[t + 1], kv_head, call.q, call.grad, call.out);
+      if (chunk.prefix >= 0) {
+        rows.see_prefix(prefix.count);
+        differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin);
+      }
+      int64_t first = 0;
+      for (auto s = tile.begin; s < tile.end; ++s) {
+        auto const& segment = plan.segments[s];
+        auto const own = own_keys(segment);
+        if (segment.load) load_keys<T>(segment, own, kv_head);
+        rows.see_own(segment, first);
+        differentiate(rows, own, need_keys, need_values, segment.load);
+        if (segment.store) store_keys<T>(segment, own, kv_head);
+        first += segment.rows * rows.group();
+      }
+      if (call.dq.data) {
+        rows.each([&](int64_t m, int64_t row, int64_t head) {
+          unpack_row(dq + m * stride, head_dim, call.scale, at<T>(call.dq, 0, row, head));
+        });
+      }
+    }
+  }
+
+  Keys prefix_keys(int64_t kv_head, const Chunk& chunk) const {
+    auto const& prefix = call.plan.prefixes[chunk.prefix];
+    auto const slot = kv_head * call.plan.prefix_slots + prefix.slot;
+    auto const part = (kv_head * call.plan.prefix_parts + chunk.part) * stride;
+    return {prefix.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * head_dim,
+            call.prefix_krows + slot * stride, call.prefix_dk + part, call.prefix_dv + part};
+  }
+
+  Keys own_keys(const Segment& segment) const {
+    auto const panels = segment.slot * head_dim, rows = segment.slot * stride;
+    return {segment.end - segment.begin, kt + panels, vt + panels, k + rows, dk + rows, dv + rows};
+  }
+
+  template <typename T>
+  void load_queries(const Queries& rows, float* sinks) {
+    rows.each([&](int64_t m, int64_t row, int64_t head) {
+      auto const q = at<T>(call.q, 0, row, head), grad = at<T>(call.grad, 0, row, head), out = at<T>(call.out, 0, row, head);
+      q_starts[m] = q;
+      grad_starts[m] = grad;
+      if (need_keys || need_prefix_keys) pack_row(q, head_dim, q_rows + m * stride);
+      floats products{};
+      for (int64_t d = 0; d < head_dim; d += LANES) {
+        auto const columns = smaller(LANES, head_dim - d);
+        auto const x = load(grad + d, columns);
+        products += x * load(out + d, columns);
+        store(grad_rows + m * stride + d, x);
+        store(dq + m * stride + d, floats{});
+      }
+      delta[m] = total(products);
+      auto const x = call.lse[head * call.query_rows + row];
+      lse[m] = x == -__builtin_inff() ? __builtin_inff() : x;  // a row that sees nothing has no weight
+      if (sinks) sinks[head] -= exp(call.sinks[head] - lse[m]) * delta[m];
+    });
+    for (int64_t m = 0; m < rows.count(); m += ROWS) {
+      auto const count = smaller<int64_t>(ROWS, rows.count() - m);
+      pack_across<T>(count, head_dim, [&](int64_t i) { return q_starts[m + i]; }, q_across + m * head_dim, ROWS);
+      if (need_scores) {
+        pack_across<T>(count, head_dim, [&](int64_t i) { return grad_starts[m + i]; }, grad_across + m * head_dim, ROWS);
+      }
+    }
+  }
+
+  template <typename T>
+  void load_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
+    auto const keys = at<T>(call.k, segment.base, segment.begin, kv_head), values = at<T>(call.v, segment.base, segment.begin, kv_head);
+    auto const panels = segment.slot * head_dim, rows = segment.slot * stride;
+    pack_panels(keys, call.k.row, own.count, head_dim, kt + panels);
+    if (need_scores) pack_panels(values, call.v.row, own.count, head_dim, vt + panels);
+    if (call.dq.data) pack_rows(keys, call.k.row, own.count, head_dim, k + rows, stride);
+  }
+
+  template <typename T>
+  void store_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
+    auto const part = (kv_head * call.plan.split_parts + segment.part) * stride;
+    auto const write = [&](const float* sums, float factor, float* parts, const Strided& to) {
+      for (int64_t n = 0; n < own.count; ++n) {
+        if (segment.part >= 0) {
+          unpack_row(sums + n * stride, head_dim, factor, parts + part + n * stride);
+        } else {
+          unpack_row(sums + n * stride, head_dim, factor, at<T>(to, segment.base, segment.begin + n, kv_head));
+        }
+      }
+    };
+    if (need_keys) write(own.dk, call.scale, call.split_dk, call.dk);
+    if (need_values) write(own.dv, 1, call.split_dv, call.dv);
+  }
+
+  void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh) {
+    for (int64_t from = 0; from < keys.count; from += KEYS) {
+      auto const to = smaller(from + KEYS, keys.count);
+      multiply_panels(rows, q_across, keys.kt, head_dim, from, to, weights);
+      if (need_scores) multiply_panels(rows, grad_across, keys.vt, head_dim, from, to, dscores);
+      each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
+        for (auto m = block.first; m < block.first + block.count; ++m) {
+          weigh(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
+        }
+      });
+      if (with_values) add_queries(rows, weights, grad_rows, head_dim, from, to, fresh, keys.dv);
+      if (with_keys) add_queries(rows, dscores, q_rows, head_dim, from, to, fresh, keys.dk);
+      if (call.dq.data) add_keys(rows, dscores, keys.k, head_dim, from, to, dq);
+    }
+  }
+
+  // Scores of row m, columns `first` to `end`, into weights, and their gradients; the row sees those from `low` to `high`.
+  void weigh(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high) {
+    auto const weight = weights + m * WIDTH, dscore = dscores + m * WIDTH;
+    auto const start = round_down(first, LANES), stop = round_up(end, LANES);
+    for (auto n = start; n < stop; n += LANES) {
+      auto score = load(weight + n) * call.scale, slope = broadcast(1.0f);
+      if (call.softcap > 0) {
+        auto const capped = tanh(load(weight + n) * (call.scale / call.softcap));
+        slope = 1.0f - capped * capped;
+        score = capped * call.softcap;
+      }
+      auto const p = exp(score - lse[m]);
+      store(weight + n, p);
+      if (need_scores) store(dscore + n, p * slope * (load(dscore + n) - delta[m]));
+    }
+    auto const hide = [&](int64_t n) { weight[n] = dscore[n] = 0; };
+    for (auto n = smaller(start, round_down(first, ROWS)); n < low; ++n) hide(n);
+    for (auto n = larger(high, start); n < larger(stop, round_up(end, ROWS)); ++n) hide(n);
+  }
+};
+
+}  // namespace FASTPROMPT_SIMD
+}  // namespace fastprompt

@@ -1,0 +1,148 @@
+// One item of the forward pass: online softmax over blocks of keys.
+#pragma once
+
+#include "prefix_attention_tile.h"
+
+namespace fastprompt {
+namespace FASTPROMPT_SIMD {
+
+struct Forward {
+  const Call& call;
+  int64_t head_dim, stride;
+  float *across, *sums, *weights, *largest, *totals, *queries, *kt, *v;
+  const void** starts;
+
+  Forward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
+    auto const rows = most_rows(c);
+    auto const take = [&](int64_t floats) {
+      auto const p = memory;
+      memory += round_up(floats, 16);
+      return p;
+    };
+    across = take(round_up(rows, ROWS) * head_dim + LANES);
+    sums = take(rows * stride);
+    weights = take(rows * WIDTH);
+    largest = take(rows);
+    totals = take(rows);
+    queries = take(Queries::floats_needed(rows));
+    starts = reinterpret_cast<const void**>(take(2 * rows));
+    kt = take(c.plan.slots * head_dim);
+    v = take(c.plan.slots * stride);
+    end = memory;
+  }
+  float* end;
+
+  static int64_t most_rows(const Call& call) { return call.plan.rows * (call.heads / call.kv_heads); }
+  static int64_t floats_needed(const Call& call) { return Forward(call, nullptr).end - static_cast<float*>(nullptr); }
+
+  template <typename T>
+  void run(int64_t kv_head, const Chunk& chunk) {
+    auto const& plan = call.plan;
+    prefetch_tile<T>(call, plan.tiles[chunk.begin], kv_head, call.q);
+    for (auto t = chunk.begin; t < chunk.end; ++t) {
+      auto const& tile = plan.tiles[t];
+      Queries rows(call, tile, kv_head, queries);
+      load_queries<T>(rows);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, plan.tiles[t + 1], kv_head, call.q);
+      if (chunk.prefix >= 0) {
+        auto const& prefix = plan.prefixes[chunk.prefix];
+        auto const slot = kv_head * plan.prefix_slots + prefix.slot;
+        rows.see_prefix(prefix.length);
+        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * stride, prefix.length);
+      }
+      int64_t first = 0;
+      for (auto s = tile.begin; s < tile.end; ++s) {
+        auto const& segment = plan.segments[s];
+        auto const count = segment.end - segment.begin;
+        if (segment.load) {
+          pack_panels(at<T>(call.k, segment.base, segment.begin, kv_head), call.k.row, count, head_dim, kt + segment.slot * head_dim);
+          pack_rows(at<T>(call.v, segment.base, segment.begin, kv_head), call.v.row, count, head_dim, v + segment.slot * stride, stride);
+        }
+        rows.see_own(segment, first);
+        attend(rows, kt + segment.slot * head_dim, v + segment.slot * stride, count);
+        first += segment.rows * rows.group();
+      }
+      finish<T>(rows);
+    }
+  }
+
+  template <typename T>
+  void load_queries(const Queries& rows) {
+    rows.each([&](int64_t m, int64_t row, int64_t head) {
+      starts[m] = at<T>(call.q, 0, row, head);
+      largest[m] = -__builtin_inff();
+      totals[m] = 0;
+      for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, floats{});
+    });
+    for (int64_t m = 0; m < rows.count(); m += ROWS) {
+      pack_across<T>(smaller<int64_t>(ROWS, rows.count() - m), head_dim, [&](int64_t i) { return starts[m + i]; }, across + m * head_dim, ROWS);
+    }
+  }
+
+  void attend(const Queries& rows, const float* keys, const float* values, int64_t count) {
+    for (int64_t from = 0; from < count; from += KEYS) {
+      auto const to = smaller(from + KEYS, count);
+      multiply_panels(rows, across, keys, head_dim, from, to, weights);
+      each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
+        for (auto m = block.first; m < block.first + block.count; ++m) {
+          soften(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
+        }
+      });
+      add_keys(rows, weights, values, head_dim, from, to, sums);
+    }
+  }
+
+  // Scores of row m, columns `first` to `end`, into weights; the row sees those from `low` to `high`.
+  void soften(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high) {
+    auto const row = weights + m * WIDTH;
+    auto const start = round_down(first, LANES);
+    end = round_up(end, LANES);
+    if (low >= high) {
+      for (auto n = start; n < end; n += LANES) store(row + n, floats{});
+      return;
+    }
+    auto scale = call.scale;
+    if (call.softcap > 0) {
+      for (auto n = start; n < end; n += LANES) store(row + n, tanh(load(row + n) * (scale / call.softcap)) * call.softcap);
+      scale = 1;
+    }
+    for (auto n = start; n < low; ++n) row[n] = -__builtin_inff();
+    for (auto n = larger(high, start); n < end; ++n) row[n] = -__builtin_inff();
+    auto highest = load(row + start) * scale;
+    for (auto n = start + LANES; n < end; n += LANES) highest = maximum(load(row + n) * scale, highest);
+    auto const now = larger(largest[m], maximum(highest));
+    if (now != largest[m]) {
+      auto const shrink = exp(largest[m] - now);
+      largest[m] = now;
+      totals[m] *= shrink;
+      for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, load(sums + m * stride + d) * shrink);
+    }
+    floats added{};
+    for (auto n = start; n < end; n += LANES) {
+      auto const weight = exp(load(row + n) * scale - now);
+      added += weight;
+      store(row + n, weight);
+    }
+    totals[m] += total(added);
+  }
+
+  template <typename T>
+  void finish(const Queries& rows) {
+    rows.each([&](int64_t m, int64_t row, int64_t head) {
+      auto top = largest[m], weight = totals[m], factor = 1.0f;
+      if (call.sinks) {
+        auto const sink = call.sinks[head];
+        auto const now = larger(top, sink);
+        factor = exp(top - now);
+        weight = weight * factor + exp(sink - now);
+        top = now;
+      }
+      factor = weight > 0 ? factor / weight : weight;  // nan stays
+      unpack_row(sums + m * stride, head_dim, factor, at<T>(call.out, 0, row, head));
+      call.lse[head * call.query_rows + row] = weight == 0 ? -__builtin_inff() : __builtin_logf(weight) + top;
+    });
+  }
+};
+
+}  // namespace FASTPROMPT_SIMD
+}  // namespace fastprompt

@@ -1,0 +1,86 @@
+// The functions of one instruction set: see prefix_attention.h.
+#pragma once
+
+#include "prefix_attention_backward.h"
+#include "prefix_attention_forward.h"
+
+namespace fastprompt {
+namespace FASTPROMPT_SIMD {
+
+template <typename T>
+struct Attention {
+  static void pack_prefix(const Call& call, int64_t kv_head, int64_t number, bool backward) {
+    auto const& prefix = call.plan.prefixes[number];
+    auto const slot = kv_head * call.plan.prefix_slots + prefix.slot, width = call.head_dim, stride = row_stride(width);
+    auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
+    pack_panels(k, call.prefix_k.row, prefix.length, width, call.prefix_kt + slot * width);
+    if (backward) {
+      pack_panels(v, call.prefix_v.row, prefix.length, width, call.prefix_vt + slot * width);
+      pack_rows(k, call.prefix_k.row, prefix.length, width, call.prefix_krows + slot * stride, stride);
+    } else {
+      pack_rows(v, call.prefix_v.row, prefix.length, width, call.prefix_vrows + slot * stride, stride);
+    }
+  }
+
+  static void forward(const Call& call, int64_t kv_head, int64_t chunk, float* workspace) {
+    Forward(call, workspace).run<T>(kv_head, call.plan.chunks[chunk]);
+  }
+
+  static void backward(const Call& call, int64_t kv_head, int64_t chunk, float* workspace) {
+    Backward(call, workspace).run<T>(kv_head, chunk);
+  }
+
+  // Parts are added in the order of the chunks, whichever thread made them.
+  static void add_prefix_parts(const Call& call, int64_t kv_head, int64_t number) {
+    auto const& prefix = call.plan.prefixes[number];
+    auto const add = [&](const float* parts, float factor, const Strided& to) {
+      auto const stride = row_stride(call.head_dim);
+      for (int64_t n = 0; to.data && n < prefix.length; ++n) {
+        auto const row = at<T>(to, prefix.id, n, kv_head);
+        for (int64_t d = 0; d < call.head_dim; d += LANES) {
+          floats sum{};
+          for (auto const& chunk : call.plan.chunks) {
+            if (chunk.prefix == number) sum += load(parts + (kv_head * call.plan.prefix_parts + chunk.part + n) * stride + d);
+          }
+          store(row + d, sum * factor, smaller(LANES, call.head_dim - d));
+        }
+      }
+    };
+    add(call.prefix_dk, call.scale, call.dprefix_k);
+    add(call.prefix_dv, 1, call.dprefix_v);
+  }
+
+  static void add_split_parts(const Call& call, int64_t kv_head, int64_t number) {
+    auto const& split = call.plan.splits[number];
+    auto const add = [&](const float* parts, const Strided& to) {
+      auto const stride = row_stride(call.head_dim);
+      for (int64_t n = 0; to.data && n < split.length; ++n) {
+        auto const row = at<T>(to, split.base, n, kv_head);
+        for (int64_t d = 0; d < call.head_dim; d += LANES) {
+          floats sum{};
+          for (auto i = split.begin; i < split.end; ++i) {
+            auto const& part = call.plan.parts[i];
+            auto const slot = kv_head * call.plan.split_parts + part.slot + n - part.begin;
+            if (part.begin <= n && n < part.end) sum += load(parts + slot * stride + d);
+          }
+          store(row + d, sum, smaller(LANES, call.head_dim - d));
+        }
+      }
+    };
+    add(call.split_dk, call.dk);
+    add(call.split_dv, call.dv);
+  }
+
+  static AttentionKernels kernels() {
+    return {&Forward::floats_needed, &Backward::floats_needed, &pack_prefix, &forward, &backward, &add_prefix_parts, &add_split_parts};
+  }
+};
+
+AttentionKernels attention_kernels(Dtype dtype) {
+  return dtype == Dtype::fp32   ? Attention<float>::kernels()
+         : dtype == Dtype::bf16 ? Attention<bf16>::kernels()
+                                : Attention<fp16>::kernels();
+}
+
+}  // namespace FASTPROMPT_SIMD
+}  // namespace fastprompt

@@ -1,0 +1,245 @@
+// What forward and backward share: packing of operands, which keys a query sees, products of a tile with a block of keys.
+//
+// In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. They are packed
+// transposed, ROWS of them together: `across` [rows / ROWS, Dh, ROWS]. Keys come as transposed panels [keys / PANEL, Dh,
+// PANEL] where they are multiplied over Dh, and as rows `stride` floats apart where they are summed over.
+#pragma once
+
+#include "prefix_attention.h"
+#include "prefix_attention_products.h"
+
+namespace fastprompt {
+namespace FASTPROMPT_SIMD {
+
+template <typename T>
+inline T* at(const Strided& x, int64_t base, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + base * x.base + row * x.row + head * x.head;
+}
+
+// `count` rows of `width` numbers; `row(i)` is where row i starts. Into columns of `to`, `stride` apart.
+template <typename T, typename Row>
+inline void pack_across(int64_t count, int64_t width, const Row& row, float* to, int64_t stride) {
+  for (int64_t k = 0; k < width; k += LANES) {
+    floats x[LANES];
+    auto const columns = smaller(LANES, width - k);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) x[i] = i < count ? load(static_cast<const T*>(row(i)) + k, columns) : floats{};
+    transpose(x);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < LANES; ++j) {
+      if (j < columns) store(to + (k + j) * stride, x[j]);
+    }
+  }
+}
+
+// A row of `width` numbers, and zeros up to a whole vector.
+template <typename T>
+inline void pack_row(const T* from, int64_t width, float* to) {
+  for (int64_t k = 0; k < width; k += LANES) store(to + k, load(from + k, smaller(LANES, width - k)));
+}
+
+template <typename T>
+inline void unpack_row(const float* from, int64_t width, float factor, T* to) {
+  for (int64_t k = 0; k < width; k += LANES) store(to + k, load(from + k) * factor, smaller(LANES, width - k));
+}
+
+// `count` keys into transposed panels.
+template <typename T>
+inline void pack_panels(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to) {
+  for (int64_t n = 0; n < count; n += LANES) {
+    auto const row = [&](int64_t i) { return from + (n + i) * row_stride; };
+    pack_across<T>(smaller(LANES, count - n), width, row, to + n / PANEL * PANEL * width + n % PANEL, PANEL);
+  }
+  if (round_up(count, PANEL) - count >= LANES) {  // the other half of the last panel
+    auto const n = round_up(count, LANES);
+    for (int64_t k = 0; k < width; ++k) store(to + (n / PANEL * width + k) * PANEL + n % PANEL, floats{});
+  }
+}
+
+template <typename T>
+inline void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to, int64_t stride) {
+  for (int64_t n = 0; n < count; ++n) pack_row(from + n * row_stride, width, to + n * stride);
+}
+
+// Rows of a tile in one register block, and the keys that at least one of them sees.
+struct Rows {
+  int64_t first, count, low, high;
+};
+
+// Ask for rows and heads of x that are needed soon, so that they come while something else is computed.
+template <typename T>
+inline void prefetch(const Strided& x, int64_t base, int64_t row, int64_t rows, int64_t head, int64_t heads, int64_t width) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (auto r = row; r < row + rows; ++r) {
+    for (auto h = head; h < head + heads; ++h) {
+      for (int64_t d = 0; d < width; d += line) __builtin_prefetch(at<T>(x, base, r, h) + d, 0, 2);
+    }
+  }
+}
+
+// The rows of a tile: where each query stands, and for the keys at hand, which it sees.
+class Queries {
+ public:
+  Queries(const Call& call, const Tile& tile, int64_t kv_head, float* memory)
+      : call_(call), tile_(tile), group_(call.heads / call.kv_heads), head_(kv_head * group_) {
+    low_ = reinterpret_cast<int32_t*>(memory);
+    for (int64_t s = tile.begin; s < tile.end; ++s) count_ += call.plan.segments[s].rows * group_;
+    high_ = low_ + count_;
+    rows_ = reinterpret_cast<Rows*>(round_up(reinterpret_cast<intptr_t>(high_ + count_), 8));
+  }
+  static int64_t floats_needed(int64_t rows) { return 2 * rows + 8 * (rows / ROWS + rows) + 16; }
+
+  int64_t count() const { return count_; }
+  int64_t group() const { return group_; }
+  int64_t low(int64_t row) const { return low_[row]; }
+  int64_t high(int64_t row) const { return high_[row]; }
+  const Rows* begin() const { return rows_; }
+  const Rows* end() const { return rows_ + blocks_; }
+
+  // Calls f(row of the tile, row of q, head of q) for all rows.
+  template <typename F>
+  void each(const F& f) const {
+    int64_t m = 0;
+    for (int64_t s = tile_.begin; s < tile_.end; ++s) {
+      auto const& segment = call_.plan.segments[s];
+      for (int64_t r = 0; r < segment.rows; ++r) {
+        for (int64_t g = 0; g < group_; ++g) f(m++, segment.row + r, head_ + g);
+      }
+    }
+  }
+
+  void see_prefix(int64_t length) {
+    int64_t m = 0;
+    for (int64_t s = tile_.begin; s < tile_.end; ++s) {
+      auto const& segment = call_.plan.segments[s];
+      for (int64_t r = 0; r < segment.rows; ++r) {
+        auto const position = length + segment.gap + segment.first + r;
+        see(m, smaller(larger(position - call_.window + 1, int64_t(0)), length), length);
+        m += group_;
+      }
+    }
+    make_blocks(0, count_);
+  }
+
+  void see_own(const Segment& segment, int64_t first_row) {
+    auto const keys = segment.end - segment.begin;
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      auto const i = segment.first + r - segment.begin;
+      auto const low = larger(i - call_.window + 1, int64_t(0));
+      see(first_row + r * group_, low, smaller(call_.causal ? i + 1 : i + smaller(call_.window, keys), keys));
+    }
+    make_blocks(first_row, first_row + segment.rows * group_);
+  }
+
+ private:
+  void see(int64_t row, int64_t low, int64_t high) {
+    for (int64_t g = 0; g < group_; ++g) {
+      low_[row + g] = int32_t(low);
+      high_[row + g] = int32_t(high);
+    }
+  }
+
+  // Blocks never cross a multiple of ROWS, as the rows are packed.
+  void make_blocks(int64_t first, int64_t end) {
+    blocks_ = 0;
+    while (first < end) {
+      auto const next = smaller(round_down(first, ROWS) + ROWS, end);
+      Rows rows{first, next - first, low_[first], high_[first]};
+      for (auto m = first; m < next; ++m) {
+        rows.low = smaller<int64_t>(rows.low, low_[m]);
+        rows.high = larger<int64_t>(rows.high, high_[m]);
+      }
+      rows_[blocks_++] = rows;
+      first = next;
+    }
+  }
+
+  const Call& call_;
+  const Tile& tile_;
+  int64_t group_, head_, count_ = 0, blocks_ = 0;
+  int32_t *low_, *high_;
+  Rows* rows_;
+};
+
+// What the tile reads: its rows of the tensors in `of_queries`, and the keys it packs.
+template <typename T, typename... X>
+inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, const X&... of_queries) {
+  auto const group = call.heads / call.kv_heads;
+  for (auto s = tile.begin; s < tile.end; ++s) {
+    auto const& segment = call.plan.segments[s];
+    (prefetch<T>(of_queries, 0, segment.row, segment.rows, kv_head * group, group, call.head_dim), ...);
+    if (segment.load && segment.end - segment.begin <= KEYS) {  // more would push others out of the cache
+      prefetch<T>(call.k, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);
+      prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);
+    }
+  }
+}
+
+// For each block of rows that sees some of the keys from `from` to `to`: f(rows, first key, end key).
+template <typename F>
+inline void each_block(const Queries& queries, int64_t from, int64_t to, const F& f) {
+  for (auto const& rows : queries) {
+    auto const first = larger(rows.low, from), end = smaller(rows.high, to);
+    if (first < end) f(rows, first, end);
+  }
+}
+
+// products [rows, WIDTH] = across panels^T, for the keys from `from` to `to`: whole vectors of them.
+inline void multiply_panels(const Queries& queries, const float* across, const float* panels, int64_t width, int64_t from,
+                            int64_t to, float* products) {
+  for (auto panel = from; panel < to; panel += PANEL) {
+    each_block(queries, panel, smaller(panel + PANEL, to), [&](const Rows& rows, int64_t first, int64_t end) {
+      auto const start = round_down(first, LANES), vectors = (end - start + LANES - 1) / LANES;
+      auto const a = across + rows.first / ROWS * ROWS * width + rows.first % ROWS;
+      block<true>(rows.count, vectors)(width, a, ROWS, panels + panel * width + start % PANEL, PANEL,
+                                       products + rows.first * WIDTH + start - from, WIDTH, false);
+    });
+  }
+}
+
+// sums [rows, width] += weights rows_of_keys.
+inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t width, int64_t from, int64_t to,
+                     float* sums) {
+  auto const stride = row_stride(width);
+  for (int64_t column = 0; column < width; column += PANEL) {
+    auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
+    each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
+      block<false>(rows.count, vectors)(end - first, weights + rows.first * WIDTH + first - from, 0,
+                                        keys + first * stride + column, stride, sums + rows.first * stride + column, stride, true);
+    });
+  }
+}
+
+// sums [keys, width] += weights^T rows_of_queries, or = where they are fresh. The weights of a block of rows are there, or
+// zero, for all keys of the blocks of ROWS keys that hold one it sees.
+inline void add_queries(const Queries& queries, const float* weights, const float* rows_of_queries, int64_t width, int64_t from,
+                        int64_t to, bool fresh, float* sums) {
+  auto const stride = row_stride(width);
+  for (int64_t column = 0; column < width; column += PANEL) {
+    auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
+    for (auto key = from; key < to; key += ROWS) {
+      auto const keys = smaller(int64_t(ROWS), to - key);
+      auto const multiply = block<true>(keys, vectors);
+      auto add = !fresh;
+      int64_t first = 0, end = 0;  // of rows side by side that see some of the keys
+      auto const flush = [&] {
+        if (first < end || !add) {
+          multiply(end - first, weights + first * WIDTH + key - from, WIDTH, rows_of_queries + first * stride + column, stride,
+                   sums + key * stride + column, stride, add);
+          add = true;
+        }
+      };
+      each_block(queries, key, key + keys, [&](const Rows& rows, int64_t, int64_t) {
+        if (rows.first != end) {
+          if (first < end) flush();
+          first = rows.first;
+        }
+        end = rows.first + rows.count;
+      });
+      flush();
+    }
+  }
+}
+
+}  // namespace FASTPROMPT_SIMD
+}  // namespace fastprompt

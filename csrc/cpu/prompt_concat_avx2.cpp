@@ -1,0 +1,1 @@
+#include "prompt_concat_kernels.h"

@@ -1,0 +1,52 @@
+// What the entry points of the operators share: dtypes, integer tensors, memory.
+#pragma once
+
+#include "simd.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastprompt {
+
+inline Dtype dtype_of(const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  auto const type = x.scalar_type();
+  if (type == ScalarType::Float) return Dtype::fp32;
+  if (type == ScalarType::BFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "expected fp32, bf16 or fp16");
+  return Dtype::fp16;
+}
+
+// Ask for large pages below a new tensor that is about to be written. One this large comes straight from the system, and
+// being given its memory in pages of 4 KiB takes longer than to fill them.
+inline void use_large_pages(const torch::stable::Tensor& x) {
+#if defined(__linux__)
+  constexpr uintptr_t LARGE = 1 << 25, PAGE = 1 << 21;
+  auto const begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + PAGE - 1) / PAGE * PAGE;
+  auto const end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.numel() * x.element_size()) / PAGE * PAGE;
+  if (end >= begin + LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// A vector of int32 or int64.
+class Ints {
+ public:
+  explicit Ints(const torch::stable::Tensor& x)
+      : data_(x.const_data_ptr()), stride_(x.stride(0)), size_(x.size(0)), wide_(x.element_size() == 8) {}
+  int64_t size() const { return size_; }
+  int64_t operator[](int64_t i) const {
+    return wide_ ? static_cast<const int64_t*>(data_)[i * stride_] : static_cast<const int32_t*>(data_)[i * stride_];
+  }
+
+ private:
+  const void* data_;
+  int64_t stride_, size_;
+  bool wide_;
+};
+
+}  // namespace fastprompt

@@ -1,0 +1,269 @@
+"""The C++ kernel of prefix_attention against float64, with every instruction set this machine has.
+
+Budget: twice the error of plain PyTorch in the same precision, plus one rounding of the largest value.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_prefix_attention import FLAGS, dense, layout, run, tensors
+
+from fastprompt import Sequences, native, prefix_attention
+from fastprompt.ops.prefix_attention import api
+
+pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+
+NAMES = "out lse q k v prefix_k prefix_v sinks".split()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def ours(*arguments, **flags):
+    return prefix_attention(*arguments, backend="cpu", **flags)
+
+
+def random_grad(seq, heads, head_dim, dtype=torch.float32):
+    return torch.randn(seq.rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_within_budget(got, plain, exact):
+    """``got`` and those in ``plain`` against ``exact``, lists in the order of NAMES; lse must be infinite where it is.
+
+    The error of plain PyTorch is the largest of all its results, each relative to its largest value: one result of a few
+    numbers may be right by luck.
+    """
+    results, error = [], 0.0
+    for name, x, y, *others in zip(NAMES, got, exact, *plain):
+        if y is None:  # autograd through dense attention never met this input
+            assert not x.any(), name
+            continue
+        finite = y.isfinite()
+        assert torch.equal(x.isfinite(), finite), name
+        y = y[finite]
+        if size := float(y.abs().max()) if len(y) else 0.0:
+            error = max(error, *(float((p[finite] - y).abs().max()) / size for p in others if p is not None))
+        results.append((name, float((x[finite] - y).abs().max()) if len(y) else 0.0, size))
+    rounding = torch.finfo(got[0].dtype).eps * max((size for _, _, size in results), default=0.0)
+    for name, difference, size in results:
+        budget = 2 * (error * size + rounding)
+        assert difference <= budget, (name, difference, budget)
+
+
+def compare_with_dense(seq, described, inputs, **flags):
+    def run_dense(inputs, grad):
+        return run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad, **flags)
+
+    grad = random_grad(seq, *inputs[0].shape[1:], inputs[0].dtype)
+    exact = run_dense([t if t is None else t.double() for t in inputs], grad.double())
+    plain = run_dense(inputs, grad), run(prefix_attention, inputs, grad, seq, backend="reference", **flags)
+    assert_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
+def test_equals_dense_attention(cpu_isa, flags, kind, mixed, heads, kv_heads, prefixes):
+    seq, described = layout([5, 0, 9, 1, 5, 2], kind, prefixes, 7, seed=heads, mixed=mixed)
+    flags = dict(FLAGS[flags])
+    inputs = tensors(seq.rows, heads, kv_heads, 8, prefixes, 7, torch.float32, sinks=flags.pop("sinks", False))
+    compare_with_dense(seq, described, inputs, **flags)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 20, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_head_dim_and_dtype(cpu_isa, head_dim, dtype):
+    seq, described = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
+    compare_with_dense(seq, described, tensors(seq.rows, 6, 2, head_dim, 2, 140, dtype))
+
+
+@pytest.mark.parametrize("flags", ["plain", "bidirectional", "all"])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 1), (24, 1), (300, 1)])
+def test_sequences_longer_than_a_tile_or_a_chunk(cpu_isa, flags, heads, kv_heads):
+    """Slices in one chunk share sums of gradients; slices in several leave parts. 300 heads: one query fills a tile."""
+    seq, described = layout([700, 3, 260] if heads < 300 else [30, 3], "packed", 1, 40, seed=0, mixed=False)
+    flags = dict(FLAGS[flags])
+    inputs = tensors(seq.rows, heads, kv_heads, 16, 1, 40, torch.float32, sinks=flags.pop("sinks", False))
+    compare_with_dense(seq, described, inputs, **flags)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=7).filter(any), prefix_length=st.integers(0, 140),
+    prefixes=st.integers(1, 3), head_dim=st.integers(1, 40), group=st.integers(1, 5), kv_heads=st.integers(1, 3),
+    mixed=st.booleans(), kind=st.sampled_from(["packed", "padded"]), causal=st.booleans(),
+    window=st.none() | st.integers(1, 100), softcap=st.none() | st.floats(0.5, 30), sinks=st.booleans(), seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(
+    cpu_isa, lengths, prefix_length, prefixes, head_dim, group, kv_heads, mixed, kind, causal, window, softcap, sinks, seed
+):
+    seq, described = layout(lengths, kind, prefixes, prefix_length, seed, mixed)
+    inputs = tensors(seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks)
+    compare_with_dense(seq, described, inputs, causal=causal, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flags", [{}, dict(softcap=3.0, window=4), dict(causal=False), dict(sinks=True)])
+def test_decode(cpu_isa, dtype, flags):
+    """Forward and gradients, those of the cache too; what stands in the cache behind a sequence is never read."""
+    lengths, ids, used = [40, 0, 1, 170, 7], torch.tensor([1, 0, -1, 0, 0]), torch.tensor([50, 33])
+    flags = dict(flags)
+    _, _, _, *inputs = tensors(5, 6, 2, 20, 2, 50, dtype, sinks=flags.pop("sinks", False))
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(5, 6, 20, generator=generator).to(dtype)
+    cache = torch.randn(2, 5, 2, 180, 20, generator=generator).to(dtype)
+    inputs, grad = [q, *cache, *inputs], torch.randn(q.shape, generator=generator).to(dtype)
+    seq = Sequences.decode(lengths, ids, used)
+    reference = dict(flags, backend="reference")
+    exact = run(prefix_attention, [t if t is None else t.double() for t in inputs], grad.double(), seq, **reference)
+    plain = [run(prefix_attention, inputs, grad, seq, **reference)]
+    for x in cache:
+        for b, length in enumerate(lengths):
+            x[b, :, length:] = math.nan
+    assert_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
+
+
+def guarded(x):
+    """``x`` between columns, heads and rows of nan."""
+    room = torch.full([n + 2 for n in x.shape], math.nan, dtype=x.dtype)
+    inner = room[tuple(slice(1, -1) for _ in x.shape)]
+    return inner.copy_(x)
+
+
+def test_nothing_beside_the_inputs_is_read_and_every_result_is_written(cpu_isa, poisoned):
+    seq, _ = layout([5, 40, 9, 1], "packed", 2, 35, seed=0, mixed=True)
+    inputs = tensors(seq.rows, 6, 2, 20, 2, 35, torch.float32, sinks=True)
+    grad = random_grad(seq, 6, 20)
+    expected = run(ours, inputs, grad, seq)
+    leaves = [guarded(t) if t.dim() > 1 else t.clone() for t in inputs]
+    leaves = [t.requires_grad_() for t in leaves]
+    out, lse = ours(*leaves[:5], seq, sinks=leaves[5])
+    got = [out, lse, *torch.autograd.grad(out, leaves, guarded(grad))]
+    for name, x, y in zip(NAMES, got, expected):
+        assert torch.equal(x, y), name
+
+
+def test_rows_outside_sequences_are_never_read(cpu_isa):
+    seq = Sequences.runs([3, 20], [9, 30], 60)
+    inputs = tensors(60, 4, 2, 16, 1, 10, torch.float32)
+    outside = torch.ones(60, dtype=torch.bool)
+    outside[3:12] = outside[20:50] = False
+    grad = random_grad(seq, 4, 16)
+    for x in (*inputs[:3], grad):
+        x[outside] = math.nan
+    out, lse, *grads = run(ours, inputs, grad, seq)
+    assert not out[outside].any() and bool((lse[:, outside] == -math.inf).all())
+    assert all(not g[outside].any() for g in grads[:3]) and all(g.isfinite().all() for g in grads)
+
+
+def test_nan_stays_in_its_sequence(cpu_isa):
+    seq = Sequences.packed([0, 9, 30, 33])
+    q, k, v, prefix_k, prefix_v, _ = tensors(33, 4, 2, 16, 1, 10, torch.float32)
+    clean, _ = ours(q, k, v, prefix_k, prefix_v, seq)
+    for x in (q, k, v):
+        y = x.clone()
+        y[12] = math.nan
+        out, _ = ours(*(y if t is x else t for t in (q, k, v)), prefix_k, prefix_v, seq)
+        assert out[12].isnan().all()
+        assert torch.equal(out[:9], clean[:9]) and torch.equal(out[30:], clean[30:])
+
+
+def test_same_bits_with_any_number_of_threads(cpu_isa):
+    seq, _ = layout([40, 6, 500, 6, 64, 30, 1], "packed", 2, 130, seed=0, mixed=True)
+    inputs = tensors(seq.rows, 6, 2, 16, 2, 130, torch.float32, sinks=True)
+    grad, before, results = random_grad(seq, 6, 16), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(ours, inputs, grad, seq))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_only_wanted_gradients(threads):
+    """Any subset of inputs may want a gradient, and gets the same bits as if all did."""
+    seq, _ = layout([40, 6, 9], "packed", 1, 30, seed=0, mixed=False)
+    inputs = tensors(seq.rows, 4, 2, 16, 1, 30, torch.float32, sinks=True)
+    grad = random_grad(seq, 4, 16)
+    every = dict(zip(NAMES, run(ours, inputs, grad, seq)))
+    for wanted in itertools.product([False, True], repeat=6):
+        if not any(wanted):
+            continue
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, wanted)]
+        out, _ = ours(*leaves[:5], seq, sinks=leaves[5])
+        out.backward(grad)
+        for name, leaf, need in zip(NAMES[2:], leaves, wanted):
+            assert torch.equal(leaf.grad, every[name]) if need else leaf.grad is None, (wanted, name)
+
+
+def test_strided_inputs_and_expanded_gradients(cpu_isa):
+    seq, _ = layout([4, 36, 2], "packed", 1, 33, seed=0, mixed=False)
+    inputs = tensors(seq.rows, 4, 2, 20, 1, 33, torch.float32)
+    one = torch.ones(1, 1, 1).expand_as(inputs[0])
+    expected = run(ours, inputs, one, seq)
+    strided = [t if t is None else t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
+    strided[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)  # as Hugging Face hands queries over
+    leaves = [t if t is None else t.requires_grad_() for t in strided]
+    out, _ = ours(*leaves[:5], seq)
+    out.sum().backward(retain_graph=True)
+    for name, x, y in zip(NAMES[2:], leaves[:5], expected[2:]):
+        assert torch.equal(x.grad, y), name
+    out.sum().backward()  # nothing that was saved has been written to
+    for name, x, y in zip(NAMES[2:], leaves[:5], expected[2:]):
+        assert torch.equal(x.grad, 2 * y), name
+    with pytest.raises(RuntimeError):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("prefixes", [0, 1])
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_no_rows(lengths, prefixes):
+    seq, _ = layout(lengths, "packed", prefixes, 5, seed=0, mixed=False)
+    inputs = tensors(0, 4, 2, 8, prefixes, 5, torch.float32, sinks=True)
+    out, lse, *grads = run(ours, inputs, torch.zeros(0, 4, 8), seq)
+    assert out.shape == (0, 4, 8) and lse.shape == (4, 0) and all(not g.any() for g in grads)
+
+
+def test_opcheck():
+    seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
+    *arguments, sinks = tensors(seq.rows, 2, 1, 4, 2, 3, torch.float32, sinks=True)
+    options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, "cpu")
+    arguments = (*arguments, sinks)
+    torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
+    out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
+    torch.library.opcheck(torch.ops.fastprompt.prefix_attention_backward.default, (torch.randn_like(out), *arguments, out, lse, *options, [True] * 6))
+
+
+def test_compiles_without_a_graph_break():
+    seq, _ = layout([4, 6, 2], "packed", 1, 3, seed=0, mixed=False)
+    inputs = tensors(seq.rows, 4, 2, 8, 1, 3, torch.float32)
+    grad = random_grad(seq, 4, 8)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for x, y in zip(run(compiled, inputs, grad, seq), run(ours, inputs, grad, seq)):
+        assert torch.equal(x, y)
+
+
+def test_auto_takes_the_library_where_it_can(monkeypatch):
+    seq, _ = layout([4, 6], "packed", 1, 3, seed=0, mixed=False)
+    inputs = tensors(seq.rows, 2, 2, 8, 1, 3, torch.float32)[:5]
+    assert api.select_backend("cpu") == "cpu"
+    assert torch.equal(prefix_attention(*inputs, seq, softcap=2.0)[0], ours(*inputs, seq, softcap=2.0)[0])
+    with pytest.raises(RuntimeError, match="'cpu' of prefix_attention cannot run this call: float64"):
+        ours(*(t.double() for t in inputs), seq)
+    monkeypatch.setattr(native, "missing", "it was not compiled")
+    assert api.select_backend("cpu") == "composed"
+    assert torch.equal(prefix_attention(*inputs, seq)[0], prefix_attention(*inputs, seq, backend="composed")[0])
+    with pytest.raises(RuntimeError, match="'cpu' of prefix_attention cannot run this call: it was not compiled"):
+        ours(*inputs, seq)
