@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
 test: $(READY) $(KERNELS)
 	$(PYTEST)
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
 endif
 
 bench: $(READY) $(KERNELS)

@@ -300,7 +300,7 @@ def outside(name, command, timeout):
 
 def programs():
     """Rows of the Triton tests on the GPU, and of compute-sanitizer over small calls of every kernel."""
-    rows = [outside("Triton tests", [sys.executable, "-m", "pytest", "-q", "tests/triton"], 180)]
+    rows = [outside("Triton tests", [sys.executable, "-m", "pytest", "-q", "tests/gpu"], 180)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
             command = [tool, "--tool", kind, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.gpu.check", "--small"]
