@@ -138,7 +138,7 @@ def test_a_source_out_of_range_names_the_values(backend):
 
 def test_backends():
     assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
-    assert select_backend("cuda") == "reference"
+    assert select_backend("cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
         with pytest.raises(RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"):
             prompt_concat(*inputs(), backend="cpu")
