@@ -278,7 +278,13 @@ def test_opcheck():
 def test_any_shape(lengths, kind, groups, head_dim, prefixes, prefix_length, window, causal, seed):
     seq = sequences(kind, lengths, prefixes, prefix_length, seed=seed)
     tensors = draw(seq, torch.float32, *groups, head_dim, prefixes, prefix_length, seed=seed)
-    check(tensors, seq, window=window, causal=causal)
+    actual = run([None if x is None else guarded(x) for x in tensors], seq, "triton", window=window, causal=causal)
+    exact = run([None if x is None else x.double() for x in tensors], seq, "reference", window=window, causal=causal)
+    # About rows and masks, where a mistake is of the size of the values. The budget says nothing about shapes this small:
+    # of a single number the reference's error may be zero.
+    for a, b in zip(actual, exact):
+        if b is not None:
+            torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals():
