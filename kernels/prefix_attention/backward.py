@@ -10,9 +10,23 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, visible
+from . import schedule
+from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, tile_of_queries, visible
 
-QUERIES, KEYS, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+QUERIES, KEYS, PREFIX = tl.constexpr(schedule.QUERIES), tl.constexpr(schedule.KEYS), tl.constexpr(schedule.PREFIX)
+
+
+@triton.jit
+def load_queries(
+    q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh,
+    DH: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Queries and the gradient of their output ``[BM, BD]``, lse and delta ``[BM]``. Dead rows weigh nothing."""
+    b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)
+    b_do = load_rows(dout, row * stride_dor + head * stride_doh, live, DH, BD)
+    b_out = load_rows(out, row * stride_or + head * DH, live, DH, BD)
+    b_lse = tl.load(lse + head.to(tl.int64) * lse_rows + row, mask=live, other=float("inf"))
+    return b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
 
 
 @triton.jit
@@ -51,16 +65,12 @@ def _backward(
     if role == QUERIES:
         first_head = tl.program_id(1) * FOLD
         kv_head = first_head // GROUP
-        m, n = tl.arange(0, BM), tl.arange(0, BN)
-        query, head = q0 + m // FOLD, first_head + m % FOLD  # [BM]
-        live = (query < q1) & (m // FOLD < BM // FOLD)
-        row = rows_of(query, live, query_rows, GATHER)
+        n = tl.arange(0, BN)
+        query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
         low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
-        b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
-        b_do = load_rows(dout, row * stride_dor + head * stride_doh, live, DH, BD)
-        b_out = load_rows(out, row * stride_or + head * DH, live, DH, BD)
-        b_lse = tl.load(lse + head.to(tl.int64) * lse_rows + row, mask=live, other=float("inf"))
-        delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+        b_q, b_do, b_lse, delta = load_queries(
+            q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD
+        )  # fmt: skip
         b_dq = tl.zeros([BM, BD], tl.float32)
 
         if prefix_k is not None:
@@ -89,7 +99,6 @@ def _backward(
         kv_head = tl.program_id(1)
         key = k0 + tl.arange(0, KEYS_BN)  # [BN], of the prefix or virtual own keys
         real = key < k1
-        m = tl.arange(0, KEYS_BM)
         keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
         at = rows_of(key, key < tl.where(role == KEYS, k1, k0), key_rows, GATHER or CACHE)  # not of prefix keys
         k_at, v_at = key_offsets(at, room, stride_kb, stride_kr, CACHE), key_offsets(at, room, stride_vb, stride_vr, CACHE)
@@ -103,17 +112,14 @@ def _backward(
 
         for part in range(GROUP // FOLD):
             for start in range(q0, q1, KEYS_BM // FOLD):
-                query, head = start + m // FOLD, kv_head * GROUP + part * FOLD + m % FOLD  # [BM]
-                live = (query < q1) & (m // FOLD < KEYS_BM // FOLD)
-                row = rows_of(query, live, query_rows, GATHER)
+                first_head = kv_head * GROUP + part * FOLD
+                query, head, row, live = tile_of_queries(start, q1, first_head, query_rows, KEYS_BM, FOLD, GATHER)
                 low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
                 if role == PREFIX:
                     low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
-                b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
-                b_do = load_rows(dout, row * stride_dor + head * stride_doh, live, DH, BD)
-                b_out = load_rows(out, row * stride_or + head * DH, live, DH, BD)
-                b_lse = tl.load(lse + head.to(tl.int64) * lse_rows + row, mask=live, other=float("inf"))
-                delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+                b_q, b_do, b_lse, delta = load_queries(
+                    q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD
+                )  # fmt: skip
 
                 seen = real[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
                 score, capped = cap(product(b_k, tl.trans(b_q), UPCAST), scale, softcap, SOFTCAP)  # [BN, BM]

@@ -15,6 +15,15 @@ def rows_of(virtual, live, rows, GATHER: tl.constexpr):
 
 
 @triton.jit
+def tile_of_queries(first, last, first_head, rows, BM: tl.constexpr, FOLD: tl.constexpr, GATHER: tl.constexpr):
+    """``[BM]`` each: virtual query, head, row in memory, and whether there is one, of a tile of queries from ``first`` on."""
+    m = tl.arange(0, BM)
+    query, head = first + m // FOLD, first_head + m % FOLD
+    live = (query < last) & (m // FOLD < BM // FOLD)
+    return query, head, rows_of(query, live, rows, GATHER), live
+
+
+@triton.jit
 def key_offsets(row, room, stride_batch, stride_row, CACHE: tl.constexpr):
     """Offsets of own keys: rows of ``[Rk, Hkv, Dh]``, or places ``b * Lmax + j`` of a cache ``[B, Hkv, Lmax, Dh]``."""
     if CACHE:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..launch import Options
+from ..tiles import power_of_two
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Tiles:
 
 def block_width(head_dim):
     """Head dims are padded to a power of two, at least what a matrix instruction takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
 
 
 def fold(group, *tiles):
@@ -61,8 +62,7 @@ DECODE_ROWS = 64
 
 def decode_tiles(width, element_size, target, *, fold, sharing):
     """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a time."""
-    rows = 1 << (fold * sharing - 1).bit_length()
-    return Tiles(min(DECODE_ROWS, max(16, rows)), 32, Options(num_warps=4, num_stages=3))
+    return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, Options(num_warps=4, num_stages=3))
 
 
 def _from_shared_memory(target):
@@ -80,4 +80,4 @@ def chunk_rows(prefix_length, tile_rows, tile_queries):
 def decode_split(keys, kv_heads, programs=264, smallest=128, largest=1024):
     """Own keys a decode program reads: few enough that two programs for each of about 132 processors have work."""
     split = -(-keys * kv_heads // programs)
-    return min(max(1 << max(split - 1, 1).bit_length(), smallest), largest)
+    return min(max(power_of_two(split), smallest), largest)

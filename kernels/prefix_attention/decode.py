@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, key_offsets, load_rows, rows_of, store_rows, visible
+from .common import LOG2_E, key_offsets, load_rows, store_rows, tile_of_queries, visible
 from .forward import attend
 
 
@@ -27,10 +27,8 @@ def _decode(
     first_head = tl.program_id(1) * FOLD
     kv_head = first_head // GROUP
 
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
-    query, head = q0 + m // FOLD, first_head + m % FOLD  # [BM]
-    live = (query < q1) & (m // FOLD < BM // FOLD)
-    row = rows_of(query, live, query_rows, GATHER)
+    n = tl.arange(0, BN)
+    query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
     low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, True)
     keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
     step_k, step_v, shift_k, shift_v = stride_kr, stride_vr, k0 * stride_kr, k0 * stride_vr

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, visible
+from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, tile_of_queries, visible
 
 
 @triton.jit
@@ -39,10 +39,8 @@ def _forward(
     first_head = tl.program_id(1) * FOLD
     kv_head = first_head // GROUP
 
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
-    query, head = q0 + m // FOLD, first_head + m % FOLD  # [BM]
-    live = (query < q1) & (m // FOLD < BM // FOLD)
-    row = rows_of(query, live, query_rows, GATHER)
+    n = tl.arange(0, BN)
+    query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
     low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
     b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
     state = (tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))

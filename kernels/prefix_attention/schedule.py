@@ -17,8 +17,7 @@ class Batch:
     """The sequences of a batch in virtual order; see the package's docstring.
 
     Attributes:
-        prefixes, lengths: ``[S]`` the prefix (-1: none) and the own keys of each sequence that has keys, in order.
-        prefix_lengths: ``[S]`` the keys of its prefix.
+        prefixes, prefix_lengths: ``[Q]`` the prefix that each query reads (-1: none), and its keys.
         query_rows, key_rows: ``[Q]``, ``[K]`` the row of each virtual query and key; for a cache ``b * room + j``.
         spans: ``[3, Q]`` of each query: first and last own key of its sequence, and its position minus its own key.
         low, high, prefix_low: ``[Q]`` the intervals of keys it sees.
