@@ -3,7 +3,8 @@
 import pytest
 import torch
 import triton.language as tl
-from guard import DEVICE, assert_within_budget, check_guards, guarded, guards
+from budget import assert_within_budget
+from guard import DEVICE, check_guards, guarded, guards
 from triton.runtime.errors import InterpreterError
 
 from fastprompt.kernels.launch import INTERPRETED, Kernel, Options

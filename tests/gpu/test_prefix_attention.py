@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from guard import DEVICE, assert_within_budget, guarded
+from budget import assert_within_budget
+from guard import DEVICE, guarded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from guard import DEVICE, assert_within_budget, guarded, shuffled
+from budget import assert_within_budget
+from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
