@@ -102,8 +102,8 @@ class Kernel:
     def _launch(self, grid, device, variant, arguments):
         handle = self._handles.get((device, variant))
         if handle is None:
-            compiled = self.compile(*variant, driver.active.get_current_target())
-            handle = self._handles[device, variant] = compiled[(1, 1, 1)] and compiled  # loads the module
+            handle = self._handles[device, variant] = self.compile(*variant, driver.active.get_current_target())
+            handle[(1, 1, 1)]  # loads the module
         stream = driver.active.get_current_stream(device)
         handle.run(*(*grid, 1, 1)[:3], stream, handle.function, handle.packed_metadata, None, None, None, *arguments, *variant[2])
 
@@ -144,8 +144,10 @@ def current_target():
     return GPUTarget("cuda", 80, 32) if INTERPRETED else driver.active.get_current_target()
 
 
-def unsupported(device_type):
-    """None if kernels can run on tensors of this device, else the reason why not."""
+def unsupported(device_type, dtype):
+    """None if kernels can run on such tensors, else the reason why not."""
+    if dtype == torch.float64:
+        return "the Triton kernels have no float64"
     if INTERPRETED or _captured.get() is not None or device_type == "cuda":
         return None
     return f"Triton kernels run on a GPU, the tensors are on {device_type}"

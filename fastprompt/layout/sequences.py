@@ -130,6 +130,16 @@ class Sequences:
         """``prefix_lens`` as Python ints, or None."""
         return None if self.prefix_lens is None else self.prefix_lens.tolist()
 
+    def cached(self, key, make):
+        """``make()``, which an operator works out from these sequences: once, whichever layer asks first.
+
+        ``key`` starts with the name of who asks, and holds all that the result depends on beside the sequences.
+        """
+        made = self.__dict__.setdefault("_made", {})
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
     def prefix_length(self, prefix_id, longest):
         """The keys of prefix ``prefix_id`` (-1: none) in a bank whose prefixes have room for ``longest``."""
         if prefix_id < 0:

@@ -1,7 +1,10 @@
-"""The launchers of backends that need what may not be installed."""
+"""Finds the module that runs a call, of backends that may not be installed or cannot take it."""
 
 from functools import cache
 from importlib import import_module
+
+from .. import native
+from ..checks import choose_backend
 
 
 @cache
@@ -11,3 +14,26 @@ def launcher(op, backend):
         return import_module(f".{op}.{backend}", __package__), None
     except ImportError as error:
         return None, f"the {backend.capitalize()} kernels cannot be imported: {error}"
+
+
+def available(op, device_type, dtype, *shape):
+    """Backend name -> None if it can run such a call, else why not: a reference, C++ and Triton kernels, no CUDA C++.
+
+    ``shape`` is what the Triton kernels of the operator want to know beside device and dtype.
+    """
+    triton, problem = launcher(op, "triton")
+    return {
+        "reference": None,
+        "cpu": native.unsupported(device_type, dtype),
+        "triton": problem or triton.unsupported(device_type, dtype, *shape),
+        "cuda": "this operator has no CUDA C++ kernel",
+    }
+
+
+def choose(op, requested, device_type, dtype, preferred=("cpu", "triton", "reference")):
+    """The backend that runs a call; "auto" takes the first of ``preferred`` that can."""
+    if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
+        backends = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
+    else:
+        backends = available(op, device_type, dtype)
+    return choose_backend(op, requested, backends, preferred)

@@ -2,44 +2,25 @@
 
 import torch
 
-from ... import native
-from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
-from ..launcher import launcher
-from . import cpu, reference
+from ...checks import FLOATS, INTS, check_range, check_tensor
+from ..launcher import available, choose, launcher
+from . import cpu
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
-    return _available("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-
-
-def _available(device_type, dtype):
-    triton, problem = launcher("multitask_prompt", "triton")
-    return {
-        "reference": None,
-        "cpu": native.unsupported(device_type, dtype),
-        "triton": problem or triton.unsupported(device_type, dtype),
-        "cuda": "this operator has no CUDA C++ kernel",
-    }
+    return available("multitask_prompt", "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return _choose("auto", device_type, torch.float32)
-
-
-def _choose(requested, device_type, dtype, rank=1):
-    available = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
-    if requested != "auto" or device_type != "cpu":  # importing Triton takes time
-        available = _available(device_type, dtype)
-    preferred = ["cpu", "triton", "reference"] if rank <= cpu.FASTER_UP_TO_RANK else ["triton", "reference"]
-    return choose_backend("multitask_prompt", requested, available, preferred)
+    return choose("multitask_prompt", "auto", device_type, torch.float32)
 
 
 def _implementation(requested, tensor, rank):
     """The module whose ``forward`` and ``backward`` run the call."""
-    backend = _choose(requested, tensor.device.type, tensor.dtype, rank)
-    return {"reference": reference, "cpu": cpu}.get(backend) or launcher("multitask_prompt", backend)[0]
+    preferred = ["cpu", "triton", "reference"] if rank <= cpu.FASTER_UP_TO_RANK else ["triton", "reference"]
+    return launcher("multitask_prompt", choose("multitask_prompt", requested, tensor.device.type, tensor.dtype, preferred))[0]
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):

@@ -1,19 +1,10 @@
 """multitask_prompt on a GPU: launches the kernels of ``fastprompt.kernels.multitask_prompt``."""
 
-import torch
-
-from ...kernels import launch
+from ...kernels.launch import unsupported as unsupported
 from ...kernels.multitask_prompt.backward import sum_cols, sum_rows, sum_shared
 from ...kernels.multitask_prompt.config import cols_tile, rows_tile
 from ...kernels.multitask_prompt.forward import make_prompts
 from ...kernels.tiles import row_tile
-
-
-def unsupported(device_type, dtype):
-    """None if the kernels take such tensors, else the reason why not."""
-    if dtype == torch.float64:
-        return "the Triton kernels have no float64"
-    return launch.unsupported(device_type)
 
 
 def forward(shared, rows, cols, task_ids):

@@ -5,21 +5,14 @@ import torch
 from ... import native
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
 from ...layout import Sequences
-from ..launcher import launcher
-from . import composed, cpu, reference
+from ..launcher import available, launcher
+from . import composed, cpu
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    triton, problem = launcher("prefix_attention", "triton")
-    return {
-        "reference": None,
-        "composed": None,
-        "cpu": native.missing,
-        "triton": problem or triton.unsupported(device, torch.float32, 64),
-        "cuda": "this operator has no CUDA C++ kernel",
-    }
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return available("prefix_attention", device_type, torch.float32, 64) | {"composed": None, "cpu": native.missing}
 
 
 def select_backend(device_type):
@@ -133,23 +126,19 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
 
 def _implementation(q, prefix_k, seq, window, softcap, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
+    on_cpu = q.device.type == "cpu"
+    if requested == "auto" and on_cpu:  # without a look at Triton, whose import takes time
+        backends = {"reference": None}
+    else:
+        backends = available("prefix_attention", q.device.type, q.dtype, q.shape[-1])
     room = 0 if prefix_k is None else prefix_k.shape[1]
-    available = {"reference": None, "cuda": "this operator has no CUDA C++ kernel"}
-    available |= {"cpu": cpu.unsupported(q), "composed": composed.unsupported(q, seq, room, window, softcap)}
-    modules = {"reference": reference, "composed": composed, "cpu": cpu}
-    if requested != "auto" or q.device.type != "cpu":  # importing Triton takes time
-        triton, problem = launcher("prefix_attention", "triton")
-        modules["triton"], available["triton"] = triton, problem or triton.unsupported(q.device.type, q.dtype, q.shape[-1])
-    preferred = ["cpu", "composed", "reference"] if q.device.type == "cpu" else ["triton", "reference"]
-    return modules[choose_backend("prefix_attention", requested, available, preferred)]
+    backends |= {"cpu": cpu.unsupported(q), "composed": composed.unsupported(q, seq, room, window, softcap)}
+    preferred = ["cpu", "composed", "reference"] if on_cpu else ["triton", "reference"]
+    return launcher("prefix_attention", choose_backend("prefix_attention", requested, backends, preferred))[0]
 
 
 def _check_ranges(k, prefix_k, seq):
-    """What only the values of seq tell, looked at once: they are known on the host, where they have to be anyway."""
-    checked = seq.__dict__.setdefault("_checked", set())
-    key = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
-    if key in checked:
-        return
+    """What only the values of seq tell, from the host, where they have to be known anyway."""
     if seq.kind == "decode":
         check_range("seq.lengths", torch.tensor([n for _, n, _, _ in seq.host]), 0, k.shape[2] + 1)
     if prefix_k is not None:
@@ -160,11 +149,11 @@ def _check_ranges(k, prefix_k, seq):
             check_range("seq.prefix_ids", torch.tensor([p for _, _, p, _ in seq.host]), -1, prefix_k.shape[0])
         if seq.prefix_lens is not None:
             check_range("seq.prefix_lens", torch.tensor(seq.host_prefix_lens), 0, prefix_k.shape[1] + 1)
-    checked.add(key)
 
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
-    _check_ranges(k, prefix_k, seq)
+    room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
+    seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
     implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise

@@ -12,6 +12,7 @@ through two flash calls would be wrong, it takes lse for a constant.
 import torch
 
 from ...checks import accumulator
+from ..columns import columns_together
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -111,7 +112,7 @@ class _Rows:
 
     def read(self, x):
         rows = x.index_select(0, self.index) if self.slice is None else x[self.slice]
-        return rows if rows.stride(-1) == 1 else rows.contiguous()  # the kernel takes any other stride
+        return columns_together(rows)  # the kernel takes any other stride
 
     def write(self, x, values):
         if self.slice is None:
@@ -202,17 +203,14 @@ class _Reader(_Rows):
     def prefix(self, bank, heads):
         """``[N, P, Hkv, Dh]`` -> ``[G, Hkv, P, Dh]``, a view."""
         keys = bank[self.prefix_id, : self.length].transpose(0, 1)  # [Hkv, P, Dh]
-        keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+        keys = columns_together(keys)
         return keys.expand(heads // keys.shape[0], *keys.shape)
 
 
 def _schedule(seq, causal, prefix_k):
     """Blocks of own keys and readers of prefixes; worked out once a batch, all layers share it."""
     room = None if prefix_k is None else prefix_k.shape[1]
-    cache = seq.__dict__.setdefault("_composed_schedules", {})
-    if (causal, room) not in cache:
-        cache[causal, room] = _blocks(seq, causal), [] if room is None else _readers(seq, room)
-    return cache[causal, room]
+    return seq.cached(("composed", causal, room), lambda: (_blocks(seq, causal), [] if room is None else _readers(seq, room)))
 
 
 def _blocks(seq, causal):

@@ -3,6 +3,7 @@
 import torch
 
 from ... import native
+from ..columns import columns_together
 from .plan import plan_of
 
 
@@ -17,7 +18,7 @@ def unsupported(q):
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
     """``out`` and ``lse`` as the reference returns them."""
-    q, k, v, prefix_k, prefix_v = (_columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
+    q, k, v, prefix_k, prefix_v = (columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written
     out, lse = _empty_like(q, whole), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if not whole:
@@ -30,7 +31,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal, window, softcap, sinks, scale):
     """Gradients of q, k, v, prefix_k, prefix_v and sinks; None for those that ``needs``, six bools, leaves out."""
-    grad, q, k, v, prefix_k, prefix_v, out = (_columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
+    grad, q, k, v, prefix_k, prefix_v, out = (columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
     plan = _plan(q, k, prefix_k, seq, causal, window)
     whole = seq.kind == "packed"
     dq, dk, dv = (_empty_like(t, whole) if need else None for t, need in zip((q, k, v), needs))
@@ -45,10 +46,6 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal,
 def _plan(q, k, prefix_k, seq, causal, window):
     room = 0 if prefix_k is None else prefix_k.shape[1]
     return plan_of(seq, causal=causal, window=window, room=room, heads=q.shape[1], kv_heads=k.shape[1])
-
-
-def _columns_together(x):
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty_like(x, written):

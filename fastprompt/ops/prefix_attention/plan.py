@@ -21,13 +21,11 @@ def plan_of(seq, *, causal, window, room, heads, kv_heads):
         room: P, 0 without a prefix.
         heads, kv_heads: H and Hkv.
     """
-    if window is not None and window >= seq.span(room):
-        window = None
-    cache = seq.__dict__.setdefault("_cpu_plans", {})
-    key = causal, window, room, heads, kv_heads
-    if key not in cache:
-        cache[key] = _Planner(seq, causal, window, room, heads // kv_heads, kv_heads).tensors()
-    return cache[key]
+    def make():
+        limit = None if window is None or window >= seq.span(room) else window
+        return _Planner(seq, causal, limit, room, heads // kv_heads, kv_heads).tensors()
+
+    return seq.cached(("cpu", causal, window, room, heads, kv_heads), make)
 
 
 class _Planner:

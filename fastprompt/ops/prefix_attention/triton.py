@@ -9,17 +9,16 @@ from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
+from ..columns import columns_together
 
 LARGEST_HEAD = 256
 
 
 def unsupported(device_type, dtype, head_dim):
     """None if the kernels take such tensors, else the reason why not."""
-    if dtype == torch.float64:
-        return "the Triton kernels have no float64"
     if head_dim > LARGEST_HEAD:
         return f"the Triton kernels have heads of at most {LARGEST_HEAD}, q has {head_dim}"
-    return launch.unsupported(device_type)
+    return launch.unsupported(device_type, dtype)
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
@@ -53,7 +52,7 @@ class _Call:
     def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale):
         if prefix_k is not None and prefix_k.shape[1] == 0:
             prefix_k = prefix_v = None
-        self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_dense_last, (q, k, v, prefix_k, prefix_v))
+        self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(columns_together, (q, k, v, prefix_k, prefix_v))
         self.seq, self.cache = seq, seq.kind == "decode"
         self.rows, self.heads, self.head_dim = q.shape
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
@@ -114,7 +113,7 @@ class _Call:
     def backward(self, grad, out, lse, needs):
         q, k, kv_heads = self.q, self.k, self.kv_heads
         need_q, need_kv, need_prefix = needs[0], needs[1] or needs[2], self.prefix_k is not None and (needs[3] or needs[4])
-        grad, out, lse = _dense_last(grad), out.contiguous(), lse.contiguous()
+        grad, out, lse = columns_together(grad), out.contiguous(), lse.contiguous()
         tiles = config.backward_tiles(self.width, q.element_size(), launch.current_target())
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
@@ -163,15 +162,14 @@ class _Plan:
 
     @classmethod
     def of(cls, seq, prefix_room, room, causal, window, device):
-        plans = seq.__dict__.setdefault("_triton_plans", {})
-        key = prefix_room, room, causal, window, device
-        if key not in plans:
+        def make():
             bank = max((p for _, _, p, _ in seq.host), default=-1) + 1
             lengths = [seq.prefix_length(p, prefix_room) for p in range(bank)]
             decode = seq.kind == "decode"
             batch = schedule.make_batch(seq.host, lengths, decode=decode, room=room, causal=causal, window=window)
-            plans[key] = cls(batch, prefix_room, device, decode)
-        return plans[key]
+            return cls(batch, prefix_room, device, decode)
+
+        return seq.cached(("triton", prefix_room, room, causal, window, device), make)
 
     def query_tiles(self, rows):
         return self._cached(("tiles", rows), lambda: ([schedule.query_tiles(self.batch, rows)], None))[0]
@@ -214,7 +212,3 @@ class _Plan:
             None if array is None else whole[place : place + array.size].view(array.shape)
             for array, place in zip(arrays, places)
         ]
-
-
-def _dense_last(x):
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

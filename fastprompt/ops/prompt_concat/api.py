@@ -2,43 +2,24 @@
 
 import torch
 
-from ... import native
-from ...checks import FLOATS, INTS, check_range, check_tensor, choose_backend
-from ..launcher import launcher
-from . import cpu, reference
+from ...checks import FLOATS, INTS, check_range, check_tensor
+from ..launcher import available, choose, launcher
+from . import cpu
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
-    return _available("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-
-
-def _available(device_type, dtype):
-    triton, problem = launcher("prompt_concat", "triton")
-    return {
-        "reference": None,
-        "cpu": native.unsupported(device_type, dtype),
-        "triton": problem or triton.unsupported(device_type, dtype),
-        "cuda": "this operator has no CUDA C++ kernel",
-    }
+    return available("prompt_concat", "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
-    return _choose("auto", device_type, torch.float32)
-
-
-def _choose(requested, device_type, dtype):
-    available = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
-    if requested != "auto" or device_type != "cpu":  # importing Triton takes time
-        available = _available(device_type, dtype)
-    return choose_backend("prompt_concat", requested, available, ["cpu", "triton", "reference"])
+    return choose("prompt_concat", "auto", device_type, torch.float32)
 
 
 def _implementation(requested, tensor):
     """The module whose ``forward`` and ``backward`` run the call."""
-    backend = _choose(requested, tensor.device.type, tensor.dtype)
-    return {"reference": reference, "cpu": cpu}.get(backend) or launcher("prompt_concat", backend)[0]
+    return launcher("prompt_concat", choose("prompt_concat", requested, tensor.device.type, tensor.dtype))[0]
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):

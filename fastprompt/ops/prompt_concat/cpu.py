@@ -3,12 +3,13 @@
 import torch
 
 from ...checks import check_range
+from ..columns import columns_together
 
 
 def forward(source, table, prompt, scale):
     """The rows ``[R, D]``; ValueError if ``source`` is out of range, which shows while they are copied."""
     rows = table.new_empty(source.shape[0], table.shape[1])
-    if not torch.ops.fastprompt.prompt_concat_cpu(source, _columns_together(table), _columns_together(prompt), scale, rows):
+    if not torch.ops.fastprompt.prompt_concat_cpu(source, columns_together(table), columns_together(prompt), scale, rows):
         _raise(source, table.shape[0], prompt.shape[0])
     return rows
 
@@ -18,7 +19,7 @@ def backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prom
     dtable = grad.new_empty(table_rows, grad.shape[1]) if need_table else None
     dprompt = grad.new_empty(prompt_rows, grad.shape[1]) if need_prompt else None
     if not torch.ops.fastprompt.prompt_concat_backward_cpu(
-        _columns_together(grad), source, scale, dtable, dprompt, table_rows, prompt_rows
+        columns_together(grad), source, scale, dtable, dprompt, table_rows, prompt_rows
     ):
         _raise(source, table_rows, prompt_rows)
     return tuple(grad.new_empty(0) if x is None else x for x in (dtable, dprompt))
@@ -26,7 +27,3 @@ def backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prom
 
 def _raise(source, table_rows, prompt_rows):
     check_range("source", source, -prompt_rows, table_rows)
-
-
-def _columns_together(x):
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -6,17 +6,10 @@ the host where R, the number of rows, has to be known.
 
 import torch
 
-from ...kernels import launch
+from ...kernels.launch import unsupported as unsupported
 from ...kernels.prompt_concat.backward import CHUNK, sum_chunks, sum_readers
 from ...kernels.prompt_concat.forward import gather
 from ...kernels.tiles import row_tile
-
-
-def unsupported(device_type, dtype):
-    """None if the kernels take such tensors, else the reason why not."""
-    if dtype == torch.float64:
-        return "the Triton kernels have no float64"
-    return launch.unsupported(device_type)
 
 
 def forward(source, table, prompt, scale):
