@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budget import assert_within_budget
+from budget import assert_sums_rounded_once, assert_within_budget
 from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
 
 BACKENDS = [name for name, problem in available_backends().items() if problem is None]
@@ -36,11 +36,13 @@ def check(backend, dtype, tensors, task_ids):
     """The prompts and the three gradients against the definition in float64."""
     tensors = [x.to(dtype) for x in tensors]
     grad = torch.randn(len(task_ids), *tensors[0].shape).to(dtype)
-    exact, exact_grads = gradients(task_by_task, [x.double() for x in tensors], task_ids, grad.double())
-    plain, plain_grads = gradients(task_by_task, tensors, task_ids, grad)
     got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
-    for triple in zip([got, *got_grads], [plain, *plain_grads], [exact, *exact_grads], strict=True):
-        assert_within_budget(*triple)
+    *tensors, grad = (x.double() for x in (*tensors, grad))
+    exact, exact_grads = gradients(task_by_task, tensors, task_ids, grad)
+    size, size_grads = gradients(task_by_task, [x.abs() for x in tensors], task_ids, grad.abs())
+    terms = len(task_ids) * max(*tensors[0].shape, tensors[1].shape[-1]) + 2  # at most, of any of the sums
+    for triple in zip([got, *got_grads], [exact, *exact_grads], [size, *size_grads], strict=True):
+        assert_sums_rounded_once(*triple, terms)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
-from budget import assert_within_budget
+from budget import assert_sums_rounded_once, assert_within_budget
 from guard import DEVICE, check_guards, guarded, guards
 from triton.runtime.errors import InterpreterError
 
@@ -71,3 +71,13 @@ def test_the_budget():
     for wrong in (same + 6 * step, same * torch.nan):
         with pytest.raises(AssertionError, match="over the budget"):
             assert_within_budget(wrong, same, exact)
+
+
+def test_the_bound_of_sums():
+    terms = torch.tensor([1.0, 3e-4, -1.0], dtype=torch.float64)
+    exact, size = terms.sum()[None], terms.abs().sum()[None]
+    assert_sums_rounded_once(exact.float() + 1e-7, exact, size, terms=3)  # 3e-4 of itself, but 5e-8 of what cancelled
+    assert_sums_rounded_once(exact.to(torch.bfloat16), exact, size, terms=3)
+    for wrong in (exact.float() + 1e-6, exact.to(torch.bfloat16) * 1.01, exact.float() * torch.nan):
+        with pytest.raises(AssertionError, match="more than rounding"):
+            assert_sums_rounded_once(wrong, exact, size, terms=3)

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_sums_rounded_once
 from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,11 +38,13 @@ def run(shared, rows, cols, task_ids, grad, needs, backend):
 
 def check(shared, rows, cols, task_ids, grad, needs=ALL):
     """Output and gradients of tensors that are guarded already."""
-    arguments = shared, rows, cols, task_ids, grad
-    got, same = (run(*arguments, needs, backend) for backend in ("triton", "reference"))
-    exact = run(*(x.double() if x.is_floating_point() else x for x in arguments), needs, "reference")
-    for a, b, c in zip(got, same, exact, strict=True):
-        assert_within_budget(a, b, c)
+    got = run(shared, rows, cols, task_ids, grad, needs, "triton")
+    tensors = [x.double() for x in (shared, rows, cols)]
+    exact = run(*tensors, task_ids, grad.double(), needs, "reference")
+    size = run(*(x.abs() for x in tensors), task_ids, grad.double().abs(), needs, "reference")
+    terms = len(task_ids) * max(*shared.shape, rows.shape[-1]) + 2  # at most, of any of the sums
+    for triple in zip(got, exact, size, strict=True):
+        assert_sums_rounded_once(*triple, terms)
 
 
 @EVERY_DTYPE

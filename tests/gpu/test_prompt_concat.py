@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_sums_rounded_once
 from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,9 +39,11 @@ def check(source, table, prompt, grad, scale=1.0, needs=(True, True)):
     """Output and gradients of tensors that are guarded already."""
     got = run(source, table, prompt, grad, scale, needs, "triton")
     same = run(source, table, prompt, grad, scale, needs, "reference")
-    exact = run(source, table.double(), prompt.double(), grad.double(), scale, needs, "reference")
-    for a, b, c in zip(got, same, exact, strict=True):
-        assert_within_budget(a, b, c)
+    tensors = [x.double() for x in (table, prompt, grad)]
+    exact = run(source, *tensors, scale, needs, "reference")
+    size = run(source, *(x.abs() for x in tensors), abs(scale), needs, "reference")
+    for triple in zip(got, exact, size, strict=True):
+        assert_sums_rounded_once(*triple, terms=len(source) + 1)
     if scale == 1.0:
         assert torch.equal(got[0], same[0])  # copies
 
