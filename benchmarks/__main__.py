@@ -1,5 +1,6 @@
-"""``python -m benchmarks [memory] [step] [methods] [common] [small_ops] [--quick] [--out DIR] [--threads N]``: run them, all
-by default.
+"""``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all by default.
+
+The names are memory, step, methods, common, small_ops and prefix_attention.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -15,10 +16,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
-from . import common, memory, methods, report, small_ops, step  # noqa: E402
+from . import common, memory, methods, prefix_attention, report, small_ops, step  # noqa: E402
 
 BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run,
-              "small_ops": small_ops.run}
+              "small_ops": small_ops.run, "prefix_attention": prefix_attention.run}
 
 
 def main(arguments=None):

@@ -3,6 +3,7 @@
 Budget: twice the error of plain PyTorch in the same precision, plus one rounding of the largest value.
 """
 
+import csv
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prefix_attention import FLAGS, dense, layout, run, tensors
 
+from benchmarks import prefix_attention as benchmark
 from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention import api
 
@@ -267,3 +269,20 @@ def test_auto_takes_the_library_where_it_can(monkeypatch):
     assert torch.equal(prefix_attention(*inputs, seq)[0], prefix_attention(*inputs, seq, backend="composed")[0])
     with pytest.raises(RuntimeError, match="'cpu' of prefix_attention cannot run this call: it was not compiled"):
         ours(*inputs, seq)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, monkeypatch, capsys):
+    if wrong:
+        call = benchmark.Packed.__call__
+        factor = {"cpu": 1 + 1e-3, "composed": 1}
+        monkeypatch.setattr(benchmark.Packed, "__call__", lambda self: [x * factor[self.backend] for x in call(self)])
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    monkeypatch.setattr(benchmark.Gemm, "size", 16)
+    cases = [benchmark.Case((4, 2, 16), torch.float32, 5, (9, 3)), benchmark.Case((4, 2, 16), torch.bfloat16, 5, (9, 3, 1))]
+    assert benchmark.run(tmp_path, cases=cases[: 1 if wrong else 2]) != wrong
+    printed = capsys.readouterr().out
+    assert ("WRONG" in printed) == wrong and ("geometric mean" in printed) != wrong
+    with open(tmp_path / "prefix_attention.csv") as stream:
+        records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    assert all((record["speed-up"] == "WRONG") == wrong for record in records)

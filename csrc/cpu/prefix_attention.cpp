@@ -9,8 +9,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
-#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -100,12 +100,31 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   return call;
 }
 
+// Less is not worth a thread, which takes microseconds to wake.
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20, FLOATS_PER_THREAD = 1 << 15;
+
+// Multiplications in one product of all queries with all keys, hidden ones included.
+int64_t products(const Call& call) {
+  int64_t pairs = 0;
+  for (auto const& chunk : call.plan.chunks) {
+    auto const prefix = chunk.prefix >= 0 ? call.plan.prefixes[chunk.prefix].length : 0;
+    for (auto t = chunk.begin; t < chunk.end; ++t) {
+      for (auto s = call.plan.tiles[t].begin; s < call.plan.tiles[t].end; ++s) {
+        auto const& segment = call.plan.segments[s];
+        pairs += segment.rows * (prefix + segment.end - segment.begin);
+      }
+    }
+  }
+  return pairs * call.heads * call.head_dim;
+}
+
 // Threads take items in order, the most expensive first, until none is left; what an item computes depends on no other.
 template <typename Item>
 void share_out(const Call& call, int64_t floats, const Item& item) {
   auto const items = call.plan.chunks.size * call.kv_heads;
+  auto const threads = std::min({items, num_threads(), products(call) / PRODUCTS_PER_THREAD + 1});
   std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(items, num_threads()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (auto thread = begin; thread < end; ++thread) {
       auto i = next++;
       if (i >= items) return;
@@ -115,11 +134,17 @@ void share_out(const Call& call, int64_t floats, const Item& item) {
   });
 }
 
+// body(key head, i) for all key heads and i; one call moves about so many floats.
 template <typename Body>
-void for_each(const Call& call, int64_t count, const Body& body) {
-  parallel_for(0, count * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
+void for_each(const Call& call, int64_t count, int64_t floats, const Body& body) {
+  parallel_for(0, count * call.kv_heads, FLOATS_PER_THREAD / std::max<int64_t>(floats, 1) + 1, [&](int64_t begin, int64_t end) {
     for (auto i = begin; i < end; ++i) body(i % call.kv_heads, i / call.kv_heads);
   });
+}
+
+// Floats of a packed prefix, or of its sums, on average.
+int64_t prefix_floats(const Call& call, int64_t keys) {
+  return keys * call.head_dim / std::max<int64_t>(call.plan.prefixes.size, 1);
 }
 
 void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Plans plan, bool causal,
@@ -129,15 +154,16 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
   auto const slots = call.kv_heads * call.plan.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
   call.prefix_kt = panels.get(), call.prefix_vrows = rows.get();
-  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
+  for_each(call, call.plan.prefixes.size, 2 * prefix_floats(call, call.plan.prefix_slots),
+           [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
   share_out(call, kernels.forward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.forward(call, head, chunk, workspace); });
 }
 
 // sink_parts [chunks, H], zero before.
-void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Tensor out,
-              Tensor lse, Plans plan, bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
-              MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k, MaybeTensor dprefix_v,
+void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
+              Tensor out, Tensor lse, Plans plan, bool causal, std::optional<int64_t> window, std::optional<double> softcap,
+              double scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k, MaybeTensor dprefix_v,
               MaybeTensor sink_parts) {
   auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, plan, causal, window, softcap, scale, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
@@ -145,17 +171,22 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
   call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
   call.sink_parts = sink_parts ? static_cast<float*>(data_of(*sink_parts)) : nullptr;
   auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.plan.prefix_slots;
-  auto const prefix_parts = call.kv_heads * call.plan.prefix_parts * stride, split_parts = call.kv_heads * call.plan.split_parts * stride;
+  auto const prefix_parts = call.kv_heads * call.plan.prefix_parts * stride;
+  auto const split_parts = call.kv_heads * call.plan.split_parts * stride;
   const Floats kt(slots * call.head_dim), vt(slots * call.head_dim), krows(slots * stride);
   const Floats prefix_dk(dprefix_k ? prefix_parts : 0), prefix_dv(dprefix_v ? prefix_parts : 0);
   const Floats split_dk(dk ? split_parts : 0), split_dv(dv ? split_parts : 0);
   call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
-  call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get(), call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
-  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
+  call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get();
+  call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
+  for_each(call, call.plan.prefixes.size, 3 * prefix_floats(call, call.plan.prefix_slots),
+           [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
   share_out(call, kernels.backward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.backward(call, head, chunk, workspace); });
-  for_each(call, call.plan.prefixes.size, [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
-  for_each(call, call.plan.splits.size, [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
+  for_each(call, call.plan.prefixes.size, 2 * prefix_floats(call, call.plan.prefix_parts),
+           [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
+  for_each(call, call.plan.splits.size, 2 * call.plan.split_parts * call.head_dim / std::max<int64_t>(call.plan.splits.size, 1),
+           [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
 }
 
 }  // namespace

@@ -136,7 +136,8 @@ struct Backward {
 
   template <typename T>
   void load_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
-    auto const keys = at<T>(call.k, segment.base, segment.begin, kv_head), values = at<T>(call.v, segment.base, segment.begin, kv_head);
+    auto const keys = at<T>(call.k, segment.base, segment.begin, kv_head);
+    auto const values = at<T>(call.v, segment.base, segment.begin, kv_head);
     auto const panels = segment.slot * head_dim, rows = segment.slot * stride;
     pack_panels(keys, call.k.row, own.count, head_dim, kt + panels);
     if (need_scores) pack_panels(values, call.v.row, own.count, head_dim, vt + panels);

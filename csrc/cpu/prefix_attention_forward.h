@@ -9,7 +9,7 @@ namespace FASTPROMPT_SIMD {
 struct Forward {
   const Call& call;
   int64_t head_dim, stride;
-  float *across, *sums, *weights, *largest, *totals, *queries, *kt, *v;
+  float *across, *sums, *weights, *largest, *totals, *queries, *panels, *values;
   const void** starts;
 
   Forward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
@@ -26,8 +26,8 @@ struct Forward {
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
     starts = reinterpret_cast<const void**>(take(2 * rows));
-    kt = take(c.plan.slots * head_dim);
-    v = take(c.plan.slots * stride);
+    panels = take(c.plan.slots * head_dim);
+    values = take(c.plan.slots * stride);
     end = memory;
   }
   float* end;
@@ -55,11 +55,13 @@ struct Forward {
         auto const& segment = plan.segments[s];
         auto const count = segment.end - segment.begin;
         if (segment.load) {
-          pack_panels(at<T>(call.k, segment.base, segment.begin, kv_head), call.k.row, count, head_dim, kt + segment.slot * head_dim);
-          pack_rows(at<T>(call.v, segment.base, segment.begin, kv_head), call.v.row, count, head_dim, v + segment.slot * stride, stride);
+          auto const k = at<T>(call.k, segment.base, segment.begin, kv_head);
+          auto const v = at<T>(call.v, segment.base, segment.begin, kv_head);
+          pack_panels(k, call.k.row, count, head_dim, panels + segment.slot * head_dim);
+          pack_rows(v, call.v.row, count, head_dim, values + segment.slot * stride, stride);
         }
         rows.see_own(segment, first);
-        attend(rows, kt + segment.slot * head_dim, v + segment.slot * stride, count);
+        attend(rows, panels + segment.slot * head_dim, values + segment.slot * stride, count);
         first += segment.rows * rows.group();
       }
       finish<T>(rows);
@@ -75,7 +77,8 @@ struct Forward {
       for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, floats{});
     });
     for (int64_t m = 0; m < rows.count(); m += ROWS) {
-      pack_across<T>(smaller<int64_t>(ROWS, rows.count() - m), head_dim, [&](int64_t i) { return starts[m + i]; }, across + m * head_dim, ROWS);
+      auto const start = [&](int64_t i) { return starts[m + i]; };
+      pack_across<T>(smaller<int64_t>(ROWS, rows.count() - m), head_dim, start, across + m * head_dim, ROWS);
     }
   }
 

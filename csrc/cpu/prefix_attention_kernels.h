@@ -72,7 +72,8 @@ struct Attention {
   }
 
   static AttentionKernels kernels() {
-    return {&Forward::floats_needed, &Backward::floats_needed, &pack_prefix, &forward, &backward, &add_prefix_parts, &add_split_parts};
+    return {&Forward::floats_needed, &Backward::floats_needed, &pack_prefix,    &forward,
+            &backward,               &add_prefix_parts,        &add_split_parts};
   }
 };
 

@@ -204,8 +204,9 @@ inline void add_keys(const Queries& queries, const float* weights, const float* 
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
-      block<false>(rows.count, vectors)(end - first, weights + rows.first * WIDTH + first - from, 0,
-                                        keys + first * stride + column, stride, sums + rows.first * stride + column, stride, true);
+      auto const a = weights + rows.first * WIDTH + first - from;
+      block<false>(rows.count, vectors)(end - first, a, 0, keys + first * stride + column, stride,
+                                        sums + rows.first * stride + column, stride, true);
     });
   }
 }
