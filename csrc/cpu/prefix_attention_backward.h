@@ -20,9 +20,9 @@ struct Backward {
   const Call& call;
   int64_t head_dim, stride;
   bool need_scores, need_keys, need_values, need_prefix_keys, need_prefix_values;
-  float *q_across, *grad_across, *q_rows, *grad_rows, *dq, *weights, *dscores, *lse, *delta, *queries;
+  Operand q, grad;
+  float *dq, *weights, *dscores, *lse, *delta, *queries;
   float *kt, *vt, *k, *dk, *dv;  // of the sequences at hand
-  const void **q_starts, **grad_starts;
   float* end;
 
   Backward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
@@ -35,18 +35,14 @@ struct Backward {
       memory += round_up(floats, 16);
       return p;
     };
-    q_across = take(round_up(rows, ROWS) * head_dim + LANES);
-    grad_across = take(round_up(rows, ROWS) * head_dim + LANES);
-    q_rows = take(rows * stride);
-    grad_rows = take(rows * stride);
+    q = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
+    grad = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
     dq = take(rows * stride);
     weights = take(rows * WIDTH);
     dscores = take(rows * WIDTH);
     lse = take(rows);
     delta = take(rows);
     queries = take(Queries::floats_needed(rows));
-    q_starts = reinterpret_cast<const void**>(take(2 * rows));
-    grad_starts = reinterpret_cast<const void**>(take(2 * rows));
     kt = take(slots * head_dim);
     vt = take(slots * head_dim);
     k = take(slots * stride);
@@ -108,16 +104,15 @@ struct Backward {
   template <typename T>
   void load_queries(const Queries& rows, float* sinks) {
     rows.each([&](int64_t m, int64_t row, int64_t head) {
-      auto const q = at<T>(call.q, 0, row, head), grad = at<T>(call.grad, 0, row, head), out = at<T>(call.out, 0, row, head);
-      q_starts[m] = q;
-      grad_starts[m] = grad;
-      if (need_keys || need_prefix_keys) pack_row(q, head_dim, q_rows + m * stride);
+      auto const from = at<T>(call.q, 0, row, head), out = at<T>(call.out, 0, row, head);
+      auto const slope = at<T>(call.grad, 0, row, head);
       floats products{};
       for (int64_t d = 0; d < head_dim; d += LANES) {
         auto const columns = smaller(LANES, head_dim - d);
-        auto const x = load(grad + d, columns);
+        auto const x = load(slope + d, columns);
         products += x * load(out + d, columns);
-        store(grad_rows + m * stride + d, x);
+        store(grad.at(m, d), x);
+        store(q.at(m, d), load(from + d, columns));
         store(dq + m * stride + d, floats{});
       }
       delta[m] = total(products);
@@ -125,13 +120,6 @@ struct Backward {
       lse[m] = x == -__builtin_inff() ? __builtin_inff() : x;  // a row that sees nothing has no weight
       if (sinks) sinks[head] -= exp(call.sinks[head] - lse[m]) * delta[m];
     });
-    for (int64_t m = 0; m < rows.count(); m += ROWS) {
-      auto const count = smaller<int64_t>(ROWS, rows.count() - m);
-      pack_across<T>(count, head_dim, [&](int64_t i) { return q_starts[m + i]; }, q_across + m * head_dim, ROWS);
-      if (need_scores) {
-        pack_across<T>(count, head_dim, [&](int64_t i) { return grad_starts[m + i]; }, grad_across + m * head_dim, ROWS);
-      }
-    }
   }
 
   template <typename T>
@@ -163,15 +151,15 @@ struct Backward {
   void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh) {
     for (int64_t from = 0; from < keys.count; from += KEYS) {
       auto const to = smaller(from + KEYS, keys.count);
-      multiply_panels(rows, q_across, keys.kt, head_dim, from, to, weights);
-      if (need_scores) multiply_panels(rows, grad_across, keys.vt, head_dim, from, to, dscores);
+      multiply_panels(rows, q, keys.kt, head_dim, from, to, weights);
+      if (need_scores) multiply_panels(rows, grad, keys.vt, head_dim, from, to, dscores);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
           weigh(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
         }
       });
-      if (with_values) add_queries(rows, weights, grad_rows, head_dim, from, to, fresh, keys.dv);
-      if (with_keys) add_queries(rows, dscores, q_rows, head_dim, from, to, fresh, keys.dk);
+      if (with_values) add_queries(rows, weights, grad, head_dim, from, to, fresh, keys.dv);
+      if (with_keys) add_queries(rows, dscores, q, head_dim, from, to, fresh, keys.dk);
       if (call.dq.data) add_keys(rows, dscores, keys.k, head_dim, from, to, dq);
     }
   }
@@ -187,13 +175,13 @@ struct Backward {
         slope = 1.0f - capped * capped;
         score = capped * call.softcap;
       }
-      auto const p = exp(score - lse[m]);
+      auto const p = between(exp(score - lse[m]), low - n, high - n, 0);
       store(weight + n, p);
-      if (need_scores) store(dscore + n, p * slope * (load(dscore + n) - delta[m]));
+      if (need_scores) store(dscore + n, between(p * slope * (load(dscore + n) - delta[m]), low - n, high - n, 0));
     }
-    auto const hide = [&](int64_t n) { weight[n] = dscore[n] = 0; };
-    for (auto n = smaller(start, round_down(first, ROWS)); n < low; ++n) hide(n);
-    for (auto n = larger(high, start); n < larger(stop, round_up(end, ROWS)); ++n) hide(n);
+    auto const hide = [&](int64_t n) { store(weight + n, floats{}), store(dscore + n, floats{}); };
+    if (round_down(first, ROWS) < start) hide(start - LANES);
+    if (round_up(end, ROWS) > stop) hide(stop);
   }
 };
 

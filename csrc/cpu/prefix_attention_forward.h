@@ -9,8 +9,8 @@ namespace FASTPROMPT_SIMD {
 struct Forward {
   const Call& call;
   int64_t head_dim, stride;
-  float *across, *sums, *weights, *largest, *totals, *queries, *panels, *values;
-  const void** starts;
+  Operand q;
+  float *sums, *weights, *largest, *totals, *queries, *panels, *values;
 
   Forward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
     auto const rows = most_rows(c);
@@ -19,13 +19,12 @@ struct Forward {
       memory += round_up(floats, 16);
       return p;
     };
-    across = take(round_up(rows, ROWS) * head_dim + LANES);
+    q = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
     sums = take(rows * stride);
     weights = take(rows * WIDTH);
     largest = take(rows);
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
-    starts = reinterpret_cast<const void**>(take(2 * rows));
     panels = take(c.plan.slots * head_dim);
     values = take(c.plan.slots * stride);
     end = memory;
@@ -71,21 +70,20 @@ struct Forward {
   template <typename T>
   void load_queries(const Queries& rows) {
     rows.each([&](int64_t m, int64_t row, int64_t head) {
-      starts[m] = at<T>(call.q, 0, row, head);
+      auto const from = at<T>(call.q, 0, row, head);
       largest[m] = -__builtin_inff();
       totals[m] = 0;
-      for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, floats{});
+      for (int64_t d = 0; d < head_dim; d += LANES) {
+        store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
+        store(sums + m * stride + d, floats{});
+      }
     });
-    for (int64_t m = 0; m < rows.count(); m += ROWS) {
-      auto const start = [&](int64_t i) { return starts[m + i]; };
-      pack_across<T>(smaller<int64_t>(ROWS, rows.count() - m), head_dim, start, across + m * head_dim, ROWS);
-    }
   }
 
   void attend(const Queries& rows, const float* keys, const float* values, int64_t count) {
     for (int64_t from = 0; from < count; from += KEYS) {
       auto const to = smaller(from + KEYS, count);
-      multiply_panels(rows, across, keys, head_dim, from, to, weights);
+      multiply_panels(rows, q, keys, head_dim, from, to, weights);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
           soften(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
@@ -109,20 +107,22 @@ struct Forward {
       for (auto n = start; n < end; n += LANES) store(row + n, tanh(load(row + n) * (scale / call.softcap)) * call.softcap);
       scale = 1;
     }
-    for (auto n = start; n < low; ++n) row[n] = -__builtin_inff();
-    for (auto n = larger(high, start); n < end; ++n) row[n] = -__builtin_inff();
-    auto highest = load(row + start) * scale;
-    for (auto n = start + LANES; n < end; n += LANES) highest = maximum(load(row + n) * scale, highest);
-    auto const now = larger(largest[m], maximum(highest));
-    if (now != largest[m]) {
-      auto const shrink = exp(largest[m] - now);
+    auto highest = broadcast(-__builtin_inff());
+    for (auto n = start; n < end; n += LANES) {
+      highest = maximum(between(load(row + n) * scale, low - n, high - n, -__builtin_inff()), highest);
+    }
+    auto const before = largest[m], now = larger(before, maximum(highest));
+    if (now != before) {
       largest[m] = now;
-      totals[m] *= shrink;
-      for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, load(sums + m * stride + d) * shrink);
+      if (before != -__builtin_inff()) {
+        auto const shrink = exp(before - now);
+        totals[m] *= shrink;
+        for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, load(sums + m * stride + d) * shrink);
+      }
     }
     floats added{};
     for (auto n = start; n < end; n += LANES) {
-      auto const weight = exp(load(row + n) * scale - now);
+      auto const weight = between(exp(load(row + n) * scale - now), low - n, high - n, 0);
       added += weight;
       store(row + n, weight);
     }

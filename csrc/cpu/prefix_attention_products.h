@@ -1,7 +1,7 @@
 // The small matrix products that attention is made of: C [rows, LANES * vectors] (+)= A B, one register block a call.
 //
 // The block stays in registers while the sum runs: ROWS x VECTORS accumulators, a row of B, and one number of A at a time,
-// broadcast. A comes transposed (the numbers of a step side by side) or as rows WIDTH apart.
+// broadcast. A comes as rows WIDTH apart or transposed, the numbers of a step side by side and steps WIDTH apart.
 #pragma once
 
 #include "simd_math.h"
@@ -13,7 +13,7 @@ constexpr int ROWS = FASTPROMPT_LANES == 16 ? 12 : FASTPROMPT_LANES == 8 ? 6 : 4
 constexpr int VECTORS = 2;
 constexpr int64_t PANEL = VECTORS * LANES;
 constexpr int64_t KEYS = 128;          // keys in a block, a multiple of PANEL
-constexpr int64_t WIDTH = KEYS + 16;   // floats between rows of a block of scores: an odd number of cache lines
+constexpr int64_t WIDTH = KEYS + 16;   // floats between rows of a block of scores: an odd number of cache lines, room for one vector
 
 template <int rows, int vectors, bool transposed>
 struct Block {
@@ -26,9 +26,7 @@ struct Block {
     }
   }
 
-  // a_stride is the distance of two steps of A where it is transposed.
-  static void multiply(int64_t steps, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                       int64_t c_stride, bool add) {
+  static void multiply(int64_t steps, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool add) {
     floats x[rows][vectors];
     each([&](int i, int j) { __builtin_prefetch(c + i * c_stride + j * LANES, 1); });
     asm("" : "+r"(c), "+r"(c_stride));  // the addresses are worked out again at the end: no registers for them in the loop
@@ -43,7 +41,7 @@ struct Block {
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; ++j) x[i][j] += factor * row[j];
       }
-      a += transposed ? a_stride : 1;
+      a += transposed ? WIDTH : 1;
       b += b_stride;
     }
     asm("" : "+r"(c), "+r"(c_stride));
@@ -55,7 +53,7 @@ struct Block {
   }
 };
 
-using Multiply = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(int64_t, const float*, const float*, int64_t, float*, int64_t, bool);
 
 template <int vectors, bool transposed, size_t... I>
 inline Multiply choose_block(int64_t rows, std::index_sequence<I...>) {

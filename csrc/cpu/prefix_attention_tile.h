@@ -1,8 +1,8 @@
 // What forward and backward share: packing of operands, which keys a query sees, products of a tile with a block of keys.
 //
-// In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. They are packed
-// transposed, ROWS of them together: `across` [rows / ROWS, Dh, ROWS]. Keys come as transposed panels [keys / PANEL, Dh,
-// PANEL] where they are multiplied over Dh, and as rows `stride` floats apart where they are summed over.
+// In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. Keys come as
+// transposed panels [keys / PANEL, Dh, PANEL] where they are multiplied over Dh, and as rows `stride` floats apart where
+// they are summed over.
 #pragma once
 
 #include "prefix_attention.h"
@@ -14,22 +14,6 @@ namespace FASTPROMPT_SIMD {
 template <typename T>
 inline T* at(const Strided& x, int64_t base, int64_t row, int64_t head) {
   return static_cast<T*>(x.data) + base * x.base + row * x.row + head * x.head;
-}
-
-// `count` rows of `width` numbers; `row(i)` is where row i starts. Into columns of `to`, `stride` apart.
-template <typename T, typename Row>
-inline void pack_across(int64_t count, int64_t width, const Row& row, float* to, int64_t stride) {
-  for (int64_t k = 0; k < width; k += LANES) {
-    floats x[LANES];
-    auto const columns = smaller(LANES, width - k);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i) x[i] = i < count ? load(static_cast<const T*>(row(i)) + k, columns) : floats{};
-    transpose(x);
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < LANES; ++j) {
-      if (j < columns) store(to + (k + j) * stride, x[j]);
-    }
-  }
 }
 
 // A row of `width` numbers, and zeros up to a whole vector.
@@ -47,8 +31,19 @@ inline void unpack_row(const float* from, int64_t width, float factor, T* to) {
 template <typename T>
 inline void pack_panels(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to) {
   for (int64_t n = 0; n < count; n += LANES) {
-    auto const row = [&](int64_t i) { return from + (n + i) * row_stride; };
-    pack_across<T>(smaller(LANES, count - n), width, row, to + n / PANEL * PANEL * width + n % PANEL, PANEL);
+    auto const rows = smaller(LANES, count - n);
+    auto const panel = to + n / PANEL * PANEL * width + n % PANEL;
+    for (int64_t k = 0; k < width; k += LANES) {
+      floats x[LANES];
+      auto const columns = smaller(LANES, width - k);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) x[i] = i < rows ? load(from + (n + i) * row_stride + k, columns) : floats{};
+      transpose(x);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < LANES; ++j) {
+        if (j < columns) store(panel + (k + j) * PANEL, x[j]);
+      }
+    }
   }
   if (round_up(count, PANEL) - count >= LANES) {  // the other half of the last panel
     auto const n = round_up(count, LANES);
@@ -60,6 +55,14 @@ template <typename T>
 inline void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to, int64_t stride) {
   for (int64_t n = 0; n < count; ++n) pack_row(from + n * row_stride, width, to + n * stride);
 }
+
+// The queries of a tile, or what else belongs to them, as an operand of products: rows WIDTH apart, in slabs of KEYS columns.
+struct Operand {
+  float* data;
+  int64_t slab;  // floats
+  static int64_t floats_needed(int64_t rows, int64_t width) { return (width + KEYS - 1) / KEYS * rows * WIDTH; }
+  float* at(int64_t row, int64_t column) const { return data + column / KEYS * slab + row * WIDTH + column % KEYS; }
+};
 
 // Rows of a tile in one register block, and the keys that at least one of them sees.
 struct Rows {
@@ -139,11 +142,10 @@ class Queries {
     }
   }
 
-  // Blocks never cross a multiple of ROWS, as the rows are packed.
   void make_blocks(int64_t first, int64_t end) {
     blocks_ = 0;
     while (first < end) {
-      auto const next = smaller(round_down(first, ROWS) + ROWS, end);
+      auto const next = smaller(first + ROWS, end);
       Rows rows{first, next - first, low_[first], high_[first]};
       for (auto m = first; m < next; ++m) {
         rows.low = smaller<int64_t>(rows.low, low_[m]);
@@ -184,15 +186,18 @@ inline void each_block(const Queries& queries, int64_t from, int64_t to, const F
   }
 }
 
-// products [rows, WIDTH] = across panels^T, for the keys from `from` to `to`: whole vectors of them.
-inline void multiply_panels(const Queries& queries, const float* across, const float* panels, int64_t width, int64_t from,
+// products [rows, WIDTH] = queries panels^T, for the keys from `from` to `to`: whole vectors of them.
+inline void multiply_panels(const Queries& queries, const Operand& operand, const float* panels, int64_t width, int64_t from,
                             int64_t to, float* products) {
   for (auto panel = from; panel < to; panel += PANEL) {
     each_block(queries, panel, smaller(panel + PANEL, to), [&](const Rows& rows, int64_t first, int64_t end) {
       auto const start = round_down(first, LANES), vectors = (end - start + LANES - 1) / LANES;
-      auto const a = across + rows.first / ROWS * ROWS * width + rows.first % ROWS;
-      block<true>(rows.count, vectors)(width, a, ROWS, panels + panel * width + start % PANEL, PANEL,
-                                       products + rows.first * WIDTH + start - from, WIDTH, false);
+      auto const multiply = block<false>(rows.count, vectors);
+      for (int64_t column = 0; column < width; column += KEYS) {
+        multiply(smaller(KEYS, width - column), operand.at(rows.first, column),
+                 panels + panel * width + column * PANEL + start % PANEL, PANEL,
+                 products + rows.first * WIDTH + start - from, WIDTH, column > 0);
+      }
     });
   }
 }
@@ -205,15 +210,15 @@ inline void add_keys(const Queries& queries, const float* weights, const float* 
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
       auto const a = weights + rows.first * WIDTH + first - from;
-      block<false>(rows.count, vectors)(end - first, a, 0, keys + first * stride + column, stride,
+      block<false>(rows.count, vectors)(end - first, a, keys + first * stride + column, stride,
                                         sums + rows.first * stride + column, stride, true);
     });
   }
 }
 
-// sums [keys, width] += weights^T rows_of_queries, or = where they are fresh. The weights of a block of rows are there, or
+// sums [keys, width] += weights^T operand, or = where they are fresh. The weights of a block of rows are there, or
 // zero, for all keys of the blocks of ROWS keys that hold one it sees.
-inline void add_queries(const Queries& queries, const float* weights, const float* rows_of_queries, int64_t width, int64_t from,
+inline void add_queries(const Queries& queries, const float* weights, const Operand& operand, int64_t width, int64_t from,
                         int64_t to, bool fresh, float* sums) {
   auto const stride = row_stride(width);
   for (int64_t column = 0; column < width; column += PANEL) {
@@ -225,7 +230,7 @@ inline void add_queries(const Queries& queries, const float* weights, const floa
       int64_t first = 0, end = 0;  // of rows side by side that see some of the keys
       auto const flush = [&] {
         if (first < end || !add) {
-          multiply(end - first, weights + first * WIDTH + key - from, WIDTH, rows_of_queries + first * stride + column, stride,
+          multiply(end - first, weights + first * WIDTH + key - from, operand.at(first, column), WIDTH,
                    sums + key * stride + column, stride, add);
           add = true;
         }

@@ -59,6 +59,19 @@ inline floats swap_lanes(floats x, std::index_sequence<LANE...>) {
 #endif
 }
 
+template <int32_t... LANE>
+inline floats between(floats x, int32_t from, int32_t to, floats other, std::integer_sequence<int32_t, LANE...>) {
+  typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+  constexpr ints lanes{LANE...};
+  return ((lanes >= from) & (lanes < to)) ? x : other;
+}
+
+// The lanes of x from `from` to `to`, which may lie outside, and `other` in the rest.
+inline floats between(floats x, int64_t from, int64_t to, float other) {
+  if (from <= 0 && to >= LANES) return x;
+  return between(x, int32_t(from), int32_t(to), broadcast(other), std::make_integer_sequence<int32_t, LANES>());
+}
+
 // All lanes combined in pairs.
 template <int STEP = LANES / 2, typename Combine>
 inline float fold(floats x, const Combine& combine) {
