@@ -1,6 +1,7 @@
 """Argument checks shared by all operators: every message names the argument, what came and what is expected."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -79,6 +80,11 @@ def choose_backend(op, requested, available: Mapping[str, str | None], preferred
 def accumulator(dtype):
     """The dtype sums are kept in: fp32 for the low precisions, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def without_autocast(device_type):
+    """A context for code whose matrix products autocast must not reach."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _show(shape):

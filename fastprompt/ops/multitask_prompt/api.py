@@ -2,7 +2,7 @@
 
 import torch
 
-from ...checks import FLOATS, INTS, check_range, check_tensor
+from ...checks import FLOATS, INTS, check_range, check_tensor, without_autocast
 from ..launcher import available, choose, launcher
 from . import cpu
 
@@ -83,7 +83,7 @@ def _forward(shared, rows, cols, task_ids, backend):
     implementation = _implementation(backend, shared, rows.shape[2])
     if implementation is not cpu:  # which finds them itself
         check_range("task_ids", task_ids, 0, rows.shape[0])
-    with torch.autocast(shared.device.type, enabled=False):
+    with without_autocast(shared.device.type):
         return implementation.forward(shared, rows, cols, task_ids)
 
 
@@ -95,7 +95,7 @@ def _forward_fake(shared, rows, cols, task_ids, backend):
 @torch.library.impl(_library, "multitask_prompt_backward", "CompositeExplicitAutograd")
 def _backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols, backend):
     implementation = _implementation(backend, shared, rows.shape[2])
-    with torch.autocast(shared.device.type, enabled=False):
+    with without_autocast(shared.device.type):
         return implementation.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ... import native
-from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend
+from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend, without_autocast
 from ...layout import Sequences
 from ..launcher import available, launcher
 from . import composed, cpu
@@ -79,11 +79,14 @@ class PrefixAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, sinks, out, lse)
         ctx.seq, ctx.options = seq, options
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # zeros for lse otherwise
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 12
         q, k, v, prefix_k, prefix_v, sinks, out, lse = ctx.saved_tensors
         seq, tensors = ctx.seq, (grad, q, k, v, prefix_k, prefix_v, sinks, out, lse)
         needs = list(ctx.needs_input_grad[:6])
@@ -156,7 +159,7 @@ def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, s
     seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
     implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
-    with torch.autocast(q.device.type, enabled=False):  # it reaches the matrix products in here otherwise
+    with without_autocast(q.device.type):
         return implementation.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
@@ -166,7 +169,7 @@ def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, w
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, needs=needs)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         grads = implementation.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
     return [g.to(x.dtype) if need else None for x, g, need in zip(inputs, grads, needs)]
 

@@ -23,7 +23,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     out, lse = _empty_like(q, whole), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if not whole:
         lse.fill_(-torch.inf)
-    torch.ops.fastprompt.prefix_attention_cpu(
+    torch.ops.fastprompt.prefix_attention_cpu.default(
         q, k, v, prefix_k, prefix_v, _fp32(sinks), _plan(q, k, prefix_k, seq, causal, window), causal, window, softcap, scale,
         out, lse)
     return out, lse
@@ -37,7 +37,7 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal,
     dq, dk, dv = (_empty_like(t, whole) if need else None for t, need in zip((q, k, v), needs))
     dprefix_k, dprefix_v = (_empty_like(t, False) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:]))
     sink_parts = lse.new_zeros(len(plan[2]), q.shape[1]) if needs[5] else None
-    torch.ops.fastprompt.prefix_attention_backward_cpu(
+    torch.ops.fastprompt.prefix_attention_backward_cpu.default(
         grad, q, k, v, prefix_k, prefix_v, _fp32(sinks), out, lse.contiguous(), plan, causal, window, softcap, scale,
         dq, dk, dv, dprefix_k, dprefix_v, sink_parts)
     return dq, dk, dv, dprefix_k, dprefix_v, None if sink_parts is None else sink_parts.sum(0).to(sinks.dtype)
