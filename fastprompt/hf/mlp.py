@@ -19,7 +19,9 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        activated = activation(gate)
+        # In place where the activation made a tensor: what comes and goes between kept tensors leaves holes in the heap.
+        return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,6 +9,7 @@ _TILE_ROWS = 192  # queries of a tile, all heads of a group counted: its operand
 _CHUNK_ROWS = 1024  # of a chunk, so that the sums it leaves for the prefix cost little
 _ITEMS = 8  # at least so many items for the threads, where there are rows enough
 _FEWEST_ROWS = 48  # of a tile
+_PAIRS = 1 << 14  # of a query and a key, in all heads: what an item is worth being cut off for, about 20 microseconds
 _ALIGNMENT = 32
 
 
@@ -38,8 +39,14 @@ class _Planner:
             if length:
                 used = prefix_id if seq.prefix_length(prefix_id, room) else -1
                 readers.setdefault(used, []).append((index, start, length, gap))
-        queries = sum(1 if self.decode else length for *_, length, _ in (s for group_ in readers.values() for s in group_))
-        wanted = -(-_ITEMS // kv_heads)  # chunks
+        queries = pairs = 0
+        for prefix_id, sequences in readers.items():
+            for _, _, length, _ in sequences:
+                rows = 1 if self.decode else length
+                queries += rows
+                pairs += rows * (seq.prefix_length(prefix_id, room) + length)
+        items = min(_ITEMS, pairs * group * kv_heads // _PAIRS + 1)
+        wanted = -(-items // kv_heads)  # chunks
         self.tile_rows = max(1, min(_TILE_ROWS, max(_FEWEST_ROWS, -(-queries * group // wanted))) // group)
         self.chunk_rows = max(1, min(_CHUNK_ROWS, -(-queries * group // wanted)) // group)
         chunks = []
