@@ -1,0 +1,26 @@
+// The kernels of prompt_lstm under emulation, for tests that call them through ctypes.
+
+#include "../prompt_lstm.cu"
+
+using namespace fastprompt;
+using namespace fastprompt::lstm;
+
+extern "C" {
+
+// What `choose` picks.
+void choose_plan(const Problem* problem, const Chip* chip, Plan* plan) { *plan = choose(*problem, *chip); }
+
+// A plan of our own choice; room: bytes of shared memory that a block may have, negative: weights in registers.
+void make_plan(const Problem* problem, int cluster, int blocks, int room, Plan* plan) {
+  auto const exchange = cluster ? Exchange::cluster : Exchange::grid;
+  *plan = room < 0 ? in_registers(*problem, exchange, blocks) : in_shared(*problem, exchange, blocks, room);
+}
+
+// The error; empty if there is none.
+const char* run_emulated(const Args* args, int dtype, bool backward, uint64_t seed) {
+  emulation::seed = seed;
+  run(*args, Dtype(dtype), backward, nullptr);
+  return emulation::error.c_str();
+}
+
+}
