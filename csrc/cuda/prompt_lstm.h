@@ -31,6 +31,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 namespace fastprompt {
 
@@ -129,6 +130,11 @@ inline Plan choose(const Problem& p, const Chip& chip) {
 // Whether a block's buffers alone are not too large.
 inline bool fits(const Plan& plan, const Chip& chip) { return plan.shared <= chip.shared; }
 
+// Whether rows of a matrix can be read a chunk at a time.
+inline bool rows_aligned(const void* matrix, const Problem& p) {
+  return reinterpret_cast<uintptr_t>(matrix) % CHUNK == 0 && p.columns() * p.element % CHUNK == 0;
+}
+
 // What a kernel is given. D directions, P steps; all contiguous. `matrix` has the dtype of the weights. Row r of `input` and
 // `output` belongs to row r of the sequence, which the second direction runs from the last to the first; `steps` are in the
 // order in which a direction runs them.
@@ -139,7 +145,7 @@ struct Args {
   float* output;              // forward: hidden states, [P, D * H]; backward: dgates, [D, P, 4H]
   unsigned long long* words;  // [D, 2, columns], zero; for Exchange::grid
   int count, hidden, directions;  // count: P
-  bool aligned;               // rows of the matrices start at multiples of CHUNK bytes
+  bool aligned;               // rows_aligned of all matrices
   Plan plan;
 };
 

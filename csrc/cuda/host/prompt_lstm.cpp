@@ -16,10 +16,12 @@ void make_plan(const Problem* problem, int cluster, int blocks, int room, Plan* 
   *plan = room < 0 ? in_registers(*problem, exchange, blocks) : in_shared(*problem, exchange, blocks, room);
 }
 
-// The error; empty if there is none.
-const char* run_emulated(const Args* args, int dtype, bool backward, uint64_t seed) {
+// Runs `args`, whose `aligned` is found here. The error; empty if there is none.
+const char* run_emulated(const Args* args, const Problem* problem, int dtype, uint64_t seed) {
+  auto given = *args;
+  given.aligned = rows_aligned(given.matrix[0], *problem) && rows_aligned(given.matrix[given.directions - 1], *problem);
   emulation::seed = seed;
-  run(*args, Dtype(dtype), backward, nullptr);
+  run(given, Dtype(dtype), problem->backward, nullptr);
   return emulation::error.c_str();
 }
 

@@ -1,0 +1,289 @@
+"""The CUDA kernels of prompt_lstm without a GPU: compiled for the emulation in csrc/cuda/host and called by the backend."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprompt import native
+from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
+
+from .budget import assert_within_budget
+
+SOURCES = Path(__file__).parents[1] / "csrc/cuda/host"
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) if os.name == "posix" else None
+pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of the enum
+
+
+def structure(name, **fields):
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+INT, POINTER = ctypes.c_int, ctypes.c_void_p
+Problem = structure("Problem", hidden=INT, directions=INT, element=INT, backward=ctypes.c_bool)
+Chip = structure("Chip", processors=INT, shared=INT, cluster=INT)
+Plan = structure("Plan", exchange=INT, storage=INT, blocks=INT, tiles=INT, warps=INT, kept=INT, shared=INT)
+Args = structure("Args", matrix=POINTER * 2, input=POINTER, steps=POINTER, output=POINTER, words=POINTER, count=INT,
+                 hidden=INT, directions=INT, aligned=ctypes.c_bool, plan=Plan)
+CLUSTER, GRID = REGISTERS, SHARED = 0, 1  # of Plan.exchange and Plan.storage
+
+CHIPS = {"A100": Chip(108, 163 * 1024, 0), "H100": Chip(132, 227 * 1024, 16), "H100, clusters of 8": Chip(132, 227 * 1024, 8),
+         "B200": Chip(148, 227 * 1024, 16), "RTX 5090": Chip(170, 99 * 1024, 8), "RTX 3060": Chip(28, 99 * 1024, 0)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A plan to force. chunks: of each row in shared memory, None: all; registers: there instead."""
+
+    cluster: bool
+    blocks: int
+    registers: bool = False
+    chunks: int | None = None
+
+    def plan(self, library, problem):
+        def make(room):
+            plan = Plan()
+            library.make_plan(ctypes.byref(problem), self.cluster, self.blocks, room, ctypes.byref(plan))
+            return plan
+
+        if self.registers:
+            return make(-1)
+        if self.chunks is None:
+            return make(227 * 1024)
+        bare = make(0)
+        rows = bare.tiles * 2 * (1 if problem.backward else 4)
+        return make(bare.shared + rows * 16 * self.chunks)
+
+
+VARIANTS = {
+    "cluster, registers": Variant(True, 2, registers=True), "cluster, shared": Variant(True, 4),
+    "grid, registers": Variant(False, 3, registers=True), "grid, shared": Variant(False, 3),
+    "streaming": Variant(False, 2, chunks=0), "streaming a part": Variant(False, 1, chunks=32),
+}  # fmt: skip
+
+
+def build(folder, *flags):
+    compiler = os.environ.get("CXX", "c++").split()
+    library = folder / f"emulated{'_'.join(flags)}.so"
+    subprocess.run([*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags, f"-I{SOURCES}",
+                    SOURCES / "prompt_lstm.cpp", "-o", library], check=True)
+    library = ctypes.CDLL(str(library))
+    library.run_emulated.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="session")
+def library(folder):
+    return build(folder)
+
+
+class Emulation:
+    """The operator that the CUDA library defines, on a CPU: by a library of emulated kernels, a variant and a thread order."""
+
+    def __init__(self):
+        self.ops = torch.library.Library("fastprompt", "FRAGMENT")
+        if native.missing_cuda:
+            self.ops.define("prompt_lstm_recurrence_cuda(Tensor[] matrices, Tensor input, Tensor(a!) steps, Tensor(b!) output, "
+                            "Tensor(c!) words, bool backward) -> ()")
+        self.ops.impl("prompt_lstm_recurrence_cuda", self.recurrence, "CPU")
+
+    def use(self, library, variant, seed=0):
+        self.library, self.variant, self.seed = library, variant, seed
+        return self
+
+    def recurrence(self, matrices, given, steps, output, words, backward):
+        tensors = [*matrices, given, steps, output, words]
+        assert all(t.is_contiguous() for t in tensors) and all(t.dtype == torch.float32 for t in tensors[-4:-1])
+        directions, count, _, hidden = steps.shape
+        problem = Problem(hidden, directions, matrices[0].element_size(), backward)
+        pointers = [t.data_ptr() for t in tensors]
+        args = Args((POINTER * 2)(*pointers[:directions]), *pointers[directions:], count, hidden, directions,
+                    plan=self.variant.plan(self.library, problem))
+        dtype = DTYPES.index(matrices[0].dtype)
+        error = self.library.run_emulated(ctypes.byref(args), ctypes.byref(problem), dtype, ctypes.c_uint64(self.seed))
+        if error:
+            raise RuntimeError(error.decode())
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    return Emulation()
+
+
+def inputs(hidden, count, directions, dtype, layers=1, size=5, bias=True, seed=0):
+    """An input, nn.LSTM's weights, the gradient of the output, and the options to run them with."""
+    generator = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weights = []
+    for layer in range(layers):
+        for _ in range(directions):
+            columns = directions * hidden if layer else size
+            weights += [new(4 * hidden, columns) / columns**0.5, new(4 * hidden, hidden) / hidden**0.5]
+            weights += [new(4 * hidden), new(4 * hidden)] if bias else []
+    tensors = [new(count, size), *weights, new(count, directions * hidden)]
+    x, *weights, grad = (t.to(dtype) for t in tensors)
+    return x, weights, grad, (layers, directions == 2)
+
+
+def run(backend, x, weights, grad, options, keep=(), needs=None):
+    """The output and the gradients, by the operators themselves: the backend "cuda" is told apart from the device here."""
+    keep, needs = list(keep), needs or [True] * (1 + len(weights))
+    out, steps = torch.ops.fastprompt.prompt_lstm(x, weights, keep, *options, backend)
+    return [out, *torch.ops.fastprompt.prompt_lstm_backward(grad, x, weights, keep, steps, *options, needs, backend)]
+
+
+def check(x, weights, grad, options, keep=(), needs=None):
+    plain = run("reference", x, weights, grad, options, keep, needs)
+    keep64 = [k.double() for k in keep]
+    exact = run("reference", x.double(), [w.double() for w in weights], grad.double(), options, keep64, needs)
+    got = run("cuda", x, weights, grad, options, keep, needs)
+    for a, b, c in zip(got, plain, exact, strict=True):
+        assert_within_budget(a, b, c)
+
+
+# 40 units: more tiles than a block has warps, and rows of more than 32 chunks. 2 and 9 steps: both buffers, and again.
+@pytest.mark.parametrize("hidden, count, directions", [(1, 1, 2), (7, 9, 1), (10, 5, 2), (40, 2, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_equal_the_reference(variant, dtype, hidden, count, directions, library, emulation):
+    emulation.use(library, VARIANTS[variant], seed=hidden)
+    check(*inputs(hidden, count, directions, dtype, seed=count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_kept_in_part(dtype, library, emulation):
+    """Forward and backward of a layer whose rows have chunks of both kinds."""
+    emulation.use(library, Variant(False, 2, chunks=32))
+    hidden = 32 * 16 // dtype.itemsize + 8
+    check(*inputs(hidden, 2, 1, dtype))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
+    given = inputs(9, 4, 2, torch.float32)
+    results = [run("cuda", *given) for seed in range(20) if emulation.use(library, VARIANTS[variant], seed)]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("flag, variant", [("-DEMULATION_WITHOUT_CLUSTER_SYNC", "cluster, registers"),
+                                           ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")])
+def test_a_missing_barrier_is_found(flag, variant, folder, library, emulation):
+    """The same sources without a barrier: some order of the threads gives another result."""
+    given = inputs(9, 4, 2, torch.float32)
+    right = run("cuda", *given) if emulation.use(library, VARIANTS[variant]) else None
+    broken = build(folder, flag)
+    wrong = [run("cuda", *given) for seed in range(5) if emulation.use(broken, VARIANTS[variant], seed)]
+    assert all(any(not torch.equal(a, b) for a, b in zip(right, other, strict=True)) for other in wrong)
+
+
+def test_a_wait_without_an_end_is_found(library, emulation):
+    """Half of a grid is launched as if it were all."""
+
+    class Half(Variant):
+        def plan(self, library, problem):
+            plan = super().plan(library, problem)
+            plan.blocks //= 2
+            return plan
+
+    emulation.use(library, Half(False, 2))
+    with pytest.raises(RuntimeError, match="all threads wait for a word that nobody writes"):
+        run("cuda", *inputs(9, 4, 1, torch.float32))
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_dropout(bias, directions, library, emulation):
+    emulation.use(library, VARIANTS["grid, registers"])
+    given = inputs(6, 5, directions, torch.float32, layers=3, bias=bias)
+    generator = torch.Generator().manual_seed(0)
+    keep = [2.0 * (torch.rand(5, 6 * directions, generator=generator) < 0.5) for _ in range(2)]
+    check(*given, keep)
+
+
+def test_only_the_gradients_that_are_asked_for(library, emulation):
+    emulation.use(library, VARIANTS["cluster, shared"])
+    given = inputs(6, 5, 2, torch.float32, layers=2)
+    everything = run("cuda", *given)
+    for asked in range(1 + len(given[1])):
+        needs = [at == asked for at in range(1 + len(given[1]))]
+        _, *grads = run("cuda", *given, needs=needs)
+        assert [g.numel() > 0 for g in grads] == needs and torch.equal(grads[asked], everything[1 + asked])
+
+
+def test_odd_tensors(library, emulation):
+    """Weights that are not contiguous, an expanded gradient, an input of no rows."""
+    emulation.use(library, VARIANTS["grid, shared"])
+    x, weights, grad, options = inputs(6, 5, 2, torch.float32)
+    strided = [w.t().contiguous().t() if w.dim() == 2 else w.repeat_interleave(2)[::2] for w in weights]
+    check(x, strided, torch.ones(1, 1).expand_as(grad), options)
+    out, dx, *dweights = run("cuda", x[:0], weights, grad[:0], options)
+    assert out.shape == (0, 12) and dx.shape == (0, 5) and not any(d.any() for d in dweights)
+
+
+def test_it_runs_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(native, "missing_cuda", None)
+    assert available_backends()["cuda"] is None and select_backend("cuda") == "torch"
+    x, weights, _, _ = inputs(4, 3, 2, torch.float32)
+    with pytest.raises(RuntimeError, match="backend 'cuda' of prompt_lstm cannot run this call: x is on cpu"):
+        prompt_lstm(x, weights, num_layers=1, backend="cuda")
+    monkeypatch.setattr(native, "missing_cuda", "the reason")
+    with pytest.raises(RuntimeError, match="cannot run this call: the reason"):
+        prompt_lstm(x, weights, num_layers=1, backend="cuda")
+
+
+# Which kernel runs.
+
+
+def choose(library, chip, hidden, element, backward=False, directions=2):
+    plan = Plan()
+    problem = Problem(hidden, directions, element, backward)
+    library.choose_plan(ctypes.byref(problem), ctypes.byref(CHIPS[chip]), ctypes.byref(plan))
+    return plan
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_plans_keep_to_the_chip(chip, library):
+    limits = CHIPS[chip]
+    for element, backward, directions in ((4, False, 2), (4, True, 2), (2, False, 1), (2, True, 2)):
+        for hidden in (*range(1, 70), *range(71, 2100, 7)):
+            plan = choose(library, chip, hidden, element, backward, directions)
+            units = 4 if plan.storage == REGISTERS else 2
+            assert plan.blocks * plan.tiles * units >= hidden and plan.shared <= limits.shared
+            assert plan.blocks * directions <= limits.processors  # all run at once
+            assert 1 <= plan.warps <= min(plan.tiles, 8 if plan.storage == REGISTERS else 12)
+            assert plan.exchange == GRID or plan.blocks <= limits.cluster
+            if plan.storage == REGISTERS:
+                assert plan.warps == plan.tiles and hidden <= 1024 // element
+            else:
+                columns = (4 if backward else 1) * hidden
+                chunks = -(-columns * element // 16)
+                assert plan.kept == chunks or plan.exchange == GRID and plan.kept % 32 == 0 and plan.kept < chunks
+
+
+def largest(library, chip, element, backward, wanted):
+    return max(h for h in range(8, 2049, 8) if wanted(choose(library, chip, h, element, backward), h * (4 if backward else 1)))
+
+
+@pytest.mark.parametrize("element", [4, 2])
+def test_the_ranges_that_are_written_down(element, library):
+    """Those of csrc/cuda/prompt_lstm.h, in steps of 8 and for both passes: a range is that of the worse one."""
+
+    def both(chip, wanted):
+        return min(largest(library, chip, element, backward, wanted) for backward in (False, True))
+
+    half = element == 2
+    in_cluster = lambda plan, columns: plan.exchange == CLUSTER  # noqa: E731
+    kept = lambda plan, columns: plan.storage == REGISTERS or plan.kept * 16 >= columns * element  # noqa: E731
+    print({c: (both(c, kept), both(c, in_cluster) if CHIPS[c].cluster else 0) for c in CHIPS})
