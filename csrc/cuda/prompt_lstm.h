@@ -13,21 +13,26 @@
 // stay where it has loaded them before the first step (Storage); the vector goes from block to block (Exchange). Units come
 // in tiles: a warp computes the rows of one tile together.
 //
-// Which kernel runs, by what a block has room for (`choose`):
+// Where the rows stay, and which way the vector takes (`choose`):
 //
 //   registers  The rows of 4 units in a warp's registers: 4 units x 4 gates x H / 32 lanes weights, that is 128 of the 255
 //              registers of a thread at H = 256 in fp32 and at H = 512 in half precision. 8 such warps fill the 65536
 //              registers of a multiprocessor and own 32 units, so a direction has at most 8, respectively 16, blocks.
-//   shared     Otherwise, in a block's shared memory: 4 H^2 weights over the blocks of a direction. In a cluster of 16
-//              blocks with 227 KiB each (sm_90, sm_100) all fit up to H = 464 in fp32 and 656 in half precision.
-//   cluster    The blocks of a direction form one cluster and write into each other's shared memory; sm_90 and later, and
-//              at most 16 blocks, or 8 where the card grants no more (sm_120 never does).
-//   grid       Elsewhere. All multiprocessors take part, and the vector goes through global memory (the L2 cache).
-//   streaming  A grid whose shared memory holds a part of each row only; the rest is read from the L2 cache in every step.
-//              With 2 directions all of it fits up to, in fp32 and in half precision:
-//              A100 (108 x 163 KiB) H = 712 and 1040, H100 (132 x 227) 928 and 1360, B200 (148 x 227) 1024 and 1480.
+//   shared     In the shared memory of the blocks, 4 H^2 weights of a direction in all.
+//   cluster    The blocks of a direction form a cluster and write into each other's shared memory; from sm_90 on, with 16
+//              blocks or what the card grants, 8 at least.
+//   grid       All multiprocessors take part, and the vector goes through global memory (the L2 cache).
+//   streaming  A grid whose shared memory holds a part of each row; the rest is read from the L2 cache in every step.
 //
-// The vectors themselves limit H: two buffers of 4H floats must fit beside one column of weights. See tests for the figures.
+// The largest H, by shared memory and for both passes, 2 directions (tests/test_prompt_lstm_cuda.py holds these to account):
+//
+//                               cluster                      not streaming
+//                               16 x 227 KiB  8 x 227  8 x 99   A100  H100  B200  RTX 5090
+//   fp32                        448           320      256      648   896   896   624
+//   fp16, bf16                  640           456      288      936   1200  1304  848
+//
+// Streaming ends where the two buffers of 4H floats alone are too large: at H = 2750 with 99 KiB of shared memory a block,
+// 4990 with 163, 7040 with 227.
 #pragma once
 
 #include <algorithm>
@@ -108,20 +113,19 @@ inline Plan in_shared(const Problem& p, Exchange exchange, int blocks, int room)
   return {exchange, Storage::shared, blocks, tiles, std::min(tiles, InShared::WARPS), kept, fixed + kept * rows * CHUNK};
 }
 
-// The fewest blocks, for they all wait for each other in every step, unless they would hold less than all of the weights.
+// A cluster before a grid, and registers before shared memory; in registers with few blocks, for they all wait for each other
+// in every step. In shared memory with as many as there are, for reading it takes most of a step.
 inline Plan choose(const Problem& p, const Chip& chip) {
-  if (chunks(p.hidden, p.element) <= InRegisters::CHUNKS * WARP) {
-    auto const least = ceil_div(ceil_div(p.hidden, InRegisters::UNITS), InRegisters::WARPS);
-    auto blocks = 1;
-    while (blocks < least) blocks *= 2;
-    if (blocks <= chip.cluster) return in_registers(p, Exchange::cluster, blocks);
-    if (blocks * p.directions <= chip.processors) return in_registers(p, Exchange::grid, blocks);
-  }
-  auto const complete = chunks(p.columns(), p.element);
+  auto const narrow = chunks(p.hidden, p.element) <= InRegisters::CHUNKS * WARP;
+  auto const least = ceil_div(ceil_div(p.hidden, InRegisters::UNITS), InRegisters::WARPS);
+  auto blocks = 1;
+  while (blocks < least) blocks *= 2;
+  if (narrow && blocks <= chip.cluster) return in_registers(p, Exchange::cluster, blocks);
   if (chip.cluster) {
     auto const plan = in_shared(p, Exchange::cluster, chip.cluster, chip.shared);
-    if (plan.kept == complete) return plan;
+    if (plan.kept == chunks(p.columns(), p.element)) return plan;
   }
+  if (narrow && blocks * p.directions <= chip.processors) return in_registers(p, Exchange::grid, blocks);
   auto const tiles = ceil_div(p.hidden, InShared::UNITS);
   auto const most = std::max(1, std::min(tiles, chip.processors / p.directions));
   return in_shared(p, Exchange::grid, ceil_div(tiles, ceil_div(tiles, most)), chip.shared);

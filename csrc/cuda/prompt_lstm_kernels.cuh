@@ -22,7 +22,11 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// tanh(x) or sigmoid(x), by one way so that lanes with different gates don't part, and with small results as exact as large ones.
+__device__ inline float activation(float x, bool is_tanh) {
+  const float e = expm1f(fminf(is_tanh ? -2.0f * x : -x, 80.0f));
+  return (is_tanh ? -e : 1.0f) / (e + 2.0f);
+}
 
 // One direction's matrix, read in chunks.
 template <typename T>
@@ -125,9 +129,7 @@ struct Forward {
   // `sum` is that of this lane's gate. The cell is carried.
   __device__ static void step(const Args& a, const Place& at, int t, float sum, const Inputs& in, float& cell,
                               float (&sent)[VALUES]) {
-    const bool is_g = at.gate() == 2;  // tanh(x) = 2 sigmoid(2x) - 1: the lanes of a warp go one way
-    const float s = sigmoid((is_g ? 2.0f : 1.0f) * (sum + in.gate));
-    const float gate = is_g ? 2.0f * s - 1.0f : s;
+    const float gate = activation(sum + in.gate, at.gate() == 2);
     const int first = threadIdx.x % WARP - at.lane, apart = at.lanes / 4;
     const float i = __shfl_sync(ALL, gate, first), f = __shfl_sync(ALL, gate, first + apart);
     const float g = __shfl_sync(ALL, gate, first + 2 * apart), o = __shfl_sync(ALL, gate, first + 3 * apart);
