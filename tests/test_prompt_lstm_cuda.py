@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import cuda_matrix, lstm_plan
-from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, REGISTERS, Args, Chip, Problem
+from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, Args, Chip, Problem
 from fastprompt import native
 from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
 
@@ -24,26 +24,29 @@ CHIPS = {"A100": Chip(108, 163 * 1024, 0), "H100": Chip(132, 227 * 1024, 16), "H
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan to force. chunks: of each row in shared memory, None: all; registers: there instead."""
+    """A plan to force. registers: whether they hold weights; chunks: of each row in shared memory, None: all that are left."""
 
     cluster: bool
     blocks: int
-    registers: bool = False
+    registers: bool = True
     chunks: int | None = None
 
     def plan(self, library, problem):
-        room = -1 if self.registers else 227 * 1024
+        room = 226 * 1024
         if self.chunks is not None:
-            bare = lstm_plan.make(library, problem, self.cluster, self.blocks, 0)
-            rows = bare.tiles * 2 * (1 if problem.backward else 4)
+            bare = lstm_plan.make(library, problem, self.cluster, self.blocks, 0, self.registers)
+            rows = bare.tiles * 4 * (1 if problem.backward else 4)
             room = bare.shared + rows * 16 * self.chunks
-        return lstm_plan.make(library, problem, self.cluster, self.blocks, room)
+        plan = lstm_plan.make(library, problem, self.cluster, self.blocks, room, self.registers)
+        plan.warps = min(plan.tiles + 1, 8)  # as few as show what can go wrong: one without a tile
+        return plan
 
 
 VARIANTS = {
-    "cluster, registers": Variant(True, 2, registers=True), "cluster, shared": Variant(True, 4),
-    "grid, registers": Variant(False, 3, registers=True), "grid, shared": Variant(False, 3),
-    "streaming": Variant(False, 2, chunks=0), "streaming a part": Variant(False, 1, chunks=32),
+    "cluster, registers": Variant(True, 2), "cluster, shared": Variant(True, 4, registers=False),
+    "grid, registers": Variant(False, 3), "grid, shared": Variant(False, 3, registers=False),
+    "streaming": Variant(False, 2, registers=False, chunks=0),
+    "streaming a part": Variant(False, 1, registers=False, chunks=32),
 }  # fmt: skip
 
 
@@ -136,11 +139,14 @@ def test_kernels_equal_the_reference(variant, dtype, hidden, count, directions, 
     check(*inputs(hidden, count, directions, dtype, seed=count))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_are_kept_in_part(dtype, library, emulation):
-    """Forward and backward of a layer whose rows have chunks of both kinds."""
-    emulation.use(library, Variant(False, 8, chunks=32))
-    hidden = 32 * 16 // dtype.itemsize + 8
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_rows_in_registers_and_shared_memory_and_streamed(dtype, library, emulation):
+    hidden = 3 * 32 * 16 // dtype.itemsize + 8  # two chunks a lane in registers, one in shared memory
+    emulation.use(library, Variant(False, -(-hidden // 32), chunks=32))
+    for backward in (False, True):
+        problem = Problem(hidden, 1, dtype.itemsize, backward)
+        plan = emulation.variant.plan(library, problem)
+        assert plan.held == (256 if backward else 64) and plan.kept == 32 and plan.held + 32 < lstm_plan.chunks(problem)
     check(*inputs(hidden, 2, 1, dtype))
 
 
@@ -171,7 +177,7 @@ def test_a_wait_without_an_end_is_found(library, emulation):
             plan.blocks //= 2
             return plan
 
-    emulation.use(library, Half(False, 2))
+    emulation.use(library, Half(False, 2, registers=False))
     with pytest.raises(RuntimeError, match="all threads wait for a word that nobody writes"):
         run("cuda", *inputs(9, 4, 1, torch.float32))
 
@@ -231,23 +237,19 @@ def test_plans_keep_to_the_chip(chip, library):
     for element, backward, directions in ((4, False, 2), (4, True, 2), (2, False, 1), (2, True, 2)):
         for hidden in (*range(1, 70), *range(71, 2100, 7)):
             plan = choose(library, chip, hidden, element, backward, directions)
-            units = 4 if plan.storage == REGISTERS else 2
-            assert plan.blocks * plan.tiles * units >= hidden and plan.shared <= limits.shared
+            assert plan.blocks * plan.tiles * 4 >= hidden and plan.shared <= limits.shared and plan.warps == 8
             assert plan.blocks * directions <= limits.processors  # all run at once
-            assert 1 <= plan.warps <= min(plan.tiles, 8 if plan.storage == REGISTERS else 12)
+            assert plan.held == 0 or plan.tiles <= 8
+            chunks = lstm_plan.chunks(Problem(hidden, directions, element, backward))
+            assert plan.held + plan.kept == chunks or plan.exchange == GRID and plan.held % 32 == plan.kept % 32 == 0
             assert plan.exchange == GRID or plan.blocks <= limits.cluster
-            if plan.storage == REGISTERS:
-                assert plan.warps == plan.tiles and hidden <= 1024 // element
-                continue
-            chunks = -(-(4 if backward else 1) * hidden * element // 16)
-            assert plan.kept == chunks or plan.exchange == GRID and plan.kept % 32 == 0 and plan.kept < chunks
 
 
 # Hidden sizes, multiples of 8, up to which a cluster is taken, and up to which nothing is streamed, by both passes.
 RANGES = {
-    ("A100", 4): (0, 648), ("A100", 2): (0, 936), ("H100", 4): (448, 896), ("H100", 2): (640, 1200),
-    ("H100, clusters of 8", 4): (320, 896), ("H100, clusters of 8", 2): (456, 1200), ("B200", 4): (448, 896),
-    ("B200", 2): (640, 1304), ("RTX 5090", 4): (256, 624), ("RTX 5090", 2): (288, 848),
+    ("A100", 4): (0, 800), ("A100", 2): (0, 1168), ("H100", 4): (512, 1024), ("H100", 2): (640, 1472),
+    ("H100, clusters of 8", 4): (320, 1024), ("H100, clusters of 8", 2): (448, 1472), ("B200", 4): (512, 1024),
+    ("B200", 2): (640, 1480), ("RTX 5090", 4): (256, 680), ("RTX 5090", 2): (288, 1024),
 }  # fmt: skip
 
 
@@ -255,16 +257,13 @@ RANGES = {
 def test_the_ranges_that_are_written_down(chip, element, library):
     """Those of csrc/cuda/prompt_lstm.h."""
 
-    def in_cluster(hidden, backward):
-        return choose(library, chip, hidden, element, backward).exchange == CLUSTER
+    def both(holds, hidden):
+        problems = [Problem(hidden, 2, element, backward) for backward in (False, True)]
+        return all(holds(lstm_plan.choose(library, CHIPS[chip], problem), lstm_plan.chunks(problem)) for problem in problems)
 
-    def resident(hidden, backward):
-        plan, chunks = choose(library, chip, hidden, element, backward), (4 if backward else 1) * hidden * element // 16
-        return plan.storage == REGISTERS or plan.kept >= chunks
-
-    for holds, end in zip((in_cluster, resident), RANGES[chip, element]):
-        for hidden in range(8, 1600, 8):
-            assert (holds(hidden, False) and holds(hidden, True)) == (hidden <= end)
+    rules = [lambda plan, chunks: plan.exchange == CLUSTER, lambda plan, chunks: plan.held + plan.kept == chunks]
+    for holds, end in zip(rules, RANGES[chip, element], strict=True):
+        assert [h for h in range(8, 2000, 8) if both(holds, h)] == list(range(8, end + 1, 8))
 
 
 # What is tabled of them.
@@ -272,19 +271,18 @@ def test_the_ranges_that_are_written_down(chip, element, library):
 
 def test_the_table_of_compiled_kernels_finds_spills():
     log = """\
-ptxas info    : Compiling entry function '_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeENS0_1{}EEEvNS0_4ArgsE' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeEEEvNS0_4ArgsE' for 'sm_80'
 ptxas info    : Function properties for it
     {} bytes stack frame, {} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used {} registers, used 1 barriers
 """
-    names = ("7ForwardE6__half", "2RegisterRows"), ("8BackwardEf", "0SharedRows")
-    text = "".join(log.format(*kernel, *found) for kernel in names for found in ((0, 0, 168), (8, 4, 176)))
+    names = "7ForwardE6__half", "8BackwardEf"
+    text = "".join(log.format(kernel, *found) for kernel in names for found in ((0, 0, 255), (8, 4, 257)))
     rows = cuda_matrix.records(text)
-    assert [tuple(row.values())[1:8] for row in rows[::2]] == [
-        ("backward", "fp32", "grid", "shared", "sm_80", 384, 168), ("forward", "fp16", "grid", "registers", "sm_80", 256, 168)]
-    assert [row["verdict"] for row in rows] == [
-        "ok", "spills 4 bytes; has a stack of 8 bytes; needs 176 registers a thread",
-        "ok", "spills 4 bytes; has a stack of 8 bytes"]  # fmt: skip
+    assert [tuple(row.values())[1:7] for row in rows[::2]] == [
+        ("backward", "fp32", "grid", "sm_80", 256, 255), ("forward", "fp16", "grid", "sm_80", 256, 255)]
+    wrong = "spills 4 bytes; has a stack of 8 bytes; needs 257 registers a thread"
+    assert [row["verdict"] for row in rows] == ["ok", wrong, "ok", wrong]
     with pytest.raises(ValueError, match="unknown kernel"):
         cuda_matrix.records(text.replace("recurrence", "other"))
 

@@ -21,7 +21,7 @@ from . import output
 OUT = Path(__file__).parent / "cuda_matrix.csv"
 CUDA = Path(__file__).parents[2] / "csrc/cuda"
 REGISTERS = 65536  # of a multiprocessor, on all targets
-STORAGE = {"Register": ("registers", 8), "Shared": ("shared", 12)}  # and the most warps, as csrc/cuda/prompt_lstm.h has them
+THREADS = 256  # of a block, csrc/cuda/prompt_lstm.h
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for '(?P<target>\w+)'.*?"
@@ -29,7 +29,7 @@ _KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)", re.DOTALL)
 _DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 _NAME = re.compile(r"10recurrenceI.*?(?P<pass>Forward|Backward)E(?P<dtype>f|13__nv_bfloat16|6__half)"
-                   r"NS\w+?(?P<exchange>Cluster|Grid)Exchange.*?(?P<storage>Register|Shared)Rows")
+                   r"NS\w+?(?P<exchange>Cluster|Grid)Exchange")
 
 
 def compiled():
@@ -52,31 +52,29 @@ def records(text):
             raise ValueError(f"unknown kernel {found['symbol']}")
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         spills = int(found["stores"]) + int(found["loads"])
-        storage, warps = STORAGE[name["storage"]]
-        threads, registers = 32 * warps, int(found["registers"])
+        registers = int(found["registers"])
         bad = [f"spills {spills} bytes"] if spills else []
         bad += [f"has a stack of {found['stack']} bytes"] if int(found["stack"]) else []
-        bad += [f"needs {registers} registers a thread"] if -(-registers // 8) * 8 * threads > REGISTERS else []
+        bad += [f"needs {registers} registers a thread"] if -(-registers // 8) * 8 * THREADS > REGISTERS else []
         rows.append({
             "op": "prompt_lstm", "direction": name["pass"].lower(), "dtype": _DTYPES[name["dtype"]],
-            "exchange": name["exchange"].lower(), "storage": storage,
-            "target": found["target"], "threads": threads, "registers": registers, "spills": spills,
+            "exchange": name["exchange"].lower(), "target": found["target"], "threads": THREADS, "registers": registers, "spills": spills,
             "stack": int(found["stack"]), "static shared bytes": int(shared[1]) if shared else 0,
             "verdict": "; ".join(bad) or "ok",
         })  # fmt: skip
     order = sorted({row["target"] for row in rows}, key=lambda name: int(re.search(r"\d+", name)[0]))
-    return sorted(rows, key=lambda row: (*list(row.values())[:5], order.index(row["target"])))
+    return sorted(rows, key=lambda row: (*list(row.values())[:4], order.index(row["target"])))
 
 
 def show(rows, console):
     """Registers of every kernel, a column a target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     table = Table(title="registers of a thread", box=None, header_style="bold", pad_edge=False)
-    for name in ("direction", "dtype", "exchange", "storage", "threads", *targets):
-        table.add_column(name, justify="right" if name in ("threads", *targets) else "left")
+    for name in ("direction", "dtype", "exchange", *targets):
+        table.add_column(name, justify="right" if name in targets else "left")
     kernels = {}
     for row in rows:
-        key = row["direction"], row["dtype"], row["exchange"], row["storage"], str(row["threads"])
+        key = row["direction"], row["dtype"], row["exchange"]
         kernels.setdefault(key, {})[row["target"]] = row["registers"]
     for key, registers in kernels.items():
         table.add_row(*key, *(str(registers[target]) for target in targets))
@@ -103,7 +101,7 @@ def main(arguments=None):
     show(rows, console)
     wrong = [row for row in rows if row["verdict"] != "ok"]
     for row in wrong:
-        console.print(f"FAILED {' '.join(str(value) for value in list(row.values())[:6])}: {row['verdict']}", style="red")
+        console.print(f"FAILED {' '.join(str(value) for value in list(row.values())[:5])}: {row['verdict']}", style="red")
     console.print(f"{len(rows)} kernels, {len(wrong)} failed, {time.perf_counter() - start:.0f} s")
     return 1 if wrong or not rows else 0
 

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from . import lstm_plan, output
 from .chips import CHIPS, DEVICES
-from .lstm_plan import CLUSTER, REGISTERS, Chip, Problem
+from .lstm_plan import CLUSTER, Chip, Problem
 from .model import LAUNCH_SECONDS, PREDICTION
 
 OUT = Path(__file__).parent / "lstm_predictions.csv"
@@ -61,23 +61,17 @@ VARIANTS = ("cluster", "grid", "streaming")
 
 
 def plans(library, device_name, hidden, backward):
-    """The plan of each variant that can run, with all of the weights resident in the first two."""
+    """The plan of each variant that can run: the first two have all weights in registers and shared memory."""
     device, problem = DEVICES[device_name], Problem(hidden, DIRECTIONS, ELEMENT, backward)
-    shared = CHIPS[device.chip].shared
-    all_chunks = -(-(4 if backward else 1) * hidden * ELEMENT // 16)
-
-    def resident(plan):
-        return plan.storage == REGISTERS or plan.kept >= all_chunks
-
-    found = {}
+    shared, found = CHIPS[device.chip].shared, {}
     cluster = lstm_plan.choose(library, Chip(device.processors, shared, 16), problem)
     if cluster.exchange == CLUSTER and device.chip != "sm_80":
         found["cluster"] = cluster
     grid = lstm_plan.choose(library, Chip(device.processors, shared, 0), problem)
-    if resident(grid):
+    if grid.held + grid.kept == lstm_plan.chunks(problem):
         found["grid"] = grid
-        units = -(-hidden // 2)  # in tiles; what would run if nothing fitted
-        grid = lstm_plan.make(library, problem, False, min(units, device.processors // DIRECTIONS), 0)
+        blocks = min(-(-hidden // 4), device.processors // DIRECTIONS)
+        grid = lstm_plan.make(library, problem, False, blocks, 0, registers=False)  # what would run if nothing fitted
     found["streaming"] = grid
     return found
 
@@ -86,16 +80,13 @@ def recurrence_seconds(device_name, plan, hidden, backward, count):
     """Of one layer, both directions at once."""
     speed, columns = SPEEDS[device_name], (4 if backward else 1) * hidden
     trip = CLUSTER_CYCLES * 2 if plan.exchange == CLUSTER else CACHE_CYCLES * 2.5 * speed.far
-    rows = plan.tiles * (4 if plan.storage == REGISTERS else 2) * (1 if backward else 4)  # of a block
-    if plan.storage == REGISTERS:
-        weights, streamed = rows * columns / 128, 0
-    else:
-        kept = min(plan.kept * 16, columns * ELEMENT)
-        weights, streamed = rows * kept / 128, DIRECTIONS * plan.blocks * rows * (columns * ELEMENT - kept)
+    rows = plan.tiles * 4 * (1 if backward else 4)  # of a block
+    held, kept = (chunks * 16 // ELEMENT for chunks in (plan.held, plan.kept))
+    weights = rows * (held + kept * ELEMENT) / 128
+    from_cache = DIRECTIONS * plan.blocks * rows * (columns - held - kept) * ELEMENT
     if plan.exchange != CLUSTER:
-        streamed += DIRECTIONS * plan.blocks * columns * 8  # the words of the vector, by every block
-    step = (trip + STEP_CYCLES + weights) / speed.clock + streamed / speed.cache
-    return LAUNCH_SECONDS + count * step
+        from_cache += DIRECTIONS * plan.blocks * columns * 8  # the words of the vector, by every block
+    return LAUNCH_SECONDS + count * ((trip + STEP_CYCLES + weights) / speed.clock + from_cache / speed.cache)
 
 
 def product_seconds(device_name, m, n, k):
@@ -131,16 +122,16 @@ def predict(library, device_name, hidden, count):
         base = {"device": device_name, "direction": "backward" if backward else "forward", "H": hidden, "P": count}
         found = plans(library, device_name, hidden, backward)
         chosen = next(iter(found))
-        blank = dict.fromkeys(("storage", "blocks", "shared KiB", "streamed"), "")
+        blank = dict.fromkeys(("blocks", "in registers", "in shared memory", "streamed", "shared KiB"), "")
         for name, plan in found.items():
-            columns = (4 if backward else 1) * hidden * ELEMENT
-            kept = 1 if plan.storage == REGISTERS else min(1, plan.kept * 16 / columns)
+            all_chunks = lstm_plan.chunks(Problem(hidden, DIRECTIONS, ELEMENT, backward))
+            held, kept = plan.held / all_chunks, plan.kept / all_chunks
             inner = LAYERS * recurrence_seconds(device_name, plan, hidden, backward, count)
             rows.append(base | {
-                "implementation": name, "chosen": "yes" if name == chosen else "", "storage": "registers"
-                if plan.storage == REGISTERS else "shared", "blocks": plan.blocks, "shared KiB": f"{plan.shared / 1024:.1f}",
-                "streamed": f"{1 - kept:.2f}", "steps us": f"{inner * 1e6:.0f}", "products us": f"{around * 1e6:.0f}",
-                "us": f"{(inner + around) * 1e6:.0f}",
+                "implementation": name, "chosen": "yes" if name == chosen else "", "blocks": plan.blocks,
+                "in registers": f"{held:.2f}", "in shared memory": f"{kept:.2f}", "streamed": f"{1 - held - kept:.2f}",
+                "shared KiB": f"{plan.shared / 1024:.1f}", "steps us": f"{inner * 1e6:.0f}",
+                "products us": f"{around * 1e6:.0f}", "us": f"{(inner + around) * 1e6:.0f}",
             })  # fmt: skip
         inner = LAYERS * cudnn_seconds(device_name, hidden, count)
         rows.append(base | {"implementation": "cuDNN", "chosen": ""} | blank | {
@@ -185,7 +176,7 @@ def main(arguments=None):
     rows = predict_all()
     output.write_csv(options.out, rows, [
         f"{PREDICTION}. Two layers, two directions, fp32; see benchmarks/gpu/lstm_model.py for the figures it assumes.",
-        "chosen: what the rule picks for this device; streamed: the part of the weights read from the L2 cache in every step.",
+        "chosen: what the rule picks for this device; blocks: of a direction; where the parts of the weights stand, streamed: in the L2 cache.",
         "us = steps us (the recurrence) + products us (matrix products around it, the same for all)",
     ])
     show(rows, Console(width=None if sys.stdout.isatty() else 120))

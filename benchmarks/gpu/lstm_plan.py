@@ -9,7 +9,7 @@ from pathlib import Path
 CUDA = Path(__file__).parents[2] / "csrc/cuda"
 COMMAND = os.environ.get("CXX", "c++").split()
 COMPILER = shutil.which(COMMAND[0]) if os.name == "posix" else None
-CLUSTER, GRID = REGISTERS, SHARED = 0, 1  # of Plan.exchange and Plan.storage
+CLUSTER, GRID = 0, 1  # of Plan.exchange
 
 
 def _structure(name, **fields):
@@ -19,7 +19,7 @@ def _structure(name, **fields):
 INT, POINTER = ctypes.c_int, ctypes.c_void_p
 Problem = _structure("Problem", hidden=INT, directions=INT, element=INT, backward=ctypes.c_bool)
 Chip = _structure("Chip", processors=INT, shared=INT, cluster=INT)
-Plan = _structure("Plan", exchange=INT, storage=INT, blocks=INT, tiles=INT, warps=INT, kept=INT, shared=INT)
+Plan = _structure("Plan", exchange=INT, blocks=INT, tiles=INT, warps=INT, held=INT, kept=INT, shared=INT)
 Args = _structure("Args", matrix=POINTER * 2, input=POINTER, steps=POINTER, output=POINTER, words=POINTER, count=INT,
                   hidden=INT, directions=INT, aligned=ctypes.c_bool, plan=Plan)
 
@@ -37,8 +37,13 @@ def choose(library, chip, problem):
     return plan
 
 
-def make(library, problem, cluster, blocks, room):
-    """A plan of the caller's own; room: bytes of shared memory that a block may have, negative: weights in registers."""
+def make(library, problem, cluster, blocks, room, registers=True):
+    """A plan of the caller's own; room: bytes of shared memory that a block may have."""
     plan = Plan()
-    library.make_plan(ctypes.byref(problem), cluster, blocks, room, ctypes.byref(plan))
+    library.make_plan(ctypes.byref(problem), cluster, blocks, room, registers, ctypes.byref(plan))
     return plan
+
+
+def chunks(problem):
+    """Of a row of the matrix."""
+    return -(-(4 if problem.backward else 1) * problem.hidden * problem.element // 16)

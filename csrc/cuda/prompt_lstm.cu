@@ -10,19 +10,14 @@ namespace {
 using Kernel = void (*)(Args);
 
 template <typename Pass, typename T>
-Kernel kernel_of(const Plan& plan) {
-  if (plan.exchange == Exchange::cluster) {
-    return plan.storage == Storage::registers ? recurrence<Pass, T, ClusterExchange, RegisterRows>
-                                              : recurrence<Pass, T, ClusterExchange, SharedRows>;
-  }
-  return plan.storage == Storage::registers ? recurrence<Pass, T, GridExchange, RegisterRows>
-                                            : recurrence<Pass, T, GridExchange, SharedRows>;
+Kernel kernel_of(Exchange exchange) {
+  return exchange == Exchange::cluster ? recurrence<Pass, T, ClusterExchange> : recurrence<Pass, T, GridExchange>;
 }
 
 template <typename Pass>
-Kernel kernel_of(const Plan& plan, Dtype dtype) {
-  if (dtype == Dtype::fp32) return kernel_of<Pass, float>(plan);
-  return dtype == Dtype::bf16 ? kernel_of<Pass, __nv_bfloat16>(plan) : kernel_of<Pass, __half>(plan);
+Kernel kernel_of(Exchange exchange, Dtype dtype) {
+  if (dtype == Dtype::fp32) return kernel_of<Pass, float>(exchange);
+  return dtype == Dtype::bf16 ? kernel_of<Pass, __nv_bfloat16>(exchange) : kernel_of<Pass, __half>(exchange);
 }
 
 // A kernel and how it is launched.
@@ -32,7 +27,7 @@ struct Launch {
   cudaLaunchConfig_t config{};
 
   Launch(const Plan& plan, int directions, Dtype dtype, bool backward, cudaStream_t stream)
-      : kernel(backward ? kernel_of<Backward>(plan, dtype) : kernel_of<Forward>(plan, dtype)) {
+      : kernel(backward ? kernel_of<Backward>(plan.exchange, dtype) : kernel_of<Forward>(plan.exchange, dtype)) {
     if (plan.exchange == Exchange::cluster) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = plan.blocks;

@@ -9,30 +9,31 @@
 //   forward  W_hh [4H, H]    4, one a gate       H hidden states
 //   backward its transpose   1                   4H gradients of the gates
 //
-// Each direction has `blocks` blocks, and a block owns all rows of some hidden units, so that cells never leave it. Its rows
-// stay where it has loaded them before the first step (Storage); the vector goes from block to block (Exchange). Units come
-// in tiles: a warp computes the rows of one tile together.
+// Each direction has `blocks` blocks, and a block owns all rows of some hidden units, so that cells never leave it. A warp
+// computes the rows of one *tile* of units together. Of each row, as chunks of 16 bytes,
 //
-// Where the rows stay, and which way the vector takes (`choose`):
+//   held      the first stand in registers from before the first step: 2 chunks for each lane and gate, so 4 units x 4 gates x
+//             2 chunks x 4 registers = 128 of the 255 registers of a thread. 8 such warps fill the 65536 registers of a
+//             multiprocessor; a block with more tiles than that holds nothing in registers;
+//   kept      the next stand in shared memory;
+//   streamed  the rest is read from the L2 cache in every step.
 //
-//   registers  The rows of 4 units in a warp's registers: 4 units x 4 gates x H / 32 lanes weights, that is 128 of the 255
-//              registers of a thread at H = 256 in fp32 and at H = 512 in half precision. 8 such warps fill the 65536
-//              registers of a multiprocessor and own 32 units, so a direction has at most 8, respectively 16, blocks.
-//   shared     In the shared memory of the blocks, 4 H^2 weights of a direction in all.
-//   cluster    The blocks of a direction form a cluster and write into each other's shared memory; from sm_90 on, with 16
-//              blocks or what the card grants, 8 at least.
-//   grid       All multiprocessors take part, and the vector goes through global memory (the L2 cache).
-//   streaming  A grid whose shared memory holds a part of each row; the rest is read from the L2 cache in every step.
+// The vector goes from block to block in one of two ways (Exchange):
 //
-// The largest H, by shared memory and for both passes, 2 directions (tests/test_prompt_lstm_cuda.py holds these to account):
+//   cluster   The blocks of a direction are one cluster and write into each other's shared memory; from sm_90 on, with 16
+//             blocks or what the card grants, 8 at least. Nothing is streamed.
+//   grid      All multiprocessors take part, and the vector goes through global memory (the L2 cache).
 //
-//                               cluster                      not streaming
-//                               16 x 227 KiB  8 x 227  8 x 99   A100  H100  B200  RTX 5090
-//   fp32                        448           320      256      648   896   896   624
-//   fp16, bf16                  640           456      288      936   1200  1304  848
+// All stands in registers up to H = 256 in fp32 and 512 in half precision, of 32 units a block. The largest H by the budget of
+// shared memory too, 2 directions, the worse of both passes (tests/test_prompt_lstm_cuda.py holds these to account):
 //
-// Streaming ends where the two buffers of 4H floats alone are too large: at H = 2750 with 99 KiB of shared memory a block,
-// 4990 with 163, 7040 with 227.
+//                 cluster                        nothing streamed
+//                 16 x 227 KiB  8 x 227  8 x 99  A100  H100  B200  RTX 5090
+//   fp32          512           320      256     800   1024  1024  680
+//   fp16, bf16    640           448      288     1168  1472  1480  1024
+//
+// Streaming ends where the two buffers of 4H floats alone are too large: near H = 3000 with 99 KiB of shared memory a block,
+// 5100 with 163, 7100 with 227.
 #pragma once
 
 #include <algorithm>
@@ -47,17 +48,11 @@ namespace lstm {
 constexpr int WARP = 32;
 constexpr int CHUNK = 16;  // bytes that a thread loads at once
 
-// What `Storage` means for a tile: its units, and the most warps of a block.
-struct InRegisters {
-  static constexpr int UNITS = 4, WARPS = 8;
-  static constexpr int CHUNKS = 2;  // of a gate's row, a lane
-};
-struct InShared {
-  static constexpr int UNITS = 2, WARPS = 12;
-};
+constexpr int UNITS = 4;   // of a tile
+constexpr int WARPS = 8;   // of a block
+constexpr int HELD = 2;    // chunks of a gate that a lane holds in registers, for each unit of its tile
 
 enum class Exchange { cluster, grid };
-enum class Storage { registers, shared };
 
 struct Chip {
   int processors;  // multiprocessors
@@ -75,12 +70,11 @@ struct Problem {
 
 struct Plan {
   Exchange exchange;
-  Storage storage;
-  int blocks;  // of a direction
-  int tiles;   // of a block
-  int warps;   // of a block
-  int kept;    // chunks of each row in the block's shared memory; the rest is streamed
-  int shared;  // bytes of shared memory of a block
+  int blocks;      // of a direction
+  int tiles;       // of a block
+  int warps;       // of a block; those without a tile help to receive the vector
+  int held, kept;  // chunks of each row in registers and in shared memory
+  int shared;      // bytes of shared memory of a block
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -93,42 +87,30 @@ constexpr int padded(int columns, int element) {
   return ceil_div(chunks(columns, element), WARP) * WARP * (CHUNK / element);
 }
 
-// Two buffers of the vector, and for each lane of a tile what it carries to the next step.
-inline int fixed_bytes(const Problem& p, int tiles) {
-  return int(sizeof(float)) * (2 * padded(p.columns(), p.element) + tiles * WARP);
+// With as much of the rows in registers, unless told not to, and in `room` bytes of shared memory as there is space for.
+inline Plan plan_of(const Problem& p, Exchange exchange, int blocks, int room, bool registers = true) {
+  auto const tiles = ceil_div(ceil_div(p.hidden, UNITS), blocks);
+  auto const rows = UNITS * p.rows_per_unit(), all = chunks(p.columns(), p.element);
+  auto const held = registers && tiles <= WARPS ? std::min(all, HELD * 4 / p.rows_per_unit() * WARP) : 0;
+  // Two buffers of the vector, and for each lane of a tile what it carries to the next step.
+  auto const fixed = int(sizeof(float)) * (2 * padded(p.columns(), p.element) + tiles * WARP);
+  auto kept = std::max(0, std::min(all - held, (room - fixed) / (tiles * rows * CHUNK)));
+  if (held + kept < all) kept = kept / WARP * WARP;  // all lanes of a warp go one way
+  return {exchange, blocks, tiles, WARPS, held, kept, fixed + kept * tiles * rows * CHUNK};
 }
 
-inline Plan in_registers(const Problem& p, Exchange exchange, int blocks) {
-  auto const tiles = ceil_div(ceil_div(p.hidden, InRegisters::UNITS), blocks);
-  return {exchange, Storage::registers, blocks, tiles, tiles, 0, fixed_bytes(p, tiles)};
-}
-
-// With as much of the rows in shared memory as `room` bytes allow.
-inline Plan in_shared(const Problem& p, Exchange exchange, int blocks, int room) {
-  auto const tiles = ceil_div(ceil_div(p.hidden, InShared::UNITS), blocks);
-  auto const rows = tiles * InShared::UNITS * p.rows_per_unit();
-  auto const all = chunks(p.columns(), p.element), fixed = fixed_bytes(p, tiles);
-  auto kept = std::max(0, std::min(all, (room - fixed) / (rows * CHUNK)));
-  if (kept < all) kept = kept / WARP * WARP;  // no warp takes both ways at once
-  return {exchange, Storage::shared, blocks, tiles, std::min(tiles, InShared::WARPS), kept, fixed + kept * rows * CHUNK};
-}
-
-// A cluster before a grid, and registers before shared memory; in registers with few blocks, for they all wait for each other
-// in every step. In shared memory with as many as there are, for reading it takes most of a step.
+// A cluster before a grid. The fewest blocks that hold all in registers, for they wait for each other in every step; else as
+// many as there are, for reading shared memory then takes most of a step.
 inline Plan choose(const Problem& p, const Chip& chip) {
-  auto const narrow = chunks(p.hidden, p.element) <= InRegisters::CHUNKS * WARP;
-  auto const least = ceil_div(ceil_div(p.hidden, InRegisters::UNITS), InRegisters::WARPS);
-  auto blocks = 1;
-  while (blocks < least) blocks *= 2;
-  if (narrow && blocks <= chip.cluster) return in_registers(p, Exchange::cluster, blocks);
-  if (chip.cluster) {
-    auto const plan = in_shared(p, Exchange::cluster, chip.cluster, chip.shared);
-    if (plan.kept == chunks(p.columns(), p.element)) return plan;
+  auto const all = chunks(p.columns(), p.element), tiles = ceil_div(p.hidden, UNITS);
+  for (auto blocks = 1; blocks <= chip.cluster; blocks *= 2) {
+    auto const plan = plan_of(p, Exchange::cluster, blocks, chip.shared);
+    if (plan.held == all || (blocks == chip.cluster && plan.held + plan.kept == all)) return plan;
   }
-  if (narrow && blocks * p.directions <= chip.processors) return in_registers(p, Exchange::grid, blocks);
-  auto const tiles = ceil_div(p.hidden, InShared::UNITS);
+  auto const plan = plan_of(p, Exchange::grid, ceil_div(tiles, WARPS), chip.shared);
+  if (plan.held == all && plan.blocks * p.directions <= chip.processors) return plan;
   auto const most = std::max(1, std::min(tiles, chip.processors / p.directions));
-  return in_shared(p, Exchange::grid, ceil_div(tiles, ceil_div(tiles, most)), chip.shared);
+  return plan_of(p, Exchange::grid, ceil_div(tiles, ceil_div(tiles, most)), chip.shared);
 }
 
 // Whether a block's buffers alone are not too large.

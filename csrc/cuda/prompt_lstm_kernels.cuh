@@ -184,100 +184,76 @@ struct Backward {
   }
 };
 
-// The matrix rows of a block's tiles, by number; -1 for a row of no unit.
-template <typename Pass, int UNITS>
-struct Rows {
+// The rows of a block, from before the first step, and their products with a vector.
+template <typename Pass, typename T>
+class Rows {
+ public:
   static constexpr int COUNT = UNITS * Pass::ROWS;  // of a tile
 
-  int first_unit, hidden;
-
-  __device__ int operator()(int tile, int r) const {
-    const int unit = first_unit + tile * UNITS + r / Pass::ROWS;
-    return unit < hidden ? Pass::row(unit, r % Pass::ROWS, hidden) : -1;
-  }
-};
-
-// Storage: holds the rows of a block from before the first step, and adds a lane's share of a tile's products to `sums`.
-
-template <typename Pass, typename T>
-class RegisterRows : public InRegisters {
-  static constexpr int CHUNKS = InRegisters::CHUNKS * (Pass::BACKWARD ? 4 : 1);
-
- public:
-  using Numbers = Rows<Pass, UNITS>;
-
-  __device__ RegisterRows(const Matrix<T>& matrix, const Numbers& numbers, const Plan&, uint4*) : columns_(matrix.columns) {
-    const int tile = threadIdx.x / WARP, lane = threadIdx.x % WARP;  // a warp has one tile
+  // `shared`: [tiles, COUNT, kept]. The threads of the block must meet before `dot`.
+  __device__ Rows(const Matrix<T>& matrix, const Args& a, int first_unit, uint4* shared)
+      : matrix_(matrix), shared_(shared), first_unit_(first_unit), hidden_(a.hidden), held_(a.plan.held), kept_(a.plan.kept) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int r = 0; r < Numbers::COUNT; ++r) {
+    for (int r = 0; r < COUNT; ++r) {
 #pragma unroll
-      for (int j = 0; j < CHUNKS; ++j) weights_[r][j] = matrix.chunk(numbers(tile, r), lane + j * WARP);
+      for (int j = 0; j < CHUNKS; ++j) {
+        const bool some = j * WARP < held_ && warp < a.plan.tiles;  // then a warp has one tile, or none
+        weights_[r][j] = matrix.chunk(some ? number(warp, r) : -1, lane + j * WARP);
+      }
+    }
+    for (int i = threadIdx.x; i < a.plan.tiles * COUNT * kept_; i += blockDim.x) {
+      const int row = i / kept_;
+      shared_[i] = matrix.chunk(number(row / COUNT, row % COUNT), held_ + i % kept_);
     }
   }
 
-  __device__ void dot(int, int lane, const float* vector, float (&sums)[Numbers::COUNT]) const {
+  // Adds a lane's share. What is streamed comes first: it takes the longest way.
+  __device__ void dot(int tile, int lane, const float* vector, float (&sums)[COUNT]) const {
+    const int all = chunks(matrix_.columns, sizeof(T));
+#pragma unroll UNROLL
+    for (int c = held_ + kept_ + lane; c < all; c += WARP) {
+      add(vector, c, sums, [&](int r) { return matrix_.chunk(number(tile, r), c); });
+    }
+#pragma unroll UNROLL
+    for (int c = lane; c < kept_; c += WARP) {
+      add(vector, held_ + c, sums, [&](int r) { return shared_[(tile * COUNT + r) * kept_ + c]; });
+    }
 #pragma unroll
     for (int j = 0; j < CHUNKS; ++j) {
-      if (j * WARP * Matrix<T>::WIDTH < columns_) {  // all else is zero
-        float x[Matrix<T>::WIDTH];
-        load(vector + (lane + j * WARP) * Matrix<T>::WIDTH, x);
-#pragma unroll
-        for (int r = 0; r < Numbers::COUNT; ++r) {
+      if (j * WARP < held_) {
+        add(vector, lane + j * WARP, sums, [&](int r) {
           uint4 weights = weights_[r][j];
+          // Or the compiler would widen them before the loop over the steps, and have no registers left.
           asm volatile("" : "+r"(weights.x), "+r"(weights.y), "+r"(weights.z), "+r"(weights.w));
-          multiply_add<T>(weights, x, sums[r]);
-        }
+          return weights;
+        });
       }
     }
   }
 
  private:
-  uint4 weights_[Numbers::COUNT][CHUNKS];
-  int columns_;
-};
+  static constexpr int CHUNKS = HELD * 4 / Pass::ROWS;   // of a row that a lane holds
+  static constexpr int UNROLL = Pass::BACKWARD ? 2 : 1;  // loads of one turn hide those of the other
 
-template <typename Pass, typename T>
-class SharedRows : public InShared {
-  static constexpr int UNROLL = Pass::BACKWARD ? 4 : 2;  // so that loads of one turn hide those of the other
-
- public:
-  using Numbers = Rows<Pass, UNITS>;
-
-  // The threads of the block must meet before `dot`.
-  __device__ SharedRows(const Matrix<T>& matrix, const Numbers& numbers, const Plan& plan, uint4* shared)
-      : matrix_(matrix), numbers_(numbers), shared_(shared), kept_(plan.kept) {
-    for (int i = threadIdx.x; i < plan.tiles * Numbers::COUNT * kept_; i += blockDim.x) {
-      const int row = i / kept_;
-      shared_[i] = matrix.chunk(numbers(row / Numbers::COUNT, row % Numbers::COUNT), i % kept_);
-    }
+  // Of a tile's row in the matrix; -1: of no unit.
+  __device__ int number(int tile, int r) const {
+    const int unit = first_unit_ + tile * UNITS + r / Pass::ROWS;
+    return unit < hidden_ ? Pass::row(unit, r % Pass::ROWS, hidden_) : -1;
   }
 
-  // What is streamed comes first: it takes the longest way.
-  __device__ void dot(int tile, int lane, const float* vector, float (&sums)[Numbers::COUNT]) const {
-    const int all = chunks(matrix_.columns, sizeof(T));
-#pragma unroll UNROLL
-    for (int c = kept_ + lane; c < all; c += WARP) {
-      add(vector, c, sums, [&](int r) { return matrix_.chunk(numbers_(tile, r), c); });
-    }
-#pragma unroll UNROLL
-    for (int c = lane; c < kept_; c += WARP) {
-      add(vector, c, sums, [&](int r) { return shared_[(tile * Numbers::COUNT + r) * kept_ + c]; });
-    }
-  }
-
- private:
   template <typename Chunk>
-  __device__ static void add(const float* vector, int c, float (&sums)[Numbers::COUNT], const Chunk& chunk) {
+  __device__ static void add(const float* vector, int c, float (&sums)[COUNT], const Chunk& chunk) {
     float x[Matrix<T>::WIDTH];
     load(vector + c * Matrix<T>::WIDTH, x);
 #pragma unroll
-    for (int r = 0; r < Numbers::COUNT; ++r) multiply_add<T>(chunk(r), x, sums[r]);
+    for (int r = 0; r < COUNT; ++r) multiply_add<T>(chunk(r), x, sums[r]);
   }
 
   Matrix<T> matrix_;
-  Numbers numbers_;
+  uint4 weights_[COUNT][CHUNKS];
   uint4* shared_;
-  int kept_;
+  int first_unit_, hidden_, held_, kept_;
 };
 
 // Exchange: `receive` returns the vector of step t, complete; `send` adds what a unit has for the vector of step t + 1. All
@@ -330,7 +306,7 @@ class ClusterExchange {
 // of one memory access after another has to be enforced.
 class GridExchange {
   using Word = cuda::atomic_ref<unsigned long long, cuda::thread_scope_device>;
-  static constexpr int AT_ONCE = 4;  // words that a thread waits for together
+  static constexpr int AT_ONCE = 8;  // words that a thread waits for together
 
  public:
   __device__ GridExchange(const Args& a, int direction, int columns, float* buffers, int padded)
@@ -382,25 +358,24 @@ class GridExchange {
   int columns_, padded_;
 };
 
-template <typename Pass, typename T, typename Exchange, template <typename, typename> class Storage>
-__global__ void __launch_bounds__(Storage<Pass, T>::WARPS* WARP, 1) recurrence(const __grid_constant__ Args a) {
-  using Stored = Storage<Pass, T>;
-  constexpr int ROWS = Stored::Numbers::COUNT, LANES = WARP / Stored::UNITS;
+template <typename Pass, typename T, typename Exchange>
+__global__ void __launch_bounds__(WARPS* WARP, 1) recurrence(const __grid_constant__ Args a) {
+  constexpr int LANES = WARP / UNITS;
   const int direction = blockIdx.x / a.plan.blocks, block = blockIdx.x % a.plan.blocks, tiles = a.plan.tiles;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int columns = Pass::BACKWARD ? 4 * a.hidden : a.hidden, room = padded(columns, sizeof(T));
-  const int first_unit = block * tiles * Stored::UNITS;
+  const int first_unit = block * tiles * UNITS;
 
   float* const buffers = reinterpret_cast<float*>(dynamic_shared);  // [2][room]
   float* const carried = buffers + 2 * room;                        // [tiles][WARP], each lane its own
-  uint4* const rows = reinterpret_cast<uint4*>(carried + tiles * WARP);
+  uint4* const kept = reinterpret_cast<uint4*>(carried + tiles * WARP);
   const Matrix<T> matrix{static_cast<const T*>(direction ? a.matrix[1] : a.matrix[0]), columns, a.aligned};
-  const Stored stored(matrix, {first_unit, a.hidden}, a.plan, rows);
+  const Rows<Pass, T> rows(matrix, a, first_unit, kept);
   for (int tile = warp; tile < tiles; tile += a.plan.warps) carried[tile * WARP + lane] = 0;
   const Exchange exchange(a, direction, columns, buffers, room);
 
   const auto place = [&](int tile) {
-    return Place{direction, first_unit + tile * Stored::UNITS + lane / LANES, lane % LANES, LANES};
+    return Place{direction, first_unit + tile * UNITS + lane / LANES, lane % LANES, LANES};
   };
   auto next = Pass::read(a, place(warp), 0);
   for (int t = 0; t < a.count; ++t) {
@@ -410,8 +385,8 @@ __global__ void __launch_bounds__(Storage<Pass, T>::WARPS* WARP, 1) recurrence(c
       const auto inputs = next;
       const bool last = tile + a.plan.warps >= tiles;
       next = Pass::read(a, place(last ? warp : tile + a.plan.warps), last ? t + 1 : t);
-      float sums[ROWS] = {};
-      stored.dot(tile, lane, vector, sums);
+      float sums[Rows<Pass, T>::COUNT] = {};
+      rows.dot(tile, lane, vector, sums);
       const float sum = sum_over_lanes(sums, lane);
       const Place at = place(tile);
       float values[Pass::VALUES];
