@@ -152,7 +152,7 @@ def test_rows_in_registers_and_shared_memory_and_streamed(dtype, library, emulat
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
-    given = inputs(9, 4, 2, torch.float32)
+    given = inputs(20, 4, 2, torch.float32)
     results = [run("cuda", *given) for seed in range(20) if emulation.use(library, VARIANTS[variant], seed)]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -161,7 +161,7 @@ def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
                                            ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")])
 def test_a_missing_barrier_is_found(flag, variant, folder, library, emulation):
     """The same sources without a barrier: some order of the threads gives another result."""
-    given = inputs(9, 4, 2, torch.float32)
+    given = inputs(20, 4, 2, torch.float32)
     right = run("cuda", *given) if emulation.use(library, VARIANTS[variant]) else None
     broken = build(folder, flag)
     wrong = [run("cuda", *given) for seed in range(5) if emulation.use(broken, VARIANTS[variant], seed)]

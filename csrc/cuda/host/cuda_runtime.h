@@ -3,8 +3,9 @@
 //
 // Every CUDA thread is a fiber of one system thread. A fiber runs up to its next point of synchronisation (a barrier, a shuffle,
 // an atomic access, a look at another block's shared memory); then any fiber of the grid that waits for nothing may be the
-// next, as a generator with the seed `emulation::seed` decides. A kernel that forgets a barrier so meets orders that a GPU
-// shows too rarely to be found. All blocks of a grid run at once, as cooperative launches and clusters demand.
+// next, as a generator with the seed `emulation::seed` decides; one thread of a grid is far slower than the others. A kernel
+// that forgets a barrier so meets orders that a GPU shows too rarely to be found. All blocks of a grid run at once, as cooperative
+// launches and clusters demand.
 //
 // Not covered: caches and the order in which one thread's accesses reach others (an access is seen by all at once), warps that
 // are incomplete or whose lanes part, static shared memory. Dynamic shared memory is the array `dynamic_shared` of uint4,
@@ -85,6 +86,7 @@ struct Block {
   Meeting meeting;
   std::vector<Warp> warps;
   Cluster* cluster;
+  size_t ended = 0;  // threads
 };
 
 struct Fiber {
@@ -104,6 +106,7 @@ class Grid {
   void meet(Meeting&);    // wait for the others
   void poll();            // let others go first, and notice when all only wait for words
   void progress() { polls_ = 0; }
+  void fail(const char* why);  // ends the grid
   Block& block() { return blocks_[running_->block]; }
   Block& block(unsigned i) { return blocks_[i]; }
   Fiber& fiber() { return *running_; }
@@ -113,7 +116,6 @@ class Grid {
 
   static void enter();
   void next();
-  void leave(const char* why);
   unsigned draw(unsigned below);
 
   std::function<void()> kernel_;
@@ -123,9 +125,10 @@ class Grid {
   std::vector<Fiber*> ready_;
   Fiber* running_ = nullptr;
   int live_ = -1;  // the block whose memory is in dynamic_shared
-  size_t bytes_, finished_ = 0, polls_ = 0;
+  size_t bytes_, ended_ = 0, polls_ = 0;
   uint64_t state_;
   unsigned haste_;  // of 8 times that a fiber is chosen, how often it is the one that was ready last
+  Fiber* slow_;     // of 64 times that it would be chosen, it is once
   jmp_buf caller_;
 };
 
@@ -153,6 +156,7 @@ inline Grid::Grid(unsigned blocks, unsigned threads, unsigned cluster, size_t sh
   }
   gridDim = dim3(blocks), blockDim = dim3(threads);
   haste_ = draw(8);
+  slow_ = &fibers_[draw(unsigned(fibers_.size()))];
 }
 
 inline unsigned Grid::draw(unsigned below) {
@@ -174,9 +178,10 @@ inline void Grid::run() {
 
 // Never returns: continues a fiber that is ready.
 inline void Grid::next() {
-  if (ready_.empty()) leave(finished_ == fibers_.size() ? "" : "all threads wait at barriers");
+  if (ready_.empty()) fail(ended_ == fibers_.size() ? "" : "all threads wait at barriers");
   auto const last = unsigned(ready_.size()) - 1;
-  auto const chosen = draw(8) < haste_ ? last : draw(last + 1);
+  auto chosen = draw(8) < haste_ ? last : draw(last + 1);
+  if (ready_[chosen] == slow_ && last > 0 && draw(64)) chosen = (chosen + 1 + draw(last)) % (last + 1);
   std::swap(ready_[chosen], ready_[last]);
   running_ = ready_[last];
   ready_.pop_back();
@@ -200,12 +205,13 @@ inline void Grid::next() {
 
 inline void Grid::enter() {
   grid->kernel_();
-  ++grid->finished_;
+  ++grid->ended_;
+  ++grid->block().ended;
   grid->progress();
   grid->next();
 }
 
-inline void Grid::leave(const char* why) {
+inline void Grid::fail(const char* why) {
   error = why;
   _longjmp(caller_, 1);
 }
@@ -216,7 +222,7 @@ inline void Grid::pass() {
 }
 
 inline void Grid::poll() {
-  if (++polls_ > 1000 * fibers_.size()) leave("all threads wait for a word that nobody writes");
+  if (++polls_ > 1000 * fibers_.size()) fail("all threads wait for a word that nobody writes");
   pass();
 }
 
