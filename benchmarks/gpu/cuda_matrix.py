@@ -5,12 +5,14 @@ or has more registers than its threads leave it.
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -33,10 +35,16 @@ _NAME = re.compile(r"10recurrenceI.*?(?P<pass>Forward|Backward)E(?P<dtype>f|13__
 
 
 def compiled():
-    """What ptxas writes about csrc/cuda/prompt_lstm.cu."""
+    """What ptxas writes about csrc/cuda/prompt_lstm.cu, for one target after the other."""
+    flags = (CUDA / "nvcc.txt").read_text().split()
+    targets = [flag for flag in flags if flag.startswith("-gencode")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return "".join(pool.map(compile_for, [[flag for flag in flags if flag not in targets or flag == one] for one in targets]))
+
+
+def compile_for(flags):
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", f"--options-file={CUDA / 'nvcc.txt'}", "-Xptxas=-v", "-c", CUDA / "prompt_lstm.cu",
-                   "-o", Path(folder, "prompt_lstm.o")]
+        command = ["nvcc", *flags, "-Xptxas=-v", "-c", CUDA / "prompt_lstm.cu", "-o", Path(folder, "prompt_lstm.o")]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"csrc/cuda does not compile:\n{done.stderr}")

@@ -69,17 +69,18 @@ void recurrence(std::vector<Tensor> matrices, Tensor input, Tensor steps, Tensor
   const torch::stable::accelerator::DeviceGuard guard(device);
   lstm::Args args{};
   args.directions = int(matrices.size());
-  args.hidden = int(matrices[0].size(backward ? 0 : 1));
+  args.hidden = int(steps.size(3));
   args.count = int(steps.size(1));
-  args.aligned = true;
   const lstm::Problem problem{args.hidden, args.directions, int(matrices[0].element_size()), backward};
   auto const dtype = dtype_of(matrices[0]);
+  auto const width = lstm::chunks(problem.columns(), problem.element) * (lstm::CHUNK / problem.element);
   for (int i = 0; i < args.directions; ++i) {
-    STD_TORCH_CHECK(matrices[i].is_contiguous() && matrices[i].numel() == 4ll * args.hidden * args.hidden &&
-                        dtype_of(matrices[i]) == dtype && matrices[i].get_device_index() == device,
-                    "matrices must be contiguous, of 4H x H, one dtype and one device");
-    args.matrix[i] = matrices[i].const_data_ptr();
-    args.aligned &= lstm::rows_aligned(args.matrix[i], problem);
+    auto const& matrix = matrices[i];
+    args.matrix[i] = matrix.const_data_ptr();
+    STD_TORCH_CHECK(matrix.is_contiguous() && matrix.numel() == int64_t(width) * args.hidden * problem.rows_per_unit() &&
+                        dtype_of(matrix) == dtype && matrix.get_device_index() == device &&
+                        reinterpret_cast<uintptr_t>(args.matrix[i]) % lstm::CHUNK == 0,
+                    "matrices must be contiguous with rows of whole chunks, of one dtype and on one device");
   }
   auto const rows = int64_t(args.directions) * args.count * args.hidden;  // of H: the states of all steps
   args.input = floats(input, "input", backward ? rows : 4 * rows);

@@ -37,7 +37,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 namespace fastprompt {
 
@@ -90,6 +89,8 @@ constexpr int padded(int columns, int element) {
 // With as much of the rows in registers, unless told not to, and in `room` bytes of shared memory as there is space for.
 inline Plan plan_of(const Problem& p, Exchange exchange, int blocks, int room, bool registers = true) {
   auto const tiles = ceil_div(ceil_div(p.hidden, UNITS), blocks);
+  // A block of a grid without units would send nothing, and nobody would wait until it has received what it is sent.
+  if (exchange == Exchange::grid) blocks = ceil_div(ceil_div(p.hidden, UNITS), tiles);
   auto const rows = UNITS * p.rows_per_unit(), all = chunks(p.columns(), p.element);
   auto const held = registers && tiles <= WARPS ? std::min(all, HELD * 4 / p.rows_per_unit() * WARP) : 0;
   // Two buffers of the vector, and for each lane of a tile what it carries to the next step.
@@ -109,29 +110,22 @@ inline Plan choose(const Problem& p, const Chip& chip) {
   }
   auto const plan = plan_of(p, Exchange::grid, ceil_div(tiles, WARPS), chip.shared);
   if (plan.held == all && plan.blocks * p.directions <= chip.processors) return plan;
-  auto const most = std::max(1, std::min(tiles, chip.processors / p.directions));
-  return plan_of(p, Exchange::grid, ceil_div(tiles, ceil_div(tiles, most)), chip.shared);
+  return plan_of(p, Exchange::grid, std::max(1, chip.processors / p.directions), chip.shared);
 }
 
 // Whether a block's buffers alone are not too large.
 inline bool fits(const Plan& plan, const Chip& chip) { return plan.shared <= chip.shared; }
 
-// Whether rows of a matrix can be read a chunk at a time.
-inline bool rows_aligned(const void* matrix, const Problem& p) {
-  return reinterpret_cast<uintptr_t>(matrix) % CHUNK == 0 && p.columns() * p.element % CHUNK == 0;
-}
-
 // What a kernel is given. D directions, P steps; all contiguous. `matrix` has the dtype of the weights. Row r of `input` and
 // `output` belongs to row r of the sequence, which the second direction runs from the last to the first; `steps` are in the
 // order in which a direction runs them.
 struct Args {
-  const void* matrix[2];      // of each direction, [4H, H]; backward: [H, 4H]
+  const void* matrix[2];      // of each direction, [4H, H]; backward: [H, 4H]; rows filled up to whole chunks with zeros
   const float* input;         // forward: what the input adds to the gates, [D, P, 4H]; backward: dhidden, [P, D * H]
   float* steps;               // [D, P, 5, H]: gates i, f, g, o and cells; backward only reads them
   float* output;              // forward: hidden states, [P, D * H]; backward: dgates, [D, P, 4H]
   unsigned long long* words;  // [D, 2, columns], zero; for Exchange::grid
   int count, hidden, directions;  // count: P
-  bool aligned;               // rows_aligned of all matrices
   Plan plan;
 };
 

@@ -28,38 +28,15 @@ __device__ inline float activation(float x, bool is_tanh) {
   return (is_tanh ? -e : 1.0f) / (e + 2.0f);
 }
 
-// One direction's matrix, read in chunks.
 template <typename T>
-struct Matrix {
-  static constexpr int WIDTH = CHUNK / sizeof(T);  // elements of a chunk
-
-  const T* data;
-  int columns;
-  bool aligned;
-
-  // Chunk c of a row, zero past its end; row -1 is zero.
-  __device__ uint4 chunk(int row, int c) const {
-    uint4 found = make_uint4(0, 0, 0, 0);
-    if (row < 0 || c * WIDTH >= columns) return found;
-    const T* from = data + (long long)row * columns + c * WIDTH;
-    if (aligned) return *reinterpret_cast<const uint4*>(from);
-    T values[WIDTH];
-    memcpy(values, &found, CHUNK);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      if (c * WIDTH + i < columns) values[i] = from[i];
-    }
-    memcpy(&found, values, CHUNK);
-    return found;
-  }
-};
+constexpr int WIDTH = CHUNK / sizeof(T);  // elements of a chunk
 
 template <typename T>
-__device__ void multiply_add(const uint4& weights, const float (&vector)[Matrix<T>::WIDTH], float& sum) {
-  T values[Matrix<T>::WIDTH];
+__device__ void multiply_add(const uint4& weights, const float (&vector)[WIDTH<T>], float& sum) {
+  T values[WIDTH<T>];
   memcpy(values, &weights, CHUNK);
 #pragma unroll
-  for (int i = 0; i < Matrix<T>::WIDTH; ++i) sum = fmaf(widen(values[i]), vector[i], sum);
+  for (int i = 0; i < WIDTH<T>; ++i) sum = fmaf(widen(values[i]), vector[i], sum);
 }
 
 template <int N>
@@ -191,38 +168,41 @@ class Rows {
   static constexpr int COUNT = UNITS * Pass::ROWS;  // of a tile
 
   // `shared`: [tiles, COUNT, kept]. The threads of the block must meet before `dot`.
-  __device__ Rows(const Matrix<T>& matrix, const Args& a, int first_unit, uint4* shared)
-      : matrix_(matrix), shared_(shared), first_unit_(first_unit), hidden_(a.hidden), held_(a.plan.held), kept_(a.plan.kept) {
+  __device__ Rows(const uint4* matrix, const Args& a, int first_unit, uint4* shared)
+      : matrix_(matrix), shared_(shared), first_unit_(first_unit), hidden_(a.hidden), held_(a.plan.held), kept_(a.plan.kept),
+        all_(chunks(Pass::BACKWARD ? 4 * a.hidden : a.hidden, sizeof(T))) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < COUNT; ++r) {
 #pragma unroll
       for (int j = 0; j < CHUNKS; ++j) {
-        const bool some = j * WARP < held_ && warp < a.plan.tiles;  // then a warp has one tile, or none
-        weights_[r][j] = matrix.chunk(some ? number(warp, r) : -1, lane + j * WARP);
+        const bool some = lane + j * WARP < held_ && warp < a.plan.tiles;  // then a warp has one tile, or none
+        weights_[r][j] = some ? chunk(warp, r, lane + j * WARP) : make_uint4(0, 0, 0, 0);
       }
     }
     for (int i = threadIdx.x; i < a.plan.tiles * COUNT * kept_; i += blockDim.x) {
       const int row = i / kept_;
-      shared_[i] = matrix.chunk(number(row / COUNT, row % COUNT), held_ + i % kept_);
+      shared_[i] = chunk(row / COUNT, row % COUNT, held_ + i % kept_);
     }
   }
 
   // Adds a lane's share. What is streamed comes first: it takes the longest way.
   __device__ void dot(int tile, int lane, const float* vector, float (&sums)[COUNT]) const {
-    const int all = chunks(matrix_.columns, sizeof(T));
+#pragma unroll
+    for (int first = 0; first < COUNT; first += AT_ONCE) {
 #pragma unroll UNROLL
-    for (int c = held_ + kept_ + lane; c < all; c += WARP) {
-      add(vector, c, sums, [&](int r) { return matrix_.chunk(number(tile, r), c); });
-    }
+      for (int c = held_ + kept_ + lane; c < all_; c += WARP) {
+        add<AT_ONCE>(vector, c, first, sums, [&](int r) { return chunk(tile, r, c); });
+      }
 #pragma unroll UNROLL
-    for (int c = lane; c < kept_; c += WARP) {
-      add(vector, held_ + c, sums, [&](int r) { return shared_[(tile * COUNT + r) * kept_ + c]; });
+      for (int c = lane; c < kept_; c += WARP) {
+        add<AT_ONCE>(vector, held_ + c, first, sums, [&](int r) { return shared_[(tile * COUNT + r) * kept_ + c]; });
+      }
     }
 #pragma unroll
     for (int j = 0; j < CHUNKS; ++j) {
       if (j * WARP < held_) {
-        add(vector, lane + j * WARP, sums, [&](int r) {
+        add<COUNT>(vector, lane + j * WARP, 0, sums, [&](int r) {
           uint4 weights = weights_[r][j];
           // Or the compiler would widen them before the loop over the steps, and have no registers left.
           asm volatile("" : "+r"(weights.x), "+r"(weights.y), "+r"(weights.z), "+r"(weights.w));
@@ -234,34 +214,37 @@ class Rows {
 
  private:
   static constexpr int CHUNKS = HELD * 4 / Pass::ROWS;   // of a row that a lane holds
-  static constexpr int UNROLL = Pass::BACKWARD ? 2 : 1;  // loads of one turn hide those of the other
+  // Rows whose chunks are loaded together: as many as there are registers for beside those held.
+  static constexpr int AT_ONCE = COUNT < 8 ? COUNT : 8, UNROLL = 8 / AT_ONCE;
 
-  // Of a tile's row in the matrix; -1: of no unit.
-  __device__ int number(int tile, int r) const {
+  // From the matrix; a tile may have rows of no unit.
+  __device__ uint4 chunk(int tile, int r, int c) const {
     const int unit = first_unit_ + tile * UNITS + r / Pass::ROWS;
-    return unit < hidden_ ? Pass::row(unit, r % Pass::ROWS, hidden_) : -1;
+    if (unit >= hidden_) return make_uint4(0, 0, 0, 0);
+    return matrix_[(long long)Pass::row(unit, r % Pass::ROWS, hidden_) * all_ + c];
   }
 
-  template <typename Chunk>
-  __device__ static void add(const float* vector, int c, float (&sums)[COUNT], const Chunk& chunk) {
-    float x[Matrix<T>::WIDTH];
-    load(vector + c * Matrix<T>::WIDTH, x);
+  // Of rows first to first + N.
+  template <int N, typename Chunk>
+  __device__ static void add(const float* vector, int c, int first, float (&sums)[COUNT], const Chunk& chunk) {
+    float x[WIDTH<T>];
+    load(vector + c * WIDTH<T>, x);
 #pragma unroll
-    for (int r = 0; r < COUNT; ++r) multiply_add<T>(chunk(r), x, sums[r]);
+    for (int r = first; r < first + N; ++r) multiply_add<T>(chunk(r), x, sums[r]);
   }
 
-  Matrix<T> matrix_;
+  const uint4* matrix_;
   uint4 weights_[COUNT][CHUNKS];
   uint4* shared_;
-  int first_unit_, hidden_, held_, kept_;
+  int first_unit_, hidden_, held_, kept_, all_;  // chunks of a row: all_
 };
 
 // Exchange: `receive` returns the vector of step t, complete; `send` adds what a unit has for the vector of step t + 1. All
 // threads of the direction call both in every step, but `send` not in the last.
 //
 // There are two buffers, for even and for odd steps, and threads meet once a step, in `receive`. That is enough: the vector of
-// step t + 2 goes into the buffer that step t has read, and whoever sends it has received t + 1, for which everybody had
-// to be done with step t.
+// step t + 2 goes into the buffer that step t has read, and whoever sends it has received all of t + 1, for which everybody
+// had to be done with step t.
 
 // Into the shared memory of all blocks of the cluster; the cluster's barrier is the meeting.
 class ClusterExchange {
@@ -369,8 +352,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1) recurrence(const __grid_consta
   float* const buffers = reinterpret_cast<float*>(dynamic_shared);  // [2][room]
   float* const carried = buffers + 2 * room;                        // [tiles][WARP], each lane its own
   uint4* const kept = reinterpret_cast<uint4*>(carried + tiles * WARP);
-  const Matrix<T> matrix{static_cast<const T*>(direction ? a.matrix[1] : a.matrix[0]), columns, a.aligned};
-  const Rows<Pass, T> rows(matrix, a, first_unit, kept);
+  const Rows<Pass, T> rows(static_cast<const uint4*>(direction ? a.matrix[1] : a.matrix[0]), a, first_unit, kept);
   for (int tile = warp; tile < tiles; tile += a.plan.warps) carried[tile * WARP + lane] = 0;
   const Exchange exchange(a, direction, columns, buffers, room);
 

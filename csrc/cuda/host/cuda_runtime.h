@@ -222,7 +222,7 @@ inline void Grid::pass() {
 }
 
 inline void Grid::poll() {
-  if (++polls_ > 1000 * fibers_.size()) fail("all threads wait for a word that nobody writes");
+  if (++polls_ > 20000 * fibers_.size()) fail("all threads wait for a word that nobody writes");
   pass();
 }
 

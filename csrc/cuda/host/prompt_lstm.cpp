@@ -5,11 +5,9 @@
 using namespace fastprompt;
 using namespace fastprompt::lstm;
 
-// Runs `args`, whose `aligned` is found here. The error; empty if there is none.
-extern "C" const char* run_emulated(const Args* args, const Problem* problem, int dtype, uint64_t seed) {
-  auto given = *args;
-  given.aligned = rows_aligned(given.matrix[0], *problem) && rows_aligned(given.matrix[given.directions - 1], *problem);
+// The error; empty if there is none.
+extern "C" const char* run_emulated(const Args* args, int dtype, bool backward, uint64_t seed) {
   emulation::seed = seed;
-  run(given, Dtype(dtype), problem->backward, nullptr);
+  run(*args, Dtype(dtype), backward, nullptr);
   return emulation::error.c_str();
 }

@@ -33,7 +33,7 @@ def forward(x, weights, keep, num_layers, bidirectional):
             if biases:
                 gate += biases[0].float() + biases[1].float()
         rows = rows.new_empty(count, directions * hidden)
-        _recurrence([w_hidden.contiguous() for _, w_hidden, *_ in cells], gates, steps[layer], rows, backward=False)
+        _recurrence([w_hidden for _, w_hidden, *_ in cells], gates, steps[layer], rows, backward=False)
     return rows.to(x.dtype), steps
 
 
@@ -52,7 +52,7 @@ def backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs):
         if layer > 0 and keep:
             rows = rows * keep[layer - 1]
         dgates = grad.new_empty(directions, len(x), 4 * steps.shape[-1])
-        matrices = [w_hidden.t().contiguous() for _, w_hidden, *_ in layers[layer]]
+        matrices = [w_hidden.t() for _, w_hidden, *_ in layers[layer]]
         _recurrence(matrices, grad.contiguous(), steps[layer], dgates, backward=True)
         hidden = _outputs(steps[layer]).chunk(directions, dim=1) if any(here[1::size]) else None
         for direction, dgate in enumerate(dgates):
@@ -80,7 +80,15 @@ def _recurrence(matrices, given, steps, result, *, backward):
     if steps.shape[1] == 0:
         return
     words = torch.zeros(len(matrices), 2, matrices[0].shape[1], dtype=torch.int64, device=given.device)
+    matrices = [_whole_chunks(matrix) for matrix in matrices]
     torch.ops.fastprompt.prompt_lstm_recurrence_cuda(matrices, given, steps, result, words, backward)
+
+
+def _whole_chunks(matrix):
+    """Contiguous rows, filled up with zeros, that start at multiples of 16 bytes."""
+    missing = -matrix.shape[1] % (16 // matrix.element_size())
+    matrix = torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix.contiguous()
 
 
 def _outputs(steps):
