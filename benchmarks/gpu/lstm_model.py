@@ -12,10 +12,12 @@ Weights of a step: from registers at 128 multiply-adds a cycle and multiprocesso
     multiprocessor (CUDA's programming guide), from the L2 cache at ASSUMED 4, 5.5 and 10 TB/s.
 Products around the recurrence: bytes of weights and states over the bandwidth of memory or FLOPs over the peak of fp32
     without tensor cores, whichever is slower, and 3 us a launch.
+Small launches of ours, 3 us each: zeros for a grid's words, sums of biases; backward also the transposed weights (read and
+    written once), hidden states from cells, the gradients of the biases and the sum over directions.
 cuDNN: where a direction's recurrent weights fit into the registers and shared memory of the device, as many steps in a row, 2 us each:
     2.01 ms for nn.LSTM at H = 768 are in the plots of FlashRNN's repository, ASSUMED to be of 1024 steps. Elsewhere two launches
     a step, each ASSUMED to begin 2.5 us after the other, and all weights through the L2 cache. Directions run side by side where
-    both fit, else one after the other. Its products are as ours.
+    both fit, else one after the other. Its products are as ours, and it is given small launches for nothing.
 
 Two layers, two directions, input as wide as 2H, fp32; forward, and backward with all gradients. Not counted: Python, allocation.
 """
@@ -104,6 +106,14 @@ def products_seconds(device_name, hidden, count, backward):
     return DIRECTIONS * sum(product_seconds(device_name, *shape) for shape in each)
 
 
+def others_seconds(device_name, hidden, backward):
+    """Of one layer: what the backend launches beside products and recurrence."""
+    if not backward:
+        return (1 + DIRECTIONS) * LAUNCH_SECONDS
+    launches = 1 + DIRECTIONS + 4 + 2 * DIRECTIONS + DIRECTIONS
+    return launches * LAUNCH_SECONDS + 2 * DIRECTIONS * 4 * hidden**2 * ELEMENT / DEVICES[device_name].bandwidth
+
+
 def cudnn_seconds(device_name, hidden, count):
     """The recurrence of one layer; backward is taken for as long as forward."""
     device, bytes_ = DEVICES[device_name], 4 * hidden * hidden * ELEMENT
@@ -119,6 +129,7 @@ def predict(library, device_name, hidden, count):
     rows = []
     for backward in (False, True):
         around = LAYERS * products_seconds(device_name, hidden, count, backward)
+        others = LAYERS * others_seconds(device_name, hidden, backward)
         base = {"device": device_name, "direction": "backward" if backward else "forward", "H": hidden, "P": count}
         found = plans(library, device_name, hidden, backward)
         chosen = next(iter(found))
@@ -131,11 +142,12 @@ def predict(library, device_name, hidden, count):
                 "implementation": name, "chosen": "yes" if name == chosen else "", "blocks": plan.blocks,
                 "in registers": f"{held:.2f}", "in shared memory": f"{kept:.2f}", "streamed": f"{1 - held - kept:.2f}",
                 "shared KiB": f"{plan.shared / 1024:.1f}", "steps us": f"{inner * 1e6:.0f}",
-                "products us": f"{around * 1e6:.0f}", "us": f"{(inner + around) * 1e6:.0f}",
+                "products us": f"{around * 1e6:.0f}", "others us": f"{others * 1e6:.0f}",
+                "us": f"{(inner + around + others) * 1e6:.0f}",
             })  # fmt: skip
         inner = LAYERS * cudnn_seconds(device_name, hidden, count)
         rows.append(base | {"implementation": "cuDNN", "chosen": ""} | blank | {
-            "steps us": f"{inner * 1e6:.0f}", "products us": f"{around * 1e6:.0f}", "us": f"{(inner + around) * 1e6:.0f}"})
+            "steps us": f"{inner * 1e6:.0f}", "products us": f"{around * 1e6:.0f}", "others us": "0", "us": f"{(inner + around) * 1e6:.0f}"})
     return rows
 
 
@@ -177,7 +189,7 @@ def main(arguments=None):
     output.write_csv(options.out, rows, [
         f"{PREDICTION}. Two layers, two directions, fp32; see benchmarks/gpu/lstm_model.py for the figures it assumes.",
         "chosen: what the rule picks for this device; blocks: of a direction; where the parts of the weights stand, streamed: in the L2 cache.",
-        "us = steps us (the recurrence) + products us (matrix products around it, the same for all)",
+        "us = steps us (the recurrence) + products us (matrix products around it, the same for all) + others us (small launches)",
     ])
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     return 0

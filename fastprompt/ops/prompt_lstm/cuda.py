@@ -29,9 +29,10 @@ def forward(x, weights, keep, num_layers, bidirectional):
             rows = rows * keep[layer - 1]
         gates = rows.new_empty(directions, count, 4 * hidden)  # what the input adds to them
         for gate, (w_input, _, *biases) in zip(gates, cells):
-            torch.mm(rows, w_input.float().t(), out=gate)
             if biases:
-                gate += biases[0].float() + biases[1].float()
+                torch.addmm(biases[0].float() + biases[1].float(), rows, w_input.float().t(), out=gate)
+            else:
+                torch.mm(rows, w_input.float().t(), out=gate)
         rows = rows.new_empty(count, directions * hidden)
         _recurrence([w_hidden for _, w_hidden, *_ in cells], gates, steps[layer], rows, backward=False)
     return rows.to(x.dtype), steps
@@ -42,25 +43,24 @@ def backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs):
     layers = _layers(weights, num_layers, bidirectional)
     directions, size = len(layers[0]), len(layers[0][0])
     grads = [x.new_empty(0) for _ in needs]
-    grad = grad.float()
+    grad, hidden = grad.float(), _outputs(steps[-1])
     for layer in reversed(range(num_layers)):
         first = 1 + layer * directions * size  # this layer's place in needs
         below, here = any(needs[:first]), needs[first : first + directions * size]
         if not (below or any(here)):
             break
-        rows = x.float() if layer == 0 else _outputs(steps[layer - 1])
+        rows = below_hidden = _outputs(steps[layer - 1]) if layer > 0 else x.float()
         if layer > 0 and keep:
             rows = rows * keep[layer - 1]
         dgates = grad.new_empty(directions, len(x), 4 * steps.shape[-1])
         matrices = [w_hidden.t() for _, w_hidden, *_ in layers[layer]]
         _recurrence(matrices, grad.contiguous(), steps[layer], dgates, backward=True)
-        hidden = _outputs(steps[layer]).chunk(directions, dim=1) if any(here[1::size]) else None
-        for direction, dgate in enumerate(dgates):
+        for direction, (dgate, states) in enumerate(zip(dgates, hidden.chunk(directions, dim=1))):
             at = first + direction * size
             if needs[at]:
                 grads[at] = dgate.t() @ rows
             if needs[at + 1]:  # the first step's hidden state is zero; the second direction comes from the row after
-                after, before = (dgate[:-1], hidden[1][1:]) if direction else (dgate[1:], hidden[0][:-1])
+                after, before = (dgate[:-1], states[1:]) if direction else (dgate[1:], states[:-1])
                 grads[at + 1] = after.t() @ before
             for bias in range(at + 2, at + size):
                 if needs[bias]:
@@ -70,6 +70,7 @@ def backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs):
         grad = sum(dgate @ cell[0].float() for dgate, cell in zip(dgates, layers[layer]))
         if layer > 0 and keep:
             grad = grad * keep[layer - 1]
+        hidden = below_hidden
     if needs[0]:
         grads[0] = grad
     return [g.to(x.dtype) for g in grads]
