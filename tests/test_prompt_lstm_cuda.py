@@ -223,6 +223,18 @@ def test_odd_tensors(library, emulation):
     assert out.shape == (0, 12) and dx.shape == (0, 5) and not any(d.any() for d in dweights)
 
 
+@pytest.mark.parametrize("variant", ["cluster, registers", "grid, registers"])
+def test_large_numbers_and_nan(variant, library, emulation):
+    """Gates that are saturated, and what is not a number reaches just what it reaches in the reference."""
+    emulation.use(library, VARIANTS[variant])
+    x, weights, grad, options = inputs(7, 6, 2, torch.float32)
+    x[1], x[3] = 1e4, -1e4
+    check(x, weights, grad, options)
+    x[2, 0] = torch.nan
+    for got, expected in zip(run("cuda", x, weights, grad, options), run("reference", x, weights, grad, options), strict=True):
+        assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().any()
+
+
 def test_it_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(native, "missing_cuda", None)
     assert available_backends()["cuda"] is None and select_backend("cuda") == "torch"

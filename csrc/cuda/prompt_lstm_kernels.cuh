@@ -1,4 +1,4 @@
-// The one kernel of prompt_lstm.h, for each pass, dtype, exchange and storage.
+// The one kernel of prompt_lstm.h, for each pass, dtype and exchange.
 #pragma once
 
 #include "prompt_lstm.h"
@@ -24,7 +24,8 @@ __device__ inline float widen(__half x) { return __half2float(x); }
 
 // tanh(x) or sigmoid(x), by one way so that lanes with different gates don't part, and with small results as exact as large ones.
 __device__ inline float activation(float x, bool is_tanh) {
-  const float e = expm1f(fminf(is_tanh ? -2.0f * x : -x, 80.0f));
+  const float y = is_tanh ? -2.0f * x : -x;
+  const float e = expm1f(y > 80.0f ? 80.0f : y);  // not infinite, but NaN stays NaN
   return (is_tanh ? -e : 1.0f) / (e + 2.0f);
 }
 
