@@ -11,8 +11,10 @@ into. The libraries use torch's stable C interface and nothing of Python's, so t
 
 import os
 import platform
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -79,10 +81,13 @@ class BuildLibrary(build_ext):
         if not self.force and not newer_group([*ext.sources, *ext.depends], library):
             return
         self.mkpath(str(Path(library).parent))
-        flags = ["--options-file=csrc/cuda/nvcc.txt", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-        flags += [f"--threads={os.cpu_count()}", *(f"-D{name}={value}" for name, value in MACROS)]
+        nvcc, flags = find_nvcc(), Path("csrc/cuda/nvcc.txt").read_text().split()
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        flags = [f for f in flags if "code=" not in f or re.search(r"code=(sm_\d+)", f)[1] in known]  # an older nvcc has fewer
+        flags += ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.cpu_count()}", "-DUSE_CUDA"]
+        flags += [f"-D{name}={value}" for name, value in MACROS]
         paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
-        self.spawn([find_nvcc(), *flags, *paths, *ext.sources, "-ltorch_cuda", "-ltorch_cpu", "-o", library])
+        self.spawn([nvcc, *flags, *paths, *ext.sources, "-ltorch_cuda", "-ltorch_cpu", "-o", library])
 
 
 class Wheel(bdist_wheel):
