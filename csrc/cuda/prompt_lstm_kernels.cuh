@@ -69,13 +69,14 @@ __device__ float sum_over_lanes(const float (&x)[N], int lane, int offset = WARP
   }
 }
 
-// Where a lane stands: which unit of the direction it works on (hidden or more: none), and as which of the unit's lanes.
-struct Place {
-  int direction, unit, lane, lanes;
+constexpr int UNIT_LANES = WARP / UNITS, GATE_LANES = UNIT_LANES / 4;  // that have a unit's sums, and a gate's
 
-  // The lane that has gate g of this unit, counted in the warp as that of lane `warp_lane`.
-  __device__ int gate() const { return lane / (lanes / 4); }
-  __device__ bool leads() const { return lane % (lanes / 4) == 0; }  // of those that hold the same gate
+// What a lane works on: a unit of a direction (there is none from `hidden` on), as one of the unit's lanes.
+struct Place {
+  int direction, unit, lane;
+
+  __device__ int gate() const { return lane / GATE_LANES; }
+  __device__ bool leads() const { return lane % GATE_LANES == 0; }  // of those that have the same gate
 };
 
 // The row of the sequence in a direction's step s.
@@ -108,15 +109,14 @@ struct Forward {
   __device__ static void step(const Args& a, const Place& at, int t, float sum, const Inputs& in, float& cell,
                               float (&sent)[VALUES]) {
     const float gate = activation(sum + in.gate, at.gate() == 2);
-    const int first = threadIdx.x % WARP - at.lane, apart = at.lanes / 4;
-    const float i = __shfl_sync(ALL, gate, first), f = __shfl_sync(ALL, gate, first + apart);
-    const float g = __shfl_sync(ALL, gate, first + 2 * apart), o = __shfl_sync(ALL, gate, first + 3 * apart);
+    const auto of_unit = [&](int which) { return __shfl_sync(ALL, gate, threadIdx.x % WARP - at.lane + which * GATE_LANES); };
+    const float i = of_unit(0), f = of_unit(1), g = of_unit(2), o = of_unit(3);
     cell = f * cell + i * g;
     sent[0] = o * tanhf(cell);
     if (at.unit >= a.hidden) return;
     if (at.leads()) step_value(a, at.direction, t, at.gate(), at.unit) = gate;
     if (at.lane == 1) step_value(a, at.direction, t, 4, at.unit) = cell;
-    if (at.lane == apart + 1) {
+    if (at.lane == 3) {
       const long long row = row_of(a, at.direction, t);
       a.output[(row * a.directions + at.direction) * a.hidden + at.unit] = sent[0];
     }
@@ -266,7 +266,7 @@ class ClusterExchange {
   template <int N>
   __device__ void send(int t, const Place& at, int first, int apart, const float (&values)[N]) const {
 #ifdef _CG_HAS_CLUSTER_GROUP
-    for (int block = at.lane; block < blocks_; block += at.lanes) {
+    for (int block = at.lane; block < blocks_; block += UNIT_LANES) {
       float* to = cooperative_groups::this_cluster().map_shared_rank(buffers_ + (t + 1) % 2 * padded_, block);
 #pragma unroll
       for (int n = 0; n < N; ++n) to[first + n * apart] = values[n];
@@ -344,7 +344,6 @@ class GridExchange {
 
 template <typename Pass, typename T, typename Exchange>
 __global__ void __launch_bounds__(WARPS* WARP, 1) recurrence(const __grid_constant__ Args a) {
-  constexpr int LANES = WARP / UNITS;
   const int direction = blockIdx.x / a.plan.blocks, block = blockIdx.x % a.plan.blocks, tiles = a.plan.tiles;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int columns = Pass::BACKWARD ? 4 * a.hidden : a.hidden, room = padded(columns, sizeof(T));
@@ -358,7 +357,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1) recurrence(const __grid_consta
   const Exchange exchange(a, direction, columns, buffers, room);
 
   const auto place = [&](int tile) {
-    return Place{direction, first_unit + tile * UNITS + lane / LANES, lane % LANES, LANES};
+    return Place{direction, first_unit + tile * UNITS + lane / UNIT_LANES, lane % UNIT_LANES};
   };
   auto next = Pass::read(a, place(warp), 0);
   for (int t = 0; t < a.count; ++t) {
