@@ -4,7 +4,8 @@ import torch
 
 from ... import native
 from ...checks import FLOATS, accumulator, check_tensor, choose_backend
-from . import cuda, reference
+from ..launcher import launcher
+from . import cuda
 
 
 def available_backends():
@@ -164,7 +165,7 @@ _library.define(
 @torch.library.impl(_library, "prompt_lstm", "CompositeExplicitAutograd")
 def _forward(x, weights, keep, num_layers, bidirectional, backend):
     with torch.autocast(x.device.type, enabled=False):
-        return _backend(backend).forward(x, weights, keep, num_layers, bidirectional)
+        return launcher("prompt_lstm", backend)[0].forward(x, weights, keep, num_layers, bidirectional)
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm", lib=_library)
@@ -177,11 +178,8 @@ def _forward_fake(x, weights, keep, num_layers, bidirectional, backend):
 @torch.library.impl(_library, "prompt_lstm_backward", "CompositeExplicitAutograd")
 def _backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs, backend):
     with torch.autocast(x.device.type, enabled=False):
-        return _backend(backend).backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
-
-
-def _backend(name):
-    return cuda if name == "cuda" else reference
+        implementation = launcher("prompt_lstm", backend)[0]
+        return implementation.backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm_backward", lib=_library)
