@@ -48,7 +48,9 @@ RUN_thread = setarch -R env OMP_NUM_THREADS=2 $(call PRELOAD,tsan) \
 # Needs no GPU. The matrix is a sample; benchmarks/gpu/README.md has the command for all of it.
 gpu-evidence: $(READY)
 	$(PY) -m benchmarks.gpu.compile_matrix
+	$(PY) -m benchmarks.gpu.cuda_matrix
 	$(PY) -m benchmarks.gpu.model
+	$(PY) -m benchmarks.gpu.lstm_model
 	$(PY) -m benchmarks.gpu.launch_cost
 
 gpu-check: $(READY)
@@ -69,6 +71,6 @@ $(READY): pyproject.toml setup.py Makefile
 	touch $@
 
 # The installation has compiled the C++ kernels; this does so again after a change to them.
-$(KERNELS): $(READY) $(wildcard csrc/cpu/*)
+$(KERNELS): $(READY) $(wildcard csrc/cpu/* csrc/cuda/*)
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@

@@ -1,16 +1,20 @@
-"""What pyproject.toml cannot say: the C++ library, and ``kernels/`` installed inside the package.
+"""What pyproject.toml cannot say: the libraries of C++ and CUDA, and ``kernels/`` installed inside the package.
 
 ``kernels/`` at the top level would collide with the PyPI package of that name, which transformers imports.
 
-The library is compiled where a C++ compiler and torch's headers are found, and left out where not: an installation never
-fails for it, and ``fastprompt doctor`` says what is missing. torch itself is never imported, nor needed in an isolated
-build: its headers are looked for in the environment that is installed into. The library uses torch's stable C interface and
-nothing of Python's, so that one build runs on all versions of both; ``fastprompt/native.py`` loads it.
+A library is compiled where its compiler and torch's headers are found, and left out where not: an installation never
+fails for it, and ``fastprompt doctor`` says what is missing. That of CUDA is tried where torch is a build with CUDA. torch
+itself is never imported, nor needed in an isolated build: its headers are looked for in the environment that is installed
+into. The libraries use torch's stable C interface and nothing of Python's, so that one build runs on all versions of both;
+``fastprompt/native.py`` loads them.
 """
 
 import os
 import platform
+import re
+import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +26,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, PlatformError
 from setuptools.modified import newer_group
 
-NAME = "fastprompt._cpu"
+NAME, CUDA_NAME = "fastprompt._cpu", "fastprompt._cuda"
 OLDEST_TORCH, OLDEST_PYTHON = (2, 10), "cp310"
+MACROS = [("TORCH_TARGET_VERSION", hex(OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48))]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 
 # By the end of a file's name; no other file may assume more than the architecture's minimum.
@@ -49,9 +54,9 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         if os.name != "posix":
             raise PlatformError("they are not built on this system")
-        torch = find_torch()
-        major, minor = OLDEST_TORCH
-        macros = [("TORCH_TARGET_VERSION", hex(major << 56 | minor << 48))]
+        if ext.name == CUDA_NAME:
+            return self.build_cuda(ext)
+        torch, macros = find_torch(), [*MACROS]
         x86 = X86 if platform.machine().lower() in ("x86_64", "amd64") else {}
         if x86:
             macros.append(("FASTPROMPT_X86", "1"))
@@ -70,6 +75,19 @@ class BuildLibrary(build_ext):
         # torch has loaded libtorch_cpu by then, so its name is enough and no path of this machine is kept.
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"],
                                          library_dirs=[str(torch / "lib")], target_lang="c++")
+
+    def build_cuda(self, ext):
+        torch, library = find_torch(), self.get_ext_fullpath(ext.name)
+        if not self.force and not newer_group([*ext.sources, *ext.depends], library):
+            return
+        self.mkpath(str(Path(library).parent))
+        nvcc, flags = find_nvcc(), Path("csrc/cuda/nvcc.txt").read_text().split()
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        flags = [f for f in flags if "code=" not in f or re.search(r"code=(sm_\d+)", f)[1] in known]  # an older nvcc has fewer
+        flags += ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.cpu_count()}", "-DUSE_CUDA"]
+        flags += [f"-D{name}={value}" for name, value in MACROS]
+        paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+        self.spawn([nvcc, *flags, *paths, *ext.sources, "-ltorch_cuda", "-ltorch_cpu", "-o", library])
 
 
 class Wheel(bdist_wheel):
@@ -90,15 +108,31 @@ def find_torch():
     raise PlatformError("torch is not installed (its headers are needed)")
 
 
-kernels = [f"fastprompt.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+def find_nvcc():
+    """nvcc, if there is one and torch is a build with CUDA."""
+    folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    try:
+        has_cuda = (find_torch() / "lib/libtorch_cuda.so").is_file()
+    except PlatformError:
+        return None
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", "")])) if has_cuda else None
+
+
+def library(name, folder, **options):
+    files = {suffix: sorted(str(p) for p in Path(folder).glob(f"*{suffix}")) for suffix in (".cpp", ".cu", ".h", ".cuh", ".txt")}
+    sources, others = files.pop(".cpp") + files.pop(".cu"), sum(files.values(), [])
+    return Extension(name, sources, py_limited_api=True, depends=["setup.py", *others], **options)
+
 
 kernels = [f"fastprompt.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+libraries = [library(NAME, "csrc/cpu")]
+if find_nvcc():
+    libraries.append(library(CUDA_NAME, "csrc/cuda", optional=True))
 
 setup(
     packages=[*find_packages(include=["fastprompt", "fastprompt.*"]), *kernels],
     package_dir={"fastprompt.kernels": "kernels"},
-    ext_modules=[Extension(NAME, sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp")), py_limited_api=True,
-                           depends=["setup.py", *sorted(str(p) for p in Path("csrc/cpu").glob("*.h"))])],
+    ext_modules=libraries,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
 )

@@ -100,12 +100,14 @@ def show_devices(hints):
 
 
 def show_library(hints):
-    """Print what the C++ kernels are compiled for, or say how to get them."""
+    """Print what the C++ and CUDA kernels are compiled for, or say how to get those of C++, which "auto" takes."""
     native, problem = load("fastprompt.native")
     if problem:
         return  # no operator can be imported either, and that is an error
     if not native.missing:
         row("C++ kernels", load("torch")[0].ops.fastprompt.cpu_isa())
+    row("CUDA kernels", native.missing_cuda or "compiled, run on request")
+    if not native.missing:
         return
     row("C++ kernels", native.missing)
     compiler = os.environ.get("CXX", "c++").split()[0]

@@ -1,4 +1,4 @@
-"""Loads the C++ library of CPU kernels, whose operators are then in ``torch.ops.fastprompt``."""
+"""Loads the libraries of C++ and of CUDA kernels, whose operators are then in ``torch.ops.fastprompt``."""
 
 from pathlib import Path
 
@@ -7,18 +7,23 @@ import torch
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
 
 
-def _load():
-    if not LIBRARY.exists():
-        return "the C++ library was not compiled when fastprompt was installed"
+def _load(library, language):
+    if not library.exists():
+        return f"the {language} library was not compiled when fastprompt was installed"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"the C++ library cannot be loaded: {error}"
+        return f"the {language} library cannot be loaded: {error}"
     return None
 
 
-missing: str | None = _load()
-"""None if the library's operators are there, else the reason why not."""
+missing: str | None = _load(LIBRARY, "C++")
+"""None if the operators of the C++ library are there, else the reason why not."""
+
+missing_cuda: str | None = (
+    _load(LIBRARY.with_name("_cuda.abi3.so"), "CUDA") if torch.version.cuda else "this torch is built without CUDA"
+)
+"""None if the operators of the CUDA library are there, else the reason why not."""
 
 
 def unsupported(device_type, dtype):

@@ -25,6 +25,7 @@ def test_reports_every_operator_and_succeeds():
     for name in doctor.OPERATORS:
         assert f"\n  {name:<17} cpu -> " in operators
     assert f"torch             {torch.__version__}" in result.stdout
+    assert "CUDA kernels      " in result.stdout
     assert "soft prompts can be trained here" in result.stdout
 
 

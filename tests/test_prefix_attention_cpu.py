@@ -158,7 +158,7 @@ def test_nothing_beside_the_inputs_is_read_and_every_result_is_written(cpu_isa, 
 @pytest.mark.parametrize("prefixes, lengths", [(1, [0, 0]), (2, [3, 1]), (1, [3, 0])])
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_prefixes_that_nobody_reads_have_gradients_of_zero(poisoned, kind, prefixes, lengths):
-    seq = Sequences.packed([0, *itertools.accumulate(lengths)]) if kind == "packed" else Sequences.padded(lengths, 5)
+    seq = Sequences.packed([0, *itertools.accumulate(lengths)]) if kind == "packed" else Sequences.padded([0, 1], lengths, 5)
     inputs = tensors(seq.rows, 4, 2, 8, prefixes, 6, torch.float32)
     grads = run(ours, inputs, random_grad(seq, 4, 8), seq)[5:7]
     for grad in grads:

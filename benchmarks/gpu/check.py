@@ -7,6 +7,7 @@ table with the device's name into ``benchmarks/gpu/results/``. Exits with 1 if a
 """
 
 import argparse
+import itertools
 import json
 import platform
 import shutil
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 import fastprompt
+from fastprompt import native
 
 from .. import models, report, step
 from ..workloads import Workload, uneven_lengths
@@ -212,22 +214,28 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
                           multitask("reference"), [shared, left, right], new(4, prompt, width), device, **timing)
 
 
-def lstm(device, width=1024, lengths=(20, 100), dtype=torch.float32, **timing):
-    """Rows of prompt_lstm beside nn.LSTM, which is cuDNN's on a GPU."""
+def lstm(device, widths=(128, 256, 512, 1024), lengths=(20, 100), dtype=torch.float32, **timing):
+    """Rows of prompt_lstm beside nn.LSTM, which is cuDNN's on a GPU; of the CUDA kernels, where they are compiled, in fp32 and
+    bf16."""
     rows = []
-    for length in lengths:
-        torch.manual_seed(0)
-        module = nn.LSTM(width, width, num_layers=2, bidirectional=True).to(device, dtype)
-        weights = [w.detach() for w in module.parameters()]
-        x, grad = (torch.randn(length, n * width, device=device, dtype=dtype) for n in (1, 2))
+    for width, length in itertools.product(widths, lengths):
+        for backend, kind in (("auto", dtype), *((("cuda", dtype), ("cuda", torch.bfloat16)) if has_cuda_kernels(device) else ())):
+            torch.manual_seed(0)
+            module = nn.LSTM(width, width, num_layers=2, bidirectional=True).to(device, kind)
+            weights = [w.detach() for w in module.parameters()]
+            x, grad = (torch.randn(length, n * width, device=device, dtype=kind) for n in (1, 2))
 
-        def fused(backend):
-            return lambda x, *weights: fastprompt.prompt_lstm(x, list(weights), num_layers=2, backend=backend)
+            def fused(backend):
+                return lambda x, *weights: fastprompt.prompt_lstm(x, list(weights), num_layers=2, backend=backend)
 
-        rows += compare("prompt_lstm", f"{length} steps of {width}, two layers",
-                        {"fastprompt": fused("auto"), "nn.LSTM": fused("torch")},
-                        fused("reference"), [x, *weights], grad, device, **timing)
+            case = f"{length} steps of {width}, two layers" + (f", CUDA kernels, {str(kind)[6:]}" if backend == "cuda" else "")
+            rows += compare("prompt_lstm", case, {"fastprompt": fused(backend), "nn.LSTM": fused("torch")},
+                            fused("reference"), [x, *weights], grad, device, **timing)
     return rows
+
+
+def has_cuda_kernels(device):
+    return device == "cuda" and native.missing_cuda is None
 
 
 class _Synchronised:
@@ -315,7 +323,7 @@ def small(device, chosen=providers):
     timing = dict(rounds=1, calls=1)
     problem = Attention(4, 2, 16, 5, (7, 3, 12), torch.float32, device)
     return [*attention(device, [problem], chosen, **timing), *decoding(device, 4, 16, 4, 2, 16, 5, torch.float32, **timing),
-            *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing), *lstm(device, 8, (5,), **timing)]
+            *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing), *lstm(device, (8,), (5,), **timing)]
 
 
 def speed_ups(rows):

@@ -2,8 +2,10 @@
 
 import torch
 
+from ... import native
 from ...checks import FLOATS, accumulator, check_tensor, choose_backend
-from . import reference
+from ..launcher import launcher
+from . import cuda
 
 
 def available_backends():
@@ -13,7 +15,7 @@ def available_backends():
         "torch": None,
         "cpu": "the C++ kernel is not part of this version",
         "triton": "the Triton kernel is not part of this version",
-        "cuda": "the CUDA kernel is not part of this version",
+        "cuda": native.missing_cuda,
     }
 
 
@@ -46,7 +48,8 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
             first layer. The dtype and device of ``x``.
         num_layers, bidirectional, dropout: as given to nn.LSTM.
         training: whether to drop (``module.training``).
-        backend: "auto", "reference", "torch", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "torch", "cpu", "triton" or "cuda". "auto" never takes "cuda", a fused kernel that has
+            not been measured on a GPU yet.
 
     Returns:
         ``[P, 2H]``, or ``[P, H]`` for one direction, in the dtype of ``x``, under autocast too; differentiable in
@@ -62,6 +65,7 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
         raise ValueError(f"dropout must lie in [0, 1], got {dropout!r}")
     dropout = float(dropout) if training else 0.0
     available, preferred = available_backends(), _preferred(x.device.type, x.dtype)
+    available["cuda"] = cuda.unsupported(x)
     if x.shape[0] == 0:
         available["torch"] = "nn.LSTM takes no sequence of length 0"
     backend = choose_backend("prompt_lstm", backend, available, preferred)
@@ -161,7 +165,7 @@ _library.define(
 @torch.library.impl(_library, "prompt_lstm", "CompositeExplicitAutograd")
 def _forward(x, weights, keep, num_layers, bidirectional, backend):
     with torch.autocast(x.device.type, enabled=False):
-        return reference.forward(x, weights, keep, num_layers, bidirectional)
+        return launcher("prompt_lstm", backend)[0].forward(x, weights, keep, num_layers, bidirectional)
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm", lib=_library)
@@ -174,7 +178,8 @@ def _forward_fake(x, weights, keep, num_layers, bidirectional, backend):
 @torch.library.impl(_library, "prompt_lstm_backward", "CompositeExplicitAutograd")
 def _backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs, backend):
     with torch.autocast(x.device.type, enabled=False):
-        return reference.backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
+        implementation = launcher("prompt_lstm", backend)[0]
+        return implementation.backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm_backward", lib=_library)
