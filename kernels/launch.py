@@ -23,7 +23,8 @@ from triton.runtime.interpreter import InterpretedFunction
 INTERPRETED = triton.knobs.runtime.interpret
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-_ALIGNMENT = 16  # bytes for pointers, elements for strides
+# What a launch is "aligned" by, for loads of 16 bytes: bytes of pointers, and elements (of halves) of strides.
+ALIGNMENT, DIVISOR = 16, 8
 
 _captured = ContextVar("captured", default=None)
 
@@ -80,12 +81,12 @@ class Kernel:
         for name, value in zip(self.arguments, arguments, strict=True):
             if isinstance(value, torch.Tensor):
                 types.append(_TYPES[value.dtype])
-                aligned = aligned and value.data_ptr() % _ALIGNMENT == 0
+                aligned = aligned and value.data_ptr() % ALIGNMENT == 0
             elif value is None:
                 types.append("constexpr")
             elif name.startswith("stride_"):
                 types.append("i64")
-                aligned = aligned and value % _ALIGNMENT == 0
+                aligned = aligned and value % DIVISOR == 0
             else:
                 types.append("i32" if isinstance(value, int) else "fp32")
         variant = tuple(types), aligned, tuple(constants[name] for name in self.constants), options
@@ -111,8 +112,8 @@ class Kernel:
         names = self.arguments + self.constants
         signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
         values = {name: None for name, kind in zip(names, types) if kind == "constexpr"} | dict(zip(self.constants, constants))
-        wide = [i for i, (name, kind) in enumerate(zip(names, types)) if kind[0] == "*" or name.startswith("stride_")]
-        attributes = {(i,): [["tt.divisibility", _ALIGNMENT]] for i in wide} if aligned else {}
+        divisors = [ALIGNMENT if kind[0] == "*" else DIVISOR if name.startswith("stride_") else 1 for name, kind in zip(names, types)]
+        attributes = {(i,): [["tt.divisibility", n]] for i, n in enumerate(divisors) if n > 1} if aligned else {}
         source = ASTSource(self.function, signature, values, attributes)
         flags = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=flags)
