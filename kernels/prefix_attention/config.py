@@ -53,7 +53,8 @@ def forward_tiles(head_dim, element_size, target):
 
 def backward_tiles(head_dim, element_size, target):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100 keeps
-    sums in tensor memory and has room for more."""
+    sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second program
+    on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set."""
     width = block_width(head_dim)
     if element_size == 4:
         return Tiles(32, 32, Options(num_warps=4), key_queries=16, key_keys=32)
@@ -67,9 +68,9 @@ def backward_tiles(head_dim, element_size, target):
     if target.backend == "hip":
         return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=64)
     if target.arch // 10 == 10:
-        return Tiles(64, 64, Options(num_warps=8), key_queries=64, key_keys=64)
+        return Tiles(64, 64, Options(num_warps=8, registers=255), key_queries=64, key_keys=64)
     if target.arch // 10 == 12 and width <= 64:
-        return Tiles(64, 32, Options(num_warps=4), key_queries=64, key_keys=32)
+        return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=32)
     return Tiles(64, 64, Options(num_warps=8), key_queries=32, key_keys=64)
 
 

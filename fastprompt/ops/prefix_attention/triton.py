@@ -68,6 +68,7 @@ class _Call:
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
         self.width = config.block_width(self.head_dim)
+        self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
         self.numbers = self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0
@@ -91,7 +92,7 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = config.forward_tiles(self.head_dim, self.q.element_size(), launch.current_target())
+        tiles = config.forward_tiles(*self.tiled_by)
         fold = config.fold(self.group, tiles.queries)
         table = self.plan.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -104,7 +105,7 @@ class _Call:
         batch = self.plan.batch
         fold = config.fold(self.group, config.DECODE_ROWS)
         sharing = max((b - a for a, b, prefix, _ in batch.groups if prefix >= 0), default=1)
-        tiles = config.decode_tiles(self.head_dim, self.q.element_size(), launch.current_target(), fold=fold, sharing=sharing)
+        tiles = config.decode_tiles(*self.tiled_by, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.plan.decode_items(tiles.queries // fold, split)
         part_out = self.q.new_empty(total, self.heads, self.head_dim, dtype=torch.float32)
@@ -124,7 +125,7 @@ class _Call:
         q, k, kv_heads = self.q, self.k, self.kv_heads
         need_q, need_kv, need_prefix = needs[0], needs[1] or needs[2], self.prefix_k is not None and (needs[3] or needs[4])
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(self.head_dim, q.element_size(), launch.current_target())
+        tiles = config.backward_tiles(*self.tiled_by)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.plan.backward_items(
