@@ -39,8 +39,9 @@ def forward_tiles(head_dim, element_size, target):
     """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
     where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there."""
     width = block_width(head_dim)
-    if element_size == 4:  # fp32 products run on the plain units, operands are twice as large
-        return Tiles(32, 32, Options(num_warps=4))
+    if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
+        rows = 32 if width <= 64 else 16
+        return Tiles(rows, rows, Options(num_warps=8))
     if not _wide(head_dim):
         return Tiles(64, 32 if width <= 128 else 16, Options(num_warps=8))
     if width > 128:
@@ -57,7 +58,8 @@ def backward_tiles(head_dim, element_size, target):
     on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set."""
     width = block_width(head_dim)
     if element_size == 4:
-        return Tiles(32, 32, Options(num_warps=4), key_queries=16, key_keys=32)
+        rows = 32 if width <= 64 else 16
+        return Tiles(rows, rows, Options(num_warps=8), key_queries=16, key_keys=rows)
     if not _wide(head_dim):
         keys = 32 if width <= 128 else 16
         return Tiles(32, keys, Options(num_warps=8), key_queries=16, key_keys=keys)
