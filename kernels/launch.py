@@ -9,9 +9,10 @@ compile matrix compiles, and the cost model counts, exactly those launches.
 """
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,17 +24,22 @@ from triton.runtime.interpreter import InterpretedFunction
 INTERPRETED = triton.knobs.runtime.interpret
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-_ALIGNMENT = 16  # bytes for pointers, elements for strides
+# What a launch is "aligned" by, for loads of 16 bytes: bytes of pointers, and elements (of halves) of strides.
+ALIGNMENT, DIVISOR = 16, 8
+
+_ANYWHERE = nullcontext()
 
 _captured = ContextVar("captured", default=None)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the compiler is told beside the source: how many warps run a program, how deep loads are pipelined."""
+    """What the compiler is told beside the source: how many warps run a program, how deep loads are pipelined, and how many
+    registers a thread may have (NVIDIA; None: the compiler may spill a few where more programs then fit a processor)."""
 
     num_warps: int = 4
     num_stages: int = 2
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Kernel:
             if "constexpr" not in str(parameter.annotation):
                 self.arguments.append(name)
         self.constants = list(parameters)[len(self.arguments) :]
+        self._strides = [i for i, name in enumerate(self.arguments) if name.startswith("stride_")]
         self._handles = {}
 
     def __call__(self, grid, options, *arguments, **constants):
@@ -76,46 +83,62 @@ class Kernel:
         if isinstance(self.function, InterpretedFunction):
             self.function[grid](*arguments, **constants)
             return
-        types, aligned = [], True
-        for name, value in zip(self.arguments, arguments, strict=True):
-            if isinstance(value, torch.Tensor):
-                types.append(_TYPES[value.dtype])
-                aligned = aligned and value.data_ptr() % _ALIGNMENT == 0
-            elif value is None:
-                types.append("constexpr")
-            elif name.startswith("stride_"):
-                types.append("i64")
-                aligned = aligned and value % _ALIGNMENT == 0
-            else:
-                types.append("i32" if isinstance(value, int) else "fp32")
-        variant = tuple(types), aligned, tuple(constants[name] for name in self.constants), options
+        classes = tuple(map(type, arguments))
+        dtypes, pointers, strides = [], 0, 0
+        for i in _tensors(classes):
+            dtypes.append(arguments[i].dtype)
+            pointers |= arguments[i].data_ptr()
+        for i in self._strides:
+            strides |= arguments[i]
+        aligned = pointers % ALIGNMENT == 0 and strides % DIVISOR == 0
+        types = classes, tuple(dtypes)
+        variant = types, aligned, tuple([constants[name] for name in self.constants]), options
         if (launches := _captured.get()) is not None:
-            launches.append(Launch(self, (*grid, 1, 1)[:3], *variant))
+            launches.append(Launch(self, (*grid, 1, 1)[:3], self._types(*types), *variant[1:]))
             return
-        device = next(x.device.index for x in arguments if isinstance(x, torch.Tensor))
-        if device == torch.cuda.current_device():
-            self._launch(grid, device, variant, arguments)
-        else:
-            with torch.cuda.device(device):
-                self._launch(grid, device, variant, arguments)
+        device = arguments[_tensors(classes)[0]].device
+        with _on(device):
+            _, run, function, metadata = self._handles.get((device, variant)) or self._load(device, variant)
+            stream = driver.active.get_current_stream(device.index)
+            run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *arguments, *variant[2])
 
-    def _launch(self, grid, device, variant, arguments):
-        handle = self._handles.get((device, variant))
-        if handle is None:
-            handle = self._handles[device, variant] = self.compile(*variant, driver.active.get_current_target())
-            handle[(1, 1, 1)]  # loads the module
-        stream = driver.active.get_current_stream(device)
-        handle.run(*(*grid, 1, 1)[:3], stream, handle.function, handle.packed_metadata, None, None, None, *arguments, *variant[2])
+    def _load(self, device, variant):
+        """The compiled kernel, which unloads when it is forgotten, and what a launch needs of it."""
+        types, *others = variant
+        compiled = self.compile(self._types(*types), *others, _target(device))
+        compiled[(1, 1, 1)]  # loads the module
+        self._handles[device, variant] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        return self._handles[device, variant]
+
+    def _types(self, classes, dtypes):
+        """Triton's names for the types of the arguments; ``dtypes`` are those of the tensors among them."""
+        dtypes, types = iter(dtypes), []
+        for name, kind in zip(self.arguments, classes, strict=True):
+            if issubclass(kind, torch.Tensor):
+                types.append(_TYPES[next(dtypes)])
+            elif issubclass(kind, int):
+                types.append("i64" if name.startswith("stride_") else "i32")
+            else:
+                types.append("constexpr" if kind is type(None) else "fp32")
+        return tuple(types)
 
     def compile(self, types, aligned, constants, options, target):
         names = self.arguments + self.constants
         signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
         values = {name: None for name, kind in zip(names, types) if kind == "constexpr"} | dict(zip(self.constants, constants))
-        wide = [i for i, (name, kind) in enumerate(zip(names, types)) if kind[0] == "*" or name.startswith("stride_")]
-        attributes = {(i,): [["tt.divisibility", _ALIGNMENT]] for i in wide} if aligned else {}
+        divisors = {i: ALIGNMENT for i, kind in enumerate(types) if kind[0] == "*"} | dict.fromkeys(self._strides, DIVISOR)
+        attributes = {(i,): [["tt.divisibility", divisor]] for i, divisor in divisors.items()} if aligned else {}
         source = ASTSource(self.function, signature, values, attributes)
         flags = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+        if options.registers:
+            flags["maxnreg"] = options.registers
         return triton.compile(source, target=target, options=flags)
+
+
+@cache
+def _tensors(classes):
+    """Which of the arguments with these classes are tensors: to ask each argument anew would cost more than all the rest."""
+    return [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
 
 
 @contextmanager
@@ -137,11 +160,22 @@ class _Captured(list):
     target: GPUTarget
 
 
-def current_target():
-    """The ``GPUTarget`` kernels are compiled for here: what configurations are chosen by."""
+def target_of(device):
+    """The ``GPUTarget`` kernels are compiled for on a device: what configurations are chosen by."""
     if (launches := _captured.get()) is not None:
         return launches.target
-    return GPUTarget("cuda", 80, 32) if INTERPRETED else driver.active.get_current_target()
+    return GPUTarget("cuda", 80, 32) if INTERPRETED else _target(device)
+
+
+@cache
+def _target(device):
+    with _on(device):
+        return driver.active.get_current_target()
+
+
+def _on(device):
+    """Within it the device is the current one."""
+    return _ANYWHERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def unsupported(device_type, dtype):

@@ -1,6 +1,7 @@
 """What ``make gpu-evidence`` reads and counts: binaries of small kernels, costs small enough to count by hand."""
 
 import csv
+import gc
 import sys
 from dataclasses import replace
 
@@ -114,6 +115,34 @@ def test_cases_take_turns_among_the_targets_and_a_variant_is_compiled_once():
     assert [(job.case.label, job.chip) for job in jobs] == [("16", "sm_80"), ("16", "sm_90"), ("32", "sm_80")]
 
 
+def test_scalars_in_lanes_of_vector_registers_are_no_spills():
+    assert compile_matrix.problems(replace(contents("gfx942"), lanes=9), CHIPS["gfx942"]) == []
+
+
+def captured(x, y, out, *numbers):
+    with launch.capture(CHIPS["sm_90"].target) as launches:
+        matmul((1,), launch.Options(), x, y, out, *numbers, BM=64, BN=64, BK=32)
+    return launches[0]
+
+
+def test_a_launch_is_aligned_where_pointers_and_strides_allow_loads_of_16_bytes():
+    x, out = torch.empty(64 * 256 + 8, dtype=torch.bfloat16), torch.empty(64, 256)
+    assert captured(x, x, out, 256, 8, 256, 255).aligned  # 255: not a stride
+    assert not captured(x, x, out, 256, 4, 256, 256).aligned
+    assert captured(x[8:], x, out, 256, 256, 256, 256).aligned and not captured(x[1:], x, out, 256, 256, 256, 256).aligned
+
+
+def test_a_variant_is_told_by_types_and_never_by_values():
+    x, out = torch.empty(64, 256, dtype=torch.bfloat16), torch.empty(64, 256)
+    one = captured(x, x, out, 256, 256, 256, 256)
+    assert one == captured(x, torch.nn.Parameter(x), out, 512, 256, 1024, 1)
+    assert one.types == ("*bf16", "*bf16", "*fp32", "i64", "i64", "i64", "i32")
+    assert captured(x, x.half(), out, 256, 256, 256, 1.0).types == ("*bf16", "*fp16", "*fp32", "i64", "i64", "i64", "fp32")
+    assert captured(x, None, out, 256, 256, 256, 256).types[1] == "constexpr"
+    with pytest.raises(ValueError):
+        captured(x, x, out, 256, 256, 256)
+
+
 # The cost model.
 
 TOY = Device("sm_80", flops=1e9, bandwidth=1e6, l2=2000, processors=2)  # 1000 bytes of its cache count
@@ -221,6 +250,20 @@ def test_a_launch_reaches_the_stub_by_both_paths():
         launch_cost.through_triton(matmul, *arguments, BM=64, BN=64, BK=32)
         assert stub.launches == 2
     assert launch_cost.TARGET == GPUTarget("cuda", 90, 32)
+
+
+def test_a_compiled_kernel_stays_loaded_as_long_as_its_kernel_is_there():
+    x, out = torch.empty(64, 256, dtype=torch.bfloat16), torch.empty(64, 256)
+    kernel, unloaded = launch.Kernel(matmul.function.fn), []
+    with launch_cost.stubbed() as stub:
+        stub.utils.load_binary = lambda *arguments: ("module", 0, 0, 0, 1024)
+        stub.utils.unload_module = unloaded.append
+        kernel((1,), launch.Options(), x, x, out, 256, 256, 256, 256, BM=64, BN=64, BK=32)
+        gc.collect()
+        assert stub.launches == 1 and not unloaded
+        del kernel
+        gc.collect()
+        assert unloaded == ["module"]
 
 
 def test_seconds_of_a_call():

@@ -34,7 +34,8 @@ class Contents:
         fma: FFMA (v_fma_f32, v_fmac_f32), packed ones included.
         wide_loads, loads: loads of 16 bytes a thread or of whole tiles, and all, from global memory.
         wide_stores, stores: the same for stores.
-        spills: bytes of stack and local memory, or loads and stores of it where the compiler does not say how many bytes.
+        spills: bytes of stack, local memory or scratch, or loads and stores of it where the compiler does not say how many bytes.
+        lanes: scalars that AMD's compiler keeps in lanes of vector registers: an instruction each way, but no memory.
         half_dots, float_dots: matrix products of the source with fp16 or bf16, and with other operands.
         scalar_dots: matrix products that the compiler left to fused multiply-adds.
     """
@@ -42,6 +43,7 @@ class Contents:
     registers: int
     shared: int
     spills: int
+    lanes: int
     matrix: dict = field(hash=False)
     fma: int
     loads: int
@@ -77,7 +79,7 @@ def _read_cubin(compiled):
     resources = {name: int(value) for name, value in _RESOURCES.findall(usage)}
     spilling = _count(names, lambda n: n.split(".")[0] in ("LDL", "STL"))
     return _counts(names, {
-        "registers": resources["REG"], "spills": max(resources["STACK"] + resources["LOCAL"], spilling),
+        "registers": resources["REG"], "spills": max(resources["STACK"] + resources["LOCAL"], spilling), "lanes": 0,
         "fma": _count(names, lambda n: n.startswith("FFMA")), "code": 16 * names.total(),
     }, loads=("LDG.", "LDGSTS.", "UBLKCP", "UTMALDG"), stores=("STG.", "UTMASTG"),
         wide=lambda n: ".128" in n or ".ENL2.256" in n or n.startswith(_BULK))
@@ -89,7 +91,7 @@ def _read_amdgcn(compiled):
     length = re.search(r"codeLenInByte = (\d+)", text)
     return _counts(names, {
         "registers": metadata["vgpr_count"],  # accumulation registers are counted among them
-        "spills": max(metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"], metadata["private_segment_fixed_size"]),
+        "spills": metadata["private_segment_fixed_size"], "lanes": metadata["sgpr_spill_count"],
         "fma": _count(names, lambda n: re.match(r"v_(pk_)?fma(c|_f32|k)", n)), "code": int(length[1]) if length else 0,
     }, loads=("global_load", "buffer_load"), stores=("global_store", "buffer_store"), wide=lambda n: n.endswith("dwordx4"))
 

@@ -11,7 +11,7 @@ import torch
 
 from fastprompt import Sequences
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (16, 32, 64, 80, 96, 100, 112, 128, 256)  # rows of 100 are no whole number of 16-byte loads
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Uneven lengths whose sum is odd: nothing may be fast only where the row count happens to divide. "even" makes it a
@@ -52,6 +52,7 @@ def sample():
     cases += _attention("bf16", 80, 8, 1, causal=False, strided=True)
     cases += _attention("bf16", 256, 8, 4)
     cases += _attention("bf16", 112, 7, 7, prefix=0)
+    cases += _attention("bf16", 100, 4, 2)
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
     cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
@@ -68,7 +69,7 @@ def complete():
              dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True),
              dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
-    for dtype in ("bf16", "fp32"):
+    for dtype in DTYPES:
         for head_dim in (64, 128):
             for chosen in flags:
                 cases += _attention(dtype, head_dim, 32, 8, **chosen)

@@ -127,7 +127,7 @@ def record(job, result):
     if c is not None:
         bad = problems(c, chip, job.case.native)
         row |= {
-            "registers": c.registers, "shared KiB": f"{c.shared / KIB:.1f}", "spills": c.spills,
+            "registers": c.registers, "shared KiB": f"{c.shared / KIB:.1f}", "spills": c.spills, "lanes": c.lanes,
             "resident": chip.resident(c.registers, c.shared, one.options.num_warps),
             "matrix": " ".join(f"{family}:{count}" for family, count in c.matrix.items()) or "-", "FMA": c.fma,
             "wide loads": f"{c.wide_loads}/{c.loads}", "wide stores": f"{c.wide_stores}/{c.stores}",
@@ -135,7 +135,7 @@ def record(job, result):
         }
     else:
         bad = [result.error]
-        row |= dict.fromkeys(("registers", "shared KiB", "spills", "resident", "matrix", "FMA", "wide loads", "wide stores",
+        row |= dict.fromkeys(("registers", "shared KiB", "spills", "lanes", "resident", "matrix", "FMA", "wide loads", "wide stores",
                               "code KiB", "seconds"), "")
     return row | {"warps": one.options.num_warps, "stages": one.options.num_stages, "aligned": "yes" if one.aligned else "no",
                   "constants": job.constants, "verdict": "; ".join(bad) or "ok"}
@@ -186,6 +186,7 @@ def main(arguments=None):
         output.write_csv(file, records, [
             f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
             "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
+            "spills: bytes of local memory; lanes: scalars in lanes of vector registers (AMD), which take no memory.",
             "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
         ])
     wrong = [(job, row) for job, result in zip(jobs, results) if (row := record(job, result))["verdict"] != "ok"]

@@ -3,6 +3,8 @@
 from functools import cache
 from importlib import import_module
 
+import torch
+
 from .. import native
 from ..checks import choose_backend
 
@@ -28,6 +30,11 @@ def available(op, device_type, dtype, *shape):
         "triton": problem or triton.unsupported(device_type, dtype, *shape),
         "cuda": "this operator has no CUDA C++ kernel",
     }
+
+
+def available_here(op, *shape):
+    """:func:`available` for float32 on what this machine has: its GPU if there is one, and for the C++ kernels its CPU."""
+    return available(op, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, *shape) | {"cpu": native.missing}
 
 
 def choose(op, requested, device_type, dtype, preferred=("cpu", "triton", "reference")):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..launch import Options
+from ..launch import DIVISOR, Options
 from ..tiles import power_of_two
 
 
@@ -30,11 +30,20 @@ def fold(group, *tiles):
     return max(n for n in range(1, group + 1) if group % n == 0 and n <= min(tiles))
 
 
-def forward_tiles(width, element_size, target):
+def _wide(head_dim):
+    """Whether rows consist of 16-byte loads (of halves); if not, every element is a load with an address in registers."""
+    return head_dim % DIVISOR == 0
+
+
+def forward_tiles(head_dim, element_size, target):
     """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
     where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there."""
-    if element_size == 4:  # fp32 products run on the plain units, operands are twice as large
-        return Tiles(32, 32, Options(num_warps=4))
+    width = block_width(head_dim)
+    if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
+        rows = 32 if width <= 64 else 16
+        return Tiles(rows, rows, Options(num_warps=8))
+    if not _wide(head_dim):
+        return Tiles(64, 32 if width <= 128 else 16, Options(num_warps=8))
     if width > 128:
         return Tiles(64, 32, Options(num_warps=8))
     if target.backend == "hip":
@@ -43,24 +52,34 @@ def forward_tiles(width, element_size, target):
     return Tiles(128, keys, Options(num_warps=8, num_stages=2 if keys == 64 else 3))
 
 
-def backward_tiles(width, element_size, target):
+def backward_tiles(head_dim, element_size, target):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100 keeps
-    sums in tensor memory and has room for more."""
-    if element_size == 4 or width > 128:
-        return Tiles(32, 32, Options(num_warps=4), key_queries=16, key_keys=32)
+    sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second program
+    on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set."""
+    width = block_width(head_dim)
+    if element_size == 4:
+        rows = 32 if width <= 64 else 16
+        return Tiles(rows, rows, Options(num_warps=8), key_queries=16, key_keys=rows)
+    if not _wide(head_dim):
+        keys = 32 if width <= 128 else 16
+        return Tiles(32, keys, Options(num_warps=8), key_queries=16, key_keys=keys)
+    if width > 128:  # eight warps share the sums; on AMD they would have half the registers that four have
+        if target.backend == "hip":
+            return Tiles(32, 32, Options(num_warps=4), key_queries=16, key_keys=32)
+        return Tiles(32, 32, Options(num_warps=8), key_queries=32, key_keys=32)
     if target.backend == "hip":
         return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=64)
     if target.arch // 10 == 10:
-        return Tiles(64, 64, Options(num_warps=8), key_queries=64, key_keys=64)
+        return Tiles(64, 64, Options(num_warps=8, registers=255), key_queries=64, key_keys=64)
     if target.arch // 10 == 12 and width <= 64:
-        return Tiles(64, 32, Options(num_warps=4), key_queries=64, key_keys=32)
+        return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=32)
     return Tiles(64, 64, Options(num_warps=8), key_queries=32, key_keys=64)
 
 
 DECODE_ROWS = 64
 
 
-def decode_tiles(width, element_size, target, *, fold, sharing):
+def decode_tiles(head_dim, element_size, target, *, fold, sharing):
     """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a time."""
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, Options(num_warps=4, num_stages=3))
 

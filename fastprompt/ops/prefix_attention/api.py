@@ -5,14 +5,13 @@ import torch
 from ... import native
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend, without_autocast
 from ...layout import Sequences
-from ..launcher import available, launcher
+from ..launcher import available, available_here, launcher
 from . import composed, cpu
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return available("prefix_attention", device_type, torch.float32, 64) | {"composed": None, "cpu": native.missing}
+    return available_here("prefix_attention", 64) | {"composed": None}
 
 
 def select_backend(device_type):

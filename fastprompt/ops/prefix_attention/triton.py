@@ -9,7 +9,6 @@ from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
-from ..columns import columns_together
 
 LARGEST_HEAD = 256
 
@@ -46,18 +45,30 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window
     return dq, dk, dv, dprefix_k, dprefix_v, dsinks
 
 
+def _in_wide_loads(x):
+    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these must:
+    the copy costs less than loads of single elements. None stays None."""
+    if x is None:
+        return None
+    misplaced = x.data_ptr() % launch.ALIGNMENT or any(stride % launch.DIVISOR for stride in x.stride()[:-1])
+    if x.stride(-1) != 1 or misplaced and x.shape[-1] % launch.DIVISOR == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 class _Call:
     """The inputs of one call and the constants that all its kernels share."""
 
     def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale):
         if prefix_k is not None and prefix_k.shape[1] == 0:
             prefix_k = prefix_v = None
-        self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(columns_together, (q, k, v, prefix_k, prefix_v))
+        self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
         self.seq, self.cache = seq, seq.kind == "decode"
         self.rows, self.heads, self.head_dim = q.shape
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
         self.width = config.block_width(self.head_dim)
+        self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
         self.numbers = self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0
@@ -81,7 +92,7 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = config.forward_tiles(self.width, self.q.element_size(), launch.current_target())
+        tiles = config.forward_tiles(*self.tiled_by)
         fold = config.fold(self.group, tiles.queries)
         table = self.plan.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -94,7 +105,7 @@ class _Call:
         batch = self.plan.batch
         fold = config.fold(self.group, config.DECODE_ROWS)
         sharing = max((b - a for a, b, prefix, _ in batch.groups if prefix >= 0), default=1)
-        tiles = config.decode_tiles(self.width, self.q.element_size(), launch.current_target(), fold=fold, sharing=sharing)
+        tiles = config.decode_tiles(*self.tiled_by, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.plan.decode_items(tiles.queries // fold, split)
         part_out = self.q.new_empty(total, self.heads, self.head_dim, dtype=torch.float32)
@@ -113,8 +124,8 @@ class _Call:
     def backward(self, grad, out, lse, needs):
         q, k, kv_heads = self.q, self.k, self.kv_heads
         need_q, need_kv, need_prefix = needs[0], needs[1] or needs[2], self.prefix_k is not None and (needs[3] or needs[4])
-        grad, out, lse = columns_together(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(self.width, q.element_size(), launch.current_target())
+        grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
+        tiles = config.backward_tiles(*self.tiled_by)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.plan.backward_items(

@@ -3,13 +3,13 @@
 import torch
 
 from ...checks import FLOATS, INTS, check_range, check_tensor
-from ..launcher import available, choose, launcher
+from ..launcher import available_here, choose, launcher
 from . import cpu
 
 
 def available_backends():
     """Backend name -> None if it can run here, else the reason why not."""
-    return available("prompt_concat", "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return available_here("prompt_concat")
 
 
 def select_backend(device_type):
