@@ -13,7 +13,8 @@ constexpr int ROWS = FASTPROMPT_LANES == 16 ? 12 : FASTPROMPT_LANES == 8 ? 6 : 4
 constexpr int VECTORS = 2;
 constexpr int64_t PANEL = VECTORS * LANES;
 constexpr int64_t KEYS = 128;          // keys in a block, a multiple of PANEL
-constexpr int64_t WIDTH = KEYS + 16;   // floats between rows of a block of scores: an odd number of cache lines, room for one vector
+// Floats between rows of a block of scores: an odd number of cache lines, and room for one vector more than the keys.
+constexpr int64_t WIDTH = KEYS + 16;
 
 template <int rows, int vectors, bool transposed>
 struct Block {
