@@ -5,7 +5,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,6 +35,21 @@ inline void use_large_pages(const torch::stable::Tensor& x) {
   if (end >= begin + LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+// Aligned and not initialised.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), ALIGNED))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t ALIGNED{64};
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, ALIGNED); }
+  };
+  std::unique_ptr<float, Delete> data_;
+};
 
 // A vector of int32 or int64.
 class Ints {
