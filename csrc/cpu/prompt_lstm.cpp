@@ -171,6 +171,7 @@ struct Lstm {
 void forward(Tensor x, Tensors weights, Tensors keep, int64_t layers, bool bidirectional, Tensor out, Tensor state) {
   const Lstm lstm(x, weights, layers, bidirectional);
   const Floats input(lstm.steps * padded(lstm.inputs)), outputs(2 * lstm.steps * padded(lstm.width));
+  use_large_pages(state.data_ptr(), state.numel() * sizeof(float));
   lstm.widen_rows(x, input.get());
   const float* rows = input.get();
   for (int64_t layer = 0; layer < layers; ++layer) {
@@ -208,6 +209,7 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
   const Lstm lstm(x, weights, layers, bidirectional);
   STD_TORCH_CHECK(grad.is_contiguous() && state.is_contiguous(), "grad and state must be contiguous");
   auto const& kernels = lstm.kernels;
+  for (auto const& g : grads) use_large_pages(g.data_ptr(), g.numel() * lstm.element);
   auto const asked = [&](int64_t begin, int64_t end) {
     return std::any_of(grads.begin() + begin, grads.begin() + end, [](const Tensor& g) { return g.numel() > 0; });
   };

@@ -124,12 +124,17 @@ inline void multiply_hidden(const Cell& cell, const float* h, int64_t unit, floa
   }
 }
 
+// Every other step goes through the weights from the end to the beginning: what a cache still holds is used at once, whereas
+// in the same order it would be pushed out before its turn.
+inline int64_t there_and_back(int64_t step, int64_t i, int64_t count) { return step % 2 ? count - 1 - i : i; }
+
 template <typename T>
 void forward(const Cell& cell, int64_t step, int64_t begin, int64_t end) {
   auto const width = cell.hidden;
   auto const state = cell.state + step * 5 * width;
-  for (auto unit = begin; unit < end; unit += LANES) {
-    auto const lanes = smaller(LANES, end - unit);
+  auto const vectors = (end - begin + LANES - 1) / LANES;
+  for (int64_t v = 0; v < vectors; ++v) {
+    auto const unit = begin + there_and_back(step, v, vectors) * LANES, lanes = smaller(LANES, end - unit);
     float sums[4][LANES] = {};
     floats before{};
     if (step > 0) {
@@ -174,9 +179,9 @@ void backward(const Cell& cell, int64_t step, int64_t begin, int64_t end) {
   std::memcpy(cell.dhidden + begin, cell.dout + cell.row(step) * cell.dout_stride + begin, (end - begin) * sizeof(float));
   if (!last) {
     auto const after = cell.dgates + cell.row(step + 1) * stride;
-    int64_t row = 0;
-    for (; row + 8 <= 4 * width; row += 8) add_hidden<8, T>(cell, after, row, begin, end);
-    if (row < 4 * width) add_hidden<4, T>(cell, after, row, begin, end);
+    auto const eights = width / 2;
+    for (int64_t i = 0; i < eights; ++i) add_hidden<8, T>(cell, after, there_and_back(step, i, eights) * 8, begin, end);
+    if (width % 2) add_hidden<4, T>(cell, after, eights * 8, begin, end);
   }
   auto const dgates = cell.dgates + cell.row(step) * stride;
   for (auto unit = begin; unit < end; unit += LANES) {
