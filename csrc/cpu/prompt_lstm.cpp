@@ -90,6 +90,7 @@ using Cells = std::vector<Cell>;
 constexpr int64_t WORK_PER_THREAD = 1 << 20;    // multiplications; less is not worth a thread, which takes microseconds to wake
 constexpr int64_t BYTES_PER_MEMBER = 1 << 17;   // of weights, for a wait in every step
 constexpr int64_t CACHE = 1 << 20;              // of a core
+constexpr int64_t LAST_CACHE = 1 << 25;         // of all of them
 
 int64_t threads_for(int64_t work) { return work / WORK_PER_THREAD + 1; }
 
@@ -209,7 +210,12 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
   const Lstm lstm(x, weights, layers, bidirectional);
   STD_TORCH_CHECK(grad.is_contiguous() && state.is_contiguous(), "grad and state must be contiguous");
   auto const& kernels = lstm.kernels;
-  for (auto const& g : grads) use_large_pages(g.data_ptr(), g.numel() * lstm.element);
+  int64_t written = 0;
+  for (auto const& g : grads) {
+    use_large_pages(g.data_ptr(), g.numel() * lstm.element);
+    written += g.numel() * lstm.element;
+  }
+  auto const past_caches = written >= LAST_CACHE;
   auto const asked = [&](int64_t begin, int64_t end) {
     return std::any_of(grads.begin() + begin, grads.begin() + end, [](const Tensor& g) { return g.numel() > 0; });
   };
@@ -289,10 +295,11 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
       }
       products.add(blocks_of(4 * H, kernels.tile_rows), [&, dweights, needs](int64_t i) {
         auto const gates = to.gates.get(), hidden = to.hidden.get();
-        if (needs(0)) kernels.weight_gradient(cell, gates, panels.get(), P, width, i, dweights[0].data_ptr());
+        if (needs(0)) kernels.weight_gradient(cell, gates, panels.get(), P, width, i, dweights[0].data_ptr(), past_caches);
         if (needs(1)) {  // with the hidden state of the row before, or behind; that of the first step is zero
           auto const next = cell.reversed ? 0 : kernels.tile_rows, before = cell.reversed ? kernels.panel : 0;
-          kernels.weight_gradient(cell, gates + next, hidden + before, std::max<int64_t>(P - 1, 0), H, i, dweights[1].data_ptr());
+          kernels.weight_gradient(cell, gates + next, hidden + before, std::max<int64_t>(P - 1, 0), H, i, dweights[1].data_ptr(),
+                                  past_caches);
         }
         for (int64_t bias = 2; bias < 4; ++bias) {
           if (needs(bias)) kernels.bias_gradient(cell, gates, i, dweights[bias].data_ptr());

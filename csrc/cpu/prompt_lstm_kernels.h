@@ -32,6 +32,17 @@ inline floats totals(floats (&x)[LANES]) {
   return x[0];
 }
 
+// Past the caches. The address must be that of a whole vector.
+inline void stream(float* p, floats x) {
+#if FASTPROMPT_LANES == 16
+  _mm512_stream_ps(p, x);
+#elif FASTPROMPT_LANES == 8
+  _mm256_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
 inline floats sigmoid(floats x) { return 1.0f / (1.0f + exp(x < -88.0f ? broadcast(88.0f) : -x)); }
 
 template <typename T>
@@ -251,24 +262,36 @@ void pack_panel(const float* rows, int64_t stride, int64_t count, int64_t width,
 // `across` and `panels` may be those of more rows, `steps` of them.
 template <typename T>
 void weight_gradient(const Cell& cell, const float* across, const float* panels, int64_t count, int64_t width, int64_t block,
-                     void* out) {
+                     void* out, bool past_caches) {
   auto const rows = smaller<int64_t>(ROWS, 4 * cell.hidden - block * ROWS);
   auto const to = static_cast<T*>(out) + block * ROWS * width;
+  past_caches = past_caches && width % LANES == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;
   across += block * ROWS * cell.steps;
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const columns = smaller(PANEL, width - column);
     auto const multiply = block_of(rows, columns);
     auto const panel = panels + column * cell.steps;
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (columns % LANES == 0) {
+      if (columns % LANES == 0 && !past_caches) {
         multiply(count, across, ROWS, panel, PANEL, to + column, width, false);
         continue;
       }
     }
     float tile[ROWS * PANEL];
     multiply(count, across, ROWS, panel, PANEL, tile, PANEL, false);
-    for (int64_t i = 0; i < rows; ++i) narrow<T>(tile + i * PANEL, to + i * width + column, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (past_caches) {
+          for (int64_t k = 0; k < columns; k += LANES) stream(to + i * width + column + k, load(tile + i * PANEL + k));
+          continue;
+        }
+      }
+      narrow<T>(tile + i * PANEL, to + i * width + column, columns);
+    }
   }
+#if FASTPROMPT_LANES >= 8
+  _mm_sfence();
+#endif
 }
 
 template <typename T>
