@@ -26,13 +26,15 @@ inline Dtype dtype_of(const torch::stable::Tensor& x) {
 }
 
 // Ask for large pages below memory that is about to be written: to be given it in pages of 4 KiB takes longer than to fill it.
-// What stands before or behind on the same large page gets it, too.
+// What stands before or behind on the same large page gets it, too, and that may be more of what is written.
 inline void use_large_pages(const void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 1 << 21;
+  constexpr int64_t LEAST = 1 << 16;  // less is not worth the call
+  if (bytes < LEAST) return;
   auto const begin = reinterpret_cast<uintptr_t>(data) / PAGE * PAGE;
   auto const end = (reinterpret_cast<uintptr_t>(data) + bytes + PAGE - 1) / PAGE * PAGE;
-  if (bytes >= int64_t(PAGE)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
