@@ -1,5 +1,6 @@
 """The C++ kernel of prompt_lstm against float64, with every instruction set this machine has."""
 
+import csv
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prompt_lstm import gradients, inputs, random_grad
 
+from benchmarks import prompt_lstm as benchmark
 from fastprompt import native, prompt_lstm
 
 pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
@@ -212,3 +214,20 @@ def test_opcheck():
             torch.ops.fastprompt.prompt_lstm_backward.default,
             (torch.randn_like(out), x, weights, keep, steps, layers, both, needs, "cpu"),
         )
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, monkeypatch, capsys):
+    if wrong:
+        call, factor = benchmark.Encoder.__call__, {"cpu": 1 + 1e-3, "torch": 1, "reference": 1}
+        monkeypatch.setattr(benchmark.Encoder, "__call__", lambda self: [x * factor[self.backend] for x in call(self)])
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "INPUTS", 24)
+    monkeypatch.setattr(benchmark.Gemm, "size", 16)
+    monkeypatch.setattr(benchmark.Read, "size", 1 << 10)
+    assert benchmark.run(tmp_path, sizes=[(16, 3), (8, 5)]) != wrong
+    printed = capsys.readouterr().out
+    assert ("WRONG" in printed) == wrong and ("geometric mean" in printed) != wrong
+    with open(tmp_path / "prompt_lstm.csv") as stream:
+        records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    assert records and all((record["speed-up"] == "WRONG") == wrong for record in records)
