@@ -183,7 +183,7 @@ def plot(records, file):
     figure, axes = pyplot.subplots(1, len(threads), figsize=(5 * len(threads), 4), layout="constrained", squeeze=False)
     for axis, count in zip(axes[0], threads):
         ratios = {(r["H"], r["P"]): r["speed-up"] for r in records if r["threads"] == count}
-        axis.imshow([[ratios.get((h, p), float("nan")) for p in steps] for h in hidden], cmap="RdYlGn", vmin=0, vmax=5)
+        axis.imshow([[ratios.get((h, p), float("nan")) for p in steps] for h in hidden], cmap="Greens", vmin=0, vmax=9)
         for (h, p), ratio in ratios.items():
             axis.text(steps.index(p), hidden.index(h), f"{ratio:.2f}", ha="center", va="center")
         axis.set(xlabel="P", ylabel="H", title=f"times faster than nn.LSTM, {count} thread{'s' * (count > 1)}")
