@@ -131,10 +131,11 @@ def test_nan_is_passed_on(cpu_isa):
     assert torch.equal(out[:4], clean[:4]) and out[4:].isnan().all()
 
 
-@pytest.mark.parametrize("hidden", [40, 100, 257])  # directions side by side, and each on all threads
+@pytest.mark.parametrize("steps, hidden, bidirectional", [(40, 40, True), (40, 100, False), (20, 257, True), (20, 257, False),
+                                                           (3, 730, True)])  # the last too large for both directions at once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_with_any_number_of_threads(cpu_isa, hidden, dtype):
-    x, weights, options = inputs(steps=40, size=90, hidden=hidden, dtype=dtype)
+def test_same_bits_with_any_number_of_threads(cpu_isa, steps, hidden, bidirectional, dtype):
+    x, weights, options = inputs(steps=steps, size=90, hidden=hidden, bidirectional=bidirectional, dtype=dtype)
     grad, before, results = random_grad(x, weights, **options), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2, 5):

@@ -89,19 +89,18 @@ using Cells = std::vector<Cell>;
 
 constexpr int64_t WORK_PER_THREAD = 1 << 20;    // multiplications; less is not worth a thread, which takes microseconds to wake
 constexpr int64_t BYTES_PER_MEMBER = 1 << 17;   // of weights, for a wait in every step
-constexpr int64_t CACHE = 1 << 20;              // of a core
-constexpr int64_t LAST_CACHE = 1 << 25;         // of all of them
+constexpr int64_t LAST_CACHE = 1 << 25;         // bytes
 
 int64_t threads_for(int64_t work) { return work / WORK_PER_THREAD + 1; }
 
 // part(cell, step, begin, end) for all steps in turn and the units from begin to end. The two directions run at the same time
-// where both fit into the caches, otherwise one after the other, each on all threads.
+// where the weights of both stay in the last cache, otherwise one after the other, each on all threads.
 template <typename Part>
 void run_steps(const Cells& cells, int64_t element, const Part& part) {
   if (cells.empty()) return;
   auto const hidden = cells[0].hidden, bytes = 4 * hidden * hidden * element, blocks = blocks_of(hidden, UNITS);
   auto const threads = std::min(num_threads(), threads_for(int64_t(cells.size()) * cells[0].steps * 4 * hidden * hidden));
-  auto const together = threads > 1 && bytes <= CACHE / 2 ? int64_t(cells.size()) : 1;
+  auto const together = threads > 1 && bytes * int64_t(cells.size()) <= LAST_CACHE / 2 ? int64_t(cells.size()) : 1;
   auto const members = std::clamp<int64_t>(std::min(threads / together, bytes / BYTES_PER_MEMBER), 1, blocks);
   for (int64_t first = 0; first < int64_t(cells.size()); first += together) {
     std::vector<std::unique_ptr<Steps>> runs;
