@@ -149,8 +149,9 @@ struct Lstm {
 
   void widen_rows(const Tensor& from, float* to) const {
     auto const columns = from.size(1);
+    auto const data = static_cast<const char*>(from.const_data_ptr());
     for (int64_t row = 0; row < steps; ++row) {
-      kernels.widen(static_cast<const char*>(from.const_data_ptr()) + row * columns * element, to + row * padded(columns), columns);
+      kernels.widen(data + row * columns * element, to + row * padded(columns), columns);
     }
   }
   void narrow_rows(const float* from, Tensor& to) const {
@@ -207,7 +208,7 @@ struct Packed {
 void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state, int64_t layers, bool bidirectional,
               Tensors grads) {
   const Lstm lstm(x, weights, layers, bidirectional);
-  STD_TORCH_CHECK(grad.is_contiguous() && state.is_contiguous(), "grad and state must be contiguous");
+  STD_TORCH_CHECK(grad.is_contiguous() && state.is_contiguous(), "grad and steps must be contiguous");
   auto const& kernels = lstm.kernels;
   int64_t written = 0;
   for (auto const& g : grads) {
