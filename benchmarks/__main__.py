@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all by default.
 
-The names are memory, step, methods, common, small_ops and prefix_attention.
+The names are memory, step, methods, common, small_ops, prefix_attention and prompt_lstm.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -16,10 +16,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
-from . import common, memory, methods, prefix_attention, report, small_ops, step  # noqa: E402
+from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
 BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run,
-              "small_ops": small_ops.run, "prefix_attention": prefix_attention.run}
+              "small_ops": small_ops.run, "prefix_attention": prefix_attention.run, "prompt_lstm": prompt_lstm.run}
 
 
 def main(arguments=None):

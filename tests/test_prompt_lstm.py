@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastprompt import native
 from fastprompt.ops.prompt_lstm.api import PromptLstm, available_backends, prompt_lstm, select_backend
 
 RUNNING = ["reference", "torch"]
+WITH_CPU = RUNNING if native.missing else [*RUNNING, "cpu"]  # which has no float64
 
 
 def inputs(steps=7, size=6, hidden=5, layers=2, bidirectional=True, bias=True, dtype=torch.float64, seed=0):
@@ -196,7 +198,7 @@ def test_each_gradient_alone(backend, monkeypatch):
             assert [g.numel() > 0 for g in seen.pop()] == [at == asked for at in range(len(leaves))]
 
 
-@pytest.mark.parametrize("backend", RUNNING)
+@pytest.mark.parametrize("backend", WITH_CPU)
 def test_autocast_changes_nothing(backend):
     """nn.LSTM itself raises under bfloat16 autocast on a CPU."""
     x, weights, options = inputs(dtype=torch.float32)
@@ -221,7 +223,7 @@ def test_nothing_uninitialised_is_read():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", RUNNING)
+@pytest.mark.parametrize("backend", WITH_CPU)
 def test_second_backward_raises(backend):
     x, weights, options = inputs(dtype=torch.float32)
     x.requires_grad_()
@@ -240,7 +242,7 @@ def test_second_order_gradients_raise():
         first_order.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["auto", *RUNNING])
+@pytest.mark.parametrize("backend", ["auto", *WITH_CPU])
 def test_compiles_without_a_graph_break(backend):
     x, weights, options = inputs(steps=3, dtype=torch.float32)
     function = torch.compile(
@@ -263,8 +265,9 @@ def test_compiles_with_dropout():
 
 
 def test_auto_takes_the_faster_backend(monkeypatch):
-    assert select_backend("cpu") == select_backend("cuda") == "torch"
-    assert {name for name, reason in available_backends().items() if reason is None} == set(RUNNING)
+    built = native.missing is None
+    assert select_backend("cuda") == "torch" and select_backend("cpu") == ("cpu" if built else "torch")
+    assert {name for name, reason in available_backends().items() if reason is None} == set(RUNNING) | ({"cpu"} if built else set())
 
     def used(function, *args, **options):
         names = []
@@ -272,15 +275,26 @@ def test_auto_takes_the_faster_backend(monkeypatch):
         function(*args, **options)
         return names[0] if names else "torch"
 
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        x, weights, options = inputs(dtype=dtype)
-        assert used(prompt_lstm, x, weights, **options) == ("torch" if dtype == torch.float32 else "reference")
-    x, weights, options = inputs(steps=0, dtype=torch.float32)
-    assert used(prompt_lstm, x, weights, **options) == "reference"
+    def of_dtypes(**sizes):
+        calls = [inputs(dtype=dtype, **sizes) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+        return [used(prompt_lstm, x, weights, **options) for x, weights, options in calls]
+
+    if built:
+        assert of_dtypes() == of_dtypes(steps=0) == ["cpu", "reference", "cpu", "cpu"]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert select_backend("cpu") == "cpu" and select_backend("cuda") == "reference"
+        with pytest.raises(RuntimeError, match="'cpu' of prompt_lstm cannot run this call: the C.. kernels have no float64"):
+            x, weights, options = inputs()
+            prompt_lstm(x, weights, backend="cpu", **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "missing", "no library here")
+    assert of_dtypes() == ["torch", "reference", "reference", "reference"]
+    assert of_dtypes(steps=0) == ["reference"] * 4
+    with pytest.raises(RuntimeError, match="backend 'cpu' of prompt_lstm cannot run this call: no library here"):
+        x, weights, options = inputs(dtype=torch.float32)
+        prompt_lstm(x, weights, backend="cpu", **options)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert select_backend("cpu") == select_backend("cuda") == "reference"
-    with pytest.raises(RuntimeError, match="backend 'cpu' of prompt_lstm cannot run this call: the C"):
-        prompt_lstm(x, weights, backend="cpu", **options)
 
 
 def changed(weights, at, value):

@@ -11,8 +11,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
@@ -21,21 +19,6 @@ namespace {
 
 using torch::stable::Tensor;
 using Plans = std::vector<Tensor>;
-
-// Aligned and not initialised.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), ALIGNED))) {}
-  float* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t ALIGNED{64};
-  struct Delete {
-    void operator()(float* p) const { ::operator delete(p, ALIGNED); }
-  };
-  std::unique_ptr<float, Delete> data_;
-};
 
 template <typename T>
 List<T> list(const Tensor& x) {

@@ -5,7 +5,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,16 +25,42 @@ inline Dtype dtype_of(const torch::stable::Tensor& x) {
   return Dtype::fp16;
 }
 
-// Ask for large pages below a new tensor that is about to be written. One this large comes straight from the system, and
-// being given its memory in pages of 4 KiB takes longer than to fill them.
-inline void use_large_pages(const torch::stable::Tensor& x) {
+// Ask for large pages below memory that is about to be written: to be given it in pages of 4 KiB takes longer than to fill it.
+// What stands before or behind on the same large page gets it, too, and that may be more of what is written.
+inline void use_large_pages(const void* data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t LARGE = 1 << 25, PAGE = 1 << 21;
-  auto const begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + PAGE - 1) / PAGE * PAGE;
-  auto const end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.numel() * x.element_size()) / PAGE * PAGE;
-  if (end >= begin + LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr uintptr_t PAGE = 1 << 21;
+  constexpr int64_t LEAST = 1 << 16;  // less is not worth the call
+  if (bytes < LEAST) return;
+  auto const begin = reinterpret_cast<uintptr_t>(data) / PAGE * PAGE;
+  auto const end = (reinterpret_cast<uintptr_t>(data) + bytes + PAGE - 1) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+// For a new tensor. One this large comes straight from the system.
+inline void use_large_pages(const torch::stable::Tensor& x) {
+  constexpr int64_t LARGE = 1 << 25;
+  auto const bytes = int64_t(x.numel() * x.element_size());
+  if (bytes >= LARGE) use_large_pages(x.data_ptr(), bytes);
+}
+
+// Aligned and not initialised.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), ALIGNED))) {
+    use_large_pages(data_.get(), count * sizeof(float));
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t ALIGNED{64};
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, ALIGNED); }
+  };
+  std::unique_ptr<float, Delete> data_;
+};
 
 // A vector of int32 or int64.
 class Ints {

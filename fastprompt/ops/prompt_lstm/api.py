@@ -13,7 +13,7 @@ def available_backends():
     return {
         "reference": None,
         "torch": None,
-        "cpu": "the C++ kernel is not part of this version",
+        "cpu": native.missing,
         "triton": "the Triton kernel is not part of this version",
         "cuda": native.missing_cuda,
     }
@@ -37,9 +37,11 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
     The next layer reads the hidden states of both directions side by side; in training each is dropped with
     probability ``dropout`` in between, as drawn from torch's generator, but not after the last layer.
 
-    Until the fused kernels land, "auto" takes nn.LSTM's own code ("torch": oneDNN, cuDNN) on accelerators and for
-    float32 on a CPU. It takes the reference for the other dtypes on a CPU, where that trains faster, for an empty
-    ``x``, which nn.LSTM refuses, and under torch.compile, which would unroll nn.LSTM step by step.
+    "auto" takes the C++ library ("cpu") on a CPU: it was the faster one for every size measured, but for the forward pass
+    alone of 200 steps in bfloat16, which oneDNN multiplies without widening it. For float64 and where there is no library
+    it takes nn.LSTM's own code ("torch": oneDNN) for float32 and the reference for the other dtypes, where that trains
+    faster. On accelerators it takes nn.LSTM's own code ("torch": cuDNN); the reference for an empty ``x``, which nn.LSTM
+    refuses, and under torch.compile, which would unroll nn.LSTM step by step.
 
     Args:
         x: ``[P, E]`` float32, float16, bfloat16 or float64.
@@ -53,7 +55,8 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
 
     Returns:
         ``[P, 2H]``, or ``[P, H]`` for one direction, in the dtype of ``x``, under autocast too; differentiable in
-        ``x`` and every weight. The reference keeps half precision in fp32 throughout and rounds once.
+        ``x`` and every weight. The reference and the C++ kernel keep half precision in fp32 throughout and round once;
+        the kernel's results are the same bits every time, with any number of threads.
 
     Raises:
         TypeError, ValueError: an argument with another dtype, shape or device, or another number of weights.
@@ -65,6 +68,7 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
         raise ValueError(f"dropout must lie in [0, 1], got {dropout!r}")
     dropout = float(dropout) if training else 0.0
     available, preferred = available_backends(), _preferred(x.device.type, x.dtype)
+    available["cpu"] = native.unsupported(x.device.type, x.dtype)
     available["cuda"] = cuda.unsupported(x)
     if x.shape[0] == 0:
         available["torch"] = "nn.LSTM takes no sequence of length 0"
@@ -102,7 +106,8 @@ class PromptLstm(torch.autograd.Function):
 def _preferred(device_type, dtype):
     """The order "auto" tries. On a CPU only oneDNN's float32 has a fast backward; accelerators are not measured yet."""
     slow = torch.compiler.is_compiling() or (device_type == "cpu" and dtype != torch.float32)
-    return ["reference", "torch"] if slow else ["torch", "reference"]
+    rest = ["reference", "torch"] if slow else ["torch", "reference"]
+    return ["cpu", *rest] if device_type == "cpu" else rest
 
 
 def _check_weights(x, weights, num_layers, bidirectional):

@@ -1,0 +1,194 @@
+"""prompt_lstm alone on a CPU, forward and backward, against nn.LSTM and against its matrix products.
+
+P-Tuning's encoder: two layers, both directions, ``INPUTS`` inputs, fp32, gradients of the input and of all weights. ``nn.LSTM``
+is torch's own code (the backend "torch", oneDNN). torch.compile is not here: it unrolls the steps of an LSTM written in
+PyTorch, and compiling 10 of them alone takes 40 s (see NOTES.md).
+
+All run interleaved in one process on the same numbers, after a check of results and gradients against float64. The bound is
+the larger of two times: of the FLOPs, ``48 P H (INPUTS + 4 H)``, at the rate of ``torch.mm`` on two 1024 x 1024 matrices, and of
+the bytes of the weights, read forward, read backward and written as gradients, at the rate of torch's sum over a gigabyte of
+floats. It leaves out that each of the P steps has to read the recurrent weights anew, from the cache they fit in.
+"""
+
+from itertools import product
+from statistics import geometric_mean, median
+from time import perf_counter
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastprompt import native, prompt_lstm
+
+from . import report
+
+INPUTS = 1024
+HIDDEN, STEPS = (128, 256, 512, 1024), (10, 20, 50, 100, 200)
+TOLERANCE = 1e-5  # relative, by norm
+MOST_ROUNDS, SECONDS = 9, 0.5  # of a case
+SAMPLE = 4e-3  # seconds, at least, of a sample
+
+
+class Encoder:
+    """The LSTM by a backend; a call returns the output and the gradients."""
+
+    def __init__(self, hidden, steps, backend, dtype=torch.float32):
+        torch.manual_seed(0)
+        lstm = nn.LSTM(INPUTS, hidden, 2, bidirectional=True)
+        x, grad = torch.randn(steps, INPUTS), torch.randn(steps, 2 * hidden)
+        self.inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *lstm.parameters())]
+        self.grad, self.backend = grad.to(dtype), backend
+
+    def __call__(self):
+        x, *weights = self.inputs
+        out = prompt_lstm(x, weights, backend=self.backend)
+        return [out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)]
+
+
+class Gemm:
+    """The matrix product whose rate is the yardstick."""
+
+    size = 1024
+
+    def __init__(self):
+        self.a, self.b = torch.randn(2, self.size, self.size)
+
+    def __call__(self):
+        return self.a @ self.b
+
+    def rate(self, seconds):
+        return 2 * self.size**3 / seconds
+
+
+class Read:
+    """A sum over more than any cache holds."""
+
+    size = 1 << 28
+
+    def __init__(self):
+        self.numbers = torch.ones(self.size)
+
+    def __call__(self):
+        return self.numbers.sum()
+
+    def rate(self, seconds):
+        return 4 * self.numbers.numel() / seconds
+
+
+def error(hidden, steps):
+    """How far output and gradients are from float64, the largest, relative by norm."""
+    exact = Encoder(hidden, steps, "reference", torch.float64)()
+    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(Encoder(hidden, steps, "cpu")(), exact, strict=True))
+
+
+def measure(hidden, steps, threads, bandwidth):
+    """One record a number of threads, for the CSV; ``bandwidth`` is in bytes a second, by number of threads."""
+    difference = error(hidden, steps)
+    right = difference <= TOLERANCE  # False for nan
+    gemm = Gemm()
+    encoders = {"fastprompt": Encoder(hidden, steps, "cpu"), "nn.LSTM": Encoder(hidden, steps, "torch"), "GEMM": gemm}
+    flop = 48 * steps * hidden * (INPUTS + 4 * hidden)
+    moved = 3 * 4 * sum(w.numel() for w in encoders["fastprompt"].inputs[1:])
+    for count in threads:
+        torch.set_num_threads(count)
+        times = _times(encoders)
+        seconds = {name: median(values) for name, values in times.items()}
+        bound = max(flop / gemm.rate(seconds["GEMM"]), moved / bandwidth[count])
+        yield {
+            "threads": count, "H": hidden, "P": steps, "GFLOP": float(f"{flop / 1e9:.4g}"), "MB": round(moved / 1e6, 1),
+            **{f"{name} ms": round(seconds[name] * 1e3, 3) for name in ("fastprompt", "nn.LSTM")},
+            "speed-up": round(median(a / b for a, b in zip(times["nn.LSTM"], times["fastprompt"])), 3) if right else "WRONG",
+            "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]) / 1e9, 1), "GB/s": round(bandwidth[count] / 1e9, 1),
+            "bound": "FLOP" if flop / gemm.rate(seconds["GEMM"]) >= moved / bandwidth[count] else "bytes",
+            "of bound": round(bound / seconds["fastprompt"], 3) if right else "WRONG", "error": f"{difference:.1e}",
+        }
+
+
+def _times(steps):
+    """Name -> seconds of the samples, in rounds whose order turns."""
+    calls = {name: max(1, round(SAMPLE / _seconds(step, 1))) for name, step in steps.items()}  # warms up, too
+    names, times, start = list(steps), {name: [] for name in steps}, perf_counter()
+    while len(times[names[0]]) < 3 or (perf_counter() - start < SECONDS and len(times[names[0]]) < MOST_ROUNDS):
+        for name in names:
+            times[name].append(_seconds(steps[name], calls[name]))
+        names = names[1:] + names[:1]
+    return times
+
+
+def _seconds(step, calls):
+    start = perf_counter()
+    for _ in range(calls):
+        step()
+    return (perf_counter() - start) / calls
+
+
+def _bandwidth():
+    read = Read()
+    return read.rate(median(_seconds(read, 1) for _ in range(5)))
+
+
+def run(out, quick=False, sizes=None):
+    """Run, print, and write ``prompt_lstm.csv`` and ``.png`` into ``out``; False if a result was wrong."""
+    if native.missing:
+        print(f"prompt_lstm left out: {native.missing}")
+        return True
+    most = torch.get_num_threads()
+    threads, bandwidth, records = sorted({1, most}), {}, []
+    sizes = sizes or list(product(HIDDEN[:2], STEPS[:2]) if quick else product(HIDDEN, STEPS))
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            bandwidth[count] = _bandwidth()
+        for hidden, steps in tqdm(sizes, desc="prompt_lstm", unit="case"):
+            torch.set_num_threads(most)
+            records += measure(hidden, steps, threads, bandwidth)
+    finally:
+        torch.set_num_threads(most)
+    return write(out, sorted(records, key=lambda record: record["threads"]))
+
+
+def write(out, records):
+    """Print and write what :func:`measure` recorded."""
+    print(report.table(list(records[0]), [[str(value) for value in record.values()] for record in records]))
+    report.write_csv(out / "prompt_lstm.csv", records)
+    if any(record["speed-up"] == "WRONG" for record in records):
+        print("WRONG: a result is not that of float64, so no speed-up is given")
+        return False
+    print(summary(records), flush=True)
+    plot(records, out / "prompt_lstm.png")
+    return True
+
+
+def summary(records):
+    lines = []
+    for threads in sorted({record["threads"] for record in records}):
+        group = [record for record in records if record["threads"] == threads]
+        ratios, shares = ([record[name] for record in group] for name in ("speed-up", "of bound"))
+        lines.append(f"{threads} thread{'s' * (threads > 1)}: {geometric_mean(ratios):.2f}x the speed of nn.LSTM in the "
+                     f"geometric mean, {min(ratios):.2f}x at least; {median(shares):.2f} of the bound in the median")
+    return "\n".join(lines)
+
+
+def plot(records, file):
+    """Heat maps of the times faster than nn.LSTM."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    threads, hidden, steps = (sorted({record[name] for record in records}) for name in ("threads", "H", "P"))
+    figure, axes = pyplot.subplots(1, len(threads), figsize=(5 * len(threads), 4), layout="constrained", squeeze=False)
+    for axis, count in zip(axes[0], threads):
+        ratios = {(r["H"], r["P"]): r["speed-up"] for r in records if r["threads"] == count}
+        axis.imshow([[ratios.get((h, p), float("nan")) for p in steps] for h in hidden], cmap="Greens", vmin=0, vmax=9)
+        for (h, p), ratio in ratios.items():
+            axis.text(steps.index(p), hidden.index(h), f"{ratio:.2f}", ha="center", va="center")
+        axis.set(xlabel="P", ylabel="H", title=f"times faster than nn.LSTM, {count} thread{'s' * (count > 1)}")
+        axis.set_xticks(range(len(steps)), steps)
+        axis.set_yticks(range(len(hidden)), hidden)
+    figure.suptitle(report.header().replace("\n", " · "), fontsize=6)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

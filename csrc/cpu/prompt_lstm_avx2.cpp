@@ -1,0 +1,1 @@
+#include "prompt_lstm_kernels.h"
