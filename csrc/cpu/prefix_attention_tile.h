@@ -6,7 +6,7 @@
 #pragma once
 
 #include "prefix_attention.h"
-#include "prefix_attention_products.h"
+#include "products.h"
 
 namespace fastprompt {
 namespace FASTPROMPT_SIMD {
@@ -192,7 +192,7 @@ inline void multiply_panels(const Queries& queries, const Operand& operand, cons
   for (auto panel = from; panel < to; panel += PANEL) {
     each_block(queries, panel, smaller(panel + PANEL, to), [&](const Rows& rows, int64_t first, int64_t end) {
       auto const start = round_down(first, LANES), vectors = (end - start + LANES - 1) / LANES;
-      auto const multiply = block<false>(rows.count, vectors);
+      auto const multiply = block<1>(rows.count, vectors);
       for (int64_t column = 0; column < width; column += KEYS) {
         multiply(smaller(KEYS, width - column), operand.at(rows.first, column),
                  panels + panel * width + column * PANEL + start % PANEL, PANEL,
@@ -210,7 +210,7 @@ inline void add_keys(const Queries& queries, const float* weights, const float* 
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
       auto const a = weights + rows.first * WIDTH + first - from;
-      block<false>(rows.count, vectors)(end - first, a, keys + first * stride + column, stride,
+      block<1>(rows.count, vectors)(end - first, a, keys + first * stride + column, stride,
                                         sums + rows.first * stride + column, stride, true);
     });
   }
@@ -225,7 +225,7 @@ inline void add_queries(const Queries& queries, const float* weights, const Oper
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     for (auto key = from; key < to; key += ROWS) {
       auto const keys = smaller(int64_t(ROWS), to - key);
-      auto const multiply = block<true>(keys, vectors);
+      auto const multiply = block<WIDTH>(keys, vectors);
       auto add = !fresh;
       int64_t first = 0, end = 0;  // of rows side by side that see some of the keys
       auto const flush = [&] {

@@ -2,10 +2,10 @@
 //
 // Forward, both products have the sum along the rows of the weights: vectors run along the sum, and LANES of them are added
 // up together at the end, so that the weights are read where they are. Backward, vectors run along the rows of the weights
-// or of the input, and blocks of prefix_attention_products.h along the rest.
+// or of the input, and blocks of products.h along the rest.
 #pragma once
 
-#include "prefix_attention_products.h"
+#include "products.h"
 #include "prompt_lstm.h"
 
 namespace fastprompt {
@@ -61,7 +61,7 @@ void narrow(const float* from, void* to, int64_t count) {
   }
 }
 
-inline Multiply block_of(int64_t rows, int64_t columns) { return block<true>(rows, (columns + LANES - 1) / LANES); }
+inline Multiply block_of(int64_t rows, int64_t columns) { return block<ROWS>(rows, (columns + LANES - 1) / LANES); }
 
 template <typename T>
 inline void project_four(const Cell& cell, int64_t gate) {
@@ -273,12 +273,12 @@ void weight_gradient(const Cell& cell, const float* across, const float* panels,
     auto const panel = panels + column * cell.steps;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (columns % LANES == 0 && !past_caches) {
-        multiply(count, across, ROWS, panel, PANEL, to + column, width, false);
+        multiply(count, across, panel, PANEL, to + column, width, false);
         continue;
       }
     }
     float tile[ROWS * PANEL];
-    multiply(count, across, ROWS, panel, PANEL, tile, PANEL, false);
+    multiply(count, across, panel, PANEL, tile, PANEL, false);
     for (int64_t i = 0; i < rows; ++i) {
       if constexpr (sizeof(T) == sizeof(float)) {
         if (past_caches) {
@@ -319,7 +319,7 @@ void input_gradient(const Cell& cell, const float* across, int64_t begin, int64_
       }
       for (int64_t row = 0; row < cell.steps; row += ROWS) {
         auto const rows = smaller<int64_t>(ROWS, cell.steps - row);
-        (rows == ROWS ? multiply : block_of(rows, columns))(depth, across + row * height + gate * ROWS, ROWS, tile, PANEL,
+        (rows == ROWS ? multiply : block_of(rows, columns))(depth, across + row * height + gate * ROWS, tile, PANEL,
                                                             out + row * stride + column, stride, add || gate > 0);
       }
     }

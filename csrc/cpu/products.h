@@ -1,7 +1,8 @@
-// The small matrix products that attention is made of: C [rows, LANES * vectors] (+)= A B, one register block a call.
+// The small matrix products that attention and the LSTM are made of: C [rows, LANES * vectors] (+)= A B, one register block a call.
 //
 // The block stays in registers while the sum runs: ROWS x VECTORS accumulators, a row of B, and one number of A at a time,
-// broadcast. A comes as rows WIDTH apart or transposed, the numbers of a step side by side and steps WIDTH apart.
+// broadcast. A comes as rows WIDTH apart (`step` is 1) or transposed: the numbers of a step side by side, `step` floats from
+// those of the next.
 #pragma once
 
 #include "simd_math.h"
@@ -16,14 +17,14 @@ constexpr int64_t KEYS = 128;          // keys in a block, a multiple of PANEL
 // Floats between rows of a block of scores: an odd number of cache lines, and room for one vector more than the keys.
 constexpr int64_t WIDTH = KEYS + 16;
 
-template <int rows, int vectors, bool transposed>
+template <int rows, int vectors, int64_t step>
 struct Block {
-  template <typename Step>
-  static inline __attribute__((always_inline)) void each(Step step) {
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void each(Visit visit) {
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < vectors; ++j) step(i, j);
+      for (int j = 0; j < vectors; ++j) visit(i, j);
     }
   }
 
@@ -38,11 +39,11 @@ struct Block {
       for (int j = 0; j < vectors; ++j) row[j] = load(b + j * LANES);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
-        auto const factor = broadcast(a[transposed ? i : i * WIDTH]);
+        auto const factor = broadcast(a[step > 1 ? i : i * WIDTH]);
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; ++j) x[i][j] += factor * row[j];
       }
-      a += transposed ? WIDTH : 1;
+      a += step;
       b += b_stride;
     }
     asm("" : "+r"(c), "+r"(c_stride));
@@ -56,17 +57,17 @@ struct Block {
 
 using Multiply = void (*)(int64_t, const float*, const float*, int64_t, float*, int64_t, bool);
 
-template <int vectors, bool transposed, size_t... I>
+template <int vectors, int64_t step, size_t... I>
 inline Multiply choose_block(int64_t rows, std::index_sequence<I...>) {
-  static constexpr Multiply table[] = {&Block<int(I) + 1, vectors, transposed>::multiply...};
+  static constexpr Multiply table[] = {&Block<int(I) + 1, vectors, step>::multiply...};
   return table[rows - 1];
 }
 
 // The product for a block of 1 to ROWS rows and 1 to VECTORS vectors.
-template <bool transposed>
+template <int64_t step>
 inline Multiply block(int64_t rows, int64_t vectors) {
   auto const all = std::make_index_sequence<ROWS>();
-  return vectors == 1 ? choose_block<1, transposed>(rows, all) : choose_block<2, transposed>(rows, all);
+  return vectors == 1 ? choose_block<1, step>(rows, all) : choose_block<2, step>(rows, all);
 }
 
 }  // namespace FASTPROMPT_SIMD
