@@ -139,6 +139,17 @@ def test_saving_keeps_other_entries_and_leaves_no_file_behind(table):
     assert [path.name for path in table.parent.iterdir()] == ["tuned.json"]
 
 
+def test_a_table_is_looked_up_by_the_name_of_the_gpu_that_launches(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    launch._name.cache_clear()
+    gpu = torch.device("cuda", 7)
+    assert launch.name_of(gpu) == "card 7" and launch.name_of(torch.device("cpu")) is None
+    with launch.capture(TARGET):  # for a chip, not for this GPU
+        assert launch.name_of(gpu) is None
+    launch._name.cache_clear()
+
+
 def test_without_a_table_the_rule_holds(table):
     assert config.forward_tiles(128, 2, TARGET, "a card") == config.forward_tiles(128, 2, TARGET)
 

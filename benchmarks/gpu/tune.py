@@ -66,7 +66,8 @@ def calls(role, head_dim, dtype, device="cuda", rows=8192):
 def _call(role, head_dim, dtype, device, heads, kv_heads, lengths, *, prefixes=1, window=None, softcap=None, sinks=False):
     bank = {}
     if prefixes > 1:
-        bank = dict(prefix_ids=[b % (prefixes + 1) - 1 for b in range(len(lengths))], prefix_lens=[PREFIX - p for p in range(prefixes)])
+        ids = [b % (prefixes + 1) - 1 for b in range(len(lengths))]
+        bank = dict(prefix_ids=ids, prefix_lens=[PREFIX - p for p in range(prefixes)])
     seq, own = Sequences.packed([0, *accumulate(lengths)], **bank), (sum(lengths), kv_heads, head_dim)
     if role == "decode":
         seq, own = Sequences.decode(lengths, **bank), (len(lengths), kv_heads, max(lengths), head_dim)
@@ -222,7 +223,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=tuned.FILE, metavar="FILE", help="the table; by default the one that is used")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() or launch.INTERPRETED:
-        print("Tuning needs a GPU that torch can use, and Triton not to be interpreted. Without one the rule holds.", file=sys.stderr)
+        print("Tuning needs a GPU that torch can use, and Triton not interpreted. Without one the rule holds.", file=sys.stderr)
         return 1
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is compared with float64
     device, chip, rows = torch.cuda.get_device_name(), this_chip(), []
@@ -232,7 +233,8 @@ def main(arguments=None):
         shape = dict(fold=1, sharing=1) if role == "decode" else {}
         rule = entry_of(getattr(config, f"{role}_tiles")(head_dim, bits // 8, chip.target, **shape), role)
         show = partial(tqdm, desc=f"{number}/{len(work)} {key}", unit="tiles", leave=False)
-        best, speed = climb(role, rule, calls(role, head_dim, DTYPES[bits]), partial(unfit, chip=chip), seconds, options.rounds, show)
+        given = calls(role, head_dim, DTYPES[bits])
+        best, speed = climb(role, rule, given, partial(unfit, chip=chip), seconds, options.rounds, show)
         save(options.out, device, key, None if best == rule else best)
         rows.append([key, brief(rule), "the rule" if best == rule else brief(best), f"{speed:.2f}x"])
     print(report.table([device, "rule", "best", "speed-up"], rows))

@@ -14,7 +14,8 @@ from fastprompt.kernels.prefix_attention import tuned
 def test_the_rules_results_are_right(role, bits):
     *_, flags = tune.calls(role, 16, tune.DTYPES[bits], DEVICE, rows=64)
     assert flags.right
-    for i in range(len(flags.exact)):
-        exact = list(flags.exact)
-        exact[i] = exact[i] + 1
-        assert not replace(flags, exact=exact).right
+    results = flags.run()
+    assert len(results) == (6 if role == "backward" else 2)
+    for i, result in enumerate(results):
+        off = [*results[:i], result + 0.1, *results[i + 1 :]]
+        assert not replace(flags, run=lambda off=off: off).right
