@@ -132,6 +132,7 @@ if find_nvcc():
 setup(
     packages=[*find_packages(include=["fastprompt", "fastprompt.*"]), *kernels],
     package_dir={"fastprompt.kernels": "kernels"},
+    package_data={"fastprompt.kernels.prefix_attention": ["tuned.json"]},  # where benchmarks/gpu/tune.py has written it
     ext_modules=libraries,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},

@@ -167,6 +167,16 @@ def target_of(device):
     return GPUTarget("cuda", 80, 32) if INTERPRETED else _target(device)
 
 
+def name_of(device):
+    """The name a device's tuned tables go by; None where nothing is launched on a GPU."""
+    return None if INTERPRETED or device.type != "cuda" or _captured.get() is not None else _name(device)
+
+
+@cache
+def _name(device):
+    return torch.cuda.get_device_name(device)
+
+
 @cache
 def _target(device):
     with _on(device):

@@ -35,6 +35,7 @@ def test_wheel(tmp_path, compiler):
     tree, wheels, site = tmp_path / "tree", tmp_path / "wheels", tmp_path / "site"
     tree.mkdir()
     copy_tree(tree)
+    (tree / "kernels/prefix_attention/tuned.json").write_text("{}")  # as benchmarks/gpu/tune.py would
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('torch was imported to build the package')")
@@ -53,7 +54,7 @@ def test_wheel(tmp_path, compiler):
     modules |= {"fastprompt" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     assert {path.relative_to(site) for path in site.rglob("*.py")} == modules
     assert {path.name for path in site.iterdir()} == {"fastprompt", info.name}
-    assert (info / "licenses/LICENSE").is_file()
+    assert (info / "licenses/LICENSE").is_file() and (site / "fastprompt/kernels/prefix_attention/tuned.json").is_file()
     assert "fastprompt = fastprompt.cli:main" in (info / "entry_points.txt").read_text()
 
     libraries = [path.relative_to(site).as_posix() for path in site.rglob("*.so")]

@@ -1,9 +1,14 @@
-"""Sizes of tiles, by rule: what fits the registers and the shared memory of a chip, and fills its matrix units."""
+"""Sizes of tiles, by rule: what fits the registers and the shared memory of a chip, and fills its matrix units.
 
-from dataclasses import dataclass
+On a device that was tuned its table (``tuned.py``) comes before the rule. Nothing is tuned at run time.
+"""
+
+from dataclasses import dataclass, replace
+from functools import wraps
 
 from ..launch import DIVISOR, Options
 from ..tiles import power_of_two
+from . import tuned
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,20 @@ def _wide(head_dim):
     return head_dim % DIVISOR == 0
 
 
+def _unless_tuned(rule):
+    """The rule, and what the table of a device overrides; ``device`` is its name, or None for the rule alone."""
+    role = rule.__name__.removesuffix("_tiles")
+
+    @wraps(rule)
+    def tiles(head_dim, element_size, target, device=None, **options):
+        chosen = rule(head_dim, element_size, target, **options)
+        found = device and tuned.entry(device, role, element_size, head_dim)
+        return replace(chosen, **found) if found else chosen
+
+    return tiles
+
+
+@_unless_tuned
 def forward_tiles(head_dim, element_size, target):
     """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
     where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there."""
@@ -52,6 +71,7 @@ def forward_tiles(head_dim, element_size, target):
     return Tiles(128, keys, Options(num_warps=8, num_stages=2 if keys == 64 else 3))
 
 
+@_unless_tuned
 def backward_tiles(head_dim, element_size, target):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100 keeps
     sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second program
@@ -79,6 +99,7 @@ def backward_tiles(head_dim, element_size, target):
 DECODE_ROWS = 64
 
 
+@_unless_tuned
 def decode_tiles(head_dim, element_size, target, *, fold, sharing):
     """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a time."""
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, Options(num_warps=4, num_stages=3))

@@ -68,7 +68,7 @@ class _Call:
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
         self.width = config.block_width(self.head_dim)
-        self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device)
+        self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
         self.numbers = self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0
