@@ -14,7 +14,6 @@ visible pair of a query and a key: two products forward, five backward. The GEMM
 from dataclasses import dataclass
 from itertools import product
 from statistics import geometric_mean, median
-from time import perf_counter
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,12 +22,12 @@ from tqdm import tqdm
 from fastprompt import Sequences, prefix_attention
 
 from . import report
+from .timing import Gemm, interleaved, write
 
 SHAPES = ((9, 3, 64), (32, 8, 128))  # H, Hkv, Dh
 LONG, LARGE, CHECKED = 512, 5, 4  # equal length; GFLOP from which the GEMM rate is a bar; GFLOP that are checked
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative, by norm
 MOST_ROUNDS, SECONDS = 15, 0.5  # of a case
-SAMPLE = 4e-3  # seconds, at least, of a sample
 HUGE = 100  # GFLOP: one round is enough
 
 
@@ -136,21 +135,6 @@ def steps_of(case):
     return {"fastprompt": ours, "SDPA": Padded(case, numbers), "composed": composed}
 
 
-class Gemm:
-    """The matrix product whose rate is the yardstick."""
-
-    size = 1024
-
-    def __init__(self):
-        self.a, self.b = torch.randn(2, self.size, self.size)
-
-    def __call__(self):
-        return self.a @ self.b
-
-    def rate(self, seconds):
-        return 2e-9 * self.size**3 / seconds
-
-
 def errors(case):
     """How far each provider is from float64, the largest of output and gradients, relative by norm."""
     case = case.checked
@@ -163,7 +147,7 @@ def measure(case, gemm=None):
     """One record for the CSV."""
     error, gemm = errors(case), gemm or Gemm()
     steps = {**steps_of(case), "GEMM": gemm}
-    times = _times(steps, 1 if case.gflop > HUGE else 3)
+    times = interleaved(steps, fewest=1 if case.gflop > HUGE else 3, most=MOST_ROUNDS, seconds=SECONDS)
     seconds = {name: median(values) for name, values in times.items()}
     right = all(value <= TOLERANCE[case.dtype] for value in error.values())  # False for nan
     rival = min(("SDPA", "composed"), key=seconds.get)
@@ -180,24 +164,6 @@ def measure(case, gemm=None):
     }
 
 
-def _times(steps, fewest):
-    """Name -> seconds of the samples, in rounds whose order turns."""
-    calls = {name: max(1, round(SAMPLE / _seconds(step, 1))) for name, step in steps.items()}  # warms up, too
-    names, times, start = list(steps), {name: [] for name in steps}, perf_counter()
-    while len(times[names[0]]) < fewest or (perf_counter() - start < SECONDS and len(times[names[0]]) < MOST_ROUNDS):
-        for name in names:
-            times[name].append(_seconds(steps[name], calls[name]))
-        names = names[1:] + names[:1]
-    return times
-
-
-def _seconds(step, calls):
-    start = perf_counter()
-    for _ in range(calls):
-        step()
-    return (perf_counter() - start) / calls
-
-
 def run(out, quick=False, cases=None):
     """Run, print, and write ``prefix_attention.csv`` and ``.png`` into ``out``; False if a result was wrong."""
     cases, most = cases or all_cases(quick), torch.get_num_threads()
@@ -208,19 +174,7 @@ def run(out, quick=False, cases=None):
             records += [measure(case) for case in tqdm(cases, desc=f"prefix_attention, {threads} threads", unit="case")]
     finally:
         torch.set_num_threads(most)
-    return write(out, records)
-
-
-def write(out, records):
-    """Print and write what :func:`measure` recorded."""
-    print(report.table(list(records[0]), [[str(value) for value in record.values()] for record in records]))
-    report.write_csv(out / "prefix_attention.csv", records)
-    if any(record["speed-up"] == "WRONG" for record in records):
-        print("WRONG: a result is not that of float64, so no speed-up is given")
-        return False
-    print(summary(records), flush=True)
-    plot(records, out / "prefix_attention.png")
-    return True
+    return write(out / "prefix_attention.csv", records, summary, plot)
 
 
 def summary(records):

@@ -12,7 +12,6 @@ floats. It leaves out that each of the P steps has to read the recurrent weights
 
 from itertools import product
 from statistics import geometric_mean, median
-from time import perf_counter
 
 import torch
 from torch import nn
@@ -21,12 +20,12 @@ from tqdm import tqdm
 from fastprompt import native, prompt_lstm
 
 from . import report
+from .timing import Gemm, interleaved, seconds_of, write
 
 INPUTS = 1024
 HIDDEN, STEPS = (128, 256, 512, 1024), (10, 20, 50, 100, 200)
 TOLERANCE = 1e-5  # relative, by norm
 MOST_ROUNDS, SECONDS = 9, 0.5  # of a case
-SAMPLE = 4e-3  # seconds, at least, of a sample
 
 
 class Encoder:
@@ -43,21 +42,6 @@ class Encoder:
         x, *weights = self.inputs
         out = prompt_lstm(x, weights, backend=self.backend)
         return [out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)]
-
-
-class Gemm:
-    """The matrix product whose rate is the yardstick."""
-
-    size = 1024
-
-    def __init__(self):
-        self.a, self.b = torch.randn(2, self.size, self.size)
-
-    def __call__(self):
-        return self.a @ self.b
-
-    def rate(self, seconds):
-        return 2 * self.size**3 / seconds
 
 
 class Read:
@@ -87,44 +71,27 @@ def measure(hidden, steps, threads, bandwidth):
     right = difference <= TOLERANCE  # False for nan
     gemm = Gemm()
     encoders = {"fastprompt": Encoder(hidden, steps, "cpu"), "nn.LSTM": Encoder(hidden, steps, "torch"), "GEMM": gemm}
-    flop = 48 * steps * hidden * (INPUTS + 4 * hidden)
+    gflop = 48e-9 * steps * hidden * (INPUTS + 4 * hidden)
     moved = 3 * 4 * sum(w.numel() for w in encoders["fastprompt"].inputs[1:])
     for count in threads:
         torch.set_num_threads(count)
-        times = _times(encoders)
+        times = interleaved(encoders, fewest=3, most=MOST_ROUNDS, seconds=SECONDS)
         seconds = {name: median(values) for name, values in times.items()}
-        bound = max(flop / gemm.rate(seconds["GEMM"]), moved / bandwidth[count])
+        computing, moving = gflop / gemm.rate(seconds["GEMM"]), moved / bandwidth[count]
         yield {
-            "threads": count, "H": hidden, "P": steps, "GFLOP": float(f"{flop / 1e9:.4g}"), "MB": round(moved / 1e6, 1),
+            "threads": count, "H": hidden, "P": steps, "GFLOP": float(f"{gflop:.4g}"), "MB": round(moved / 1e6, 1),
             **{f"{name} ms": round(seconds[name] * 1e3, 3) for name in ("fastprompt", "nn.LSTM")},
             "speed-up": round(median(a / b for a, b in zip(times["nn.LSTM"], times["fastprompt"])), 3) if right else "WRONG",
-            "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]) / 1e9, 1), "GB/s": round(bandwidth[count] / 1e9, 1),
-            "bound": "FLOP" if flop / gemm.rate(seconds["GEMM"]) >= moved / bandwidth[count] else "bytes",
-            "of bound": round(bound / seconds["fastprompt"], 3) if right else "WRONG", "error": f"{difference:.1e}",
+            "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]), 1), "GB/s": round(bandwidth[count] / 1e9, 1),
+            "bound": "FLOP" if computing >= moving else "bytes",
+            "of bound": round(max(computing, moving) / seconds["fastprompt"], 3) if right else "WRONG",
+            "error": f"{difference:.1e}",
         }
-
-
-def _times(steps):
-    """Name -> seconds of the samples, in rounds whose order turns."""
-    calls = {name: max(1, round(SAMPLE / _seconds(step, 1))) for name, step in steps.items()}  # warms up, too
-    names, times, start = list(steps), {name: [] for name in steps}, perf_counter()
-    while len(times[names[0]]) < 3 or (perf_counter() - start < SECONDS and len(times[names[0]]) < MOST_ROUNDS):
-        for name in names:
-            times[name].append(_seconds(steps[name], calls[name]))
-        names = names[1:] + names[:1]
-    return times
-
-
-def _seconds(step, calls):
-    start = perf_counter()
-    for _ in range(calls):
-        step()
-    return (perf_counter() - start) / calls
 
 
 def _bandwidth():
     read = Read()
-    return read.rate(median(_seconds(read, 1) for _ in range(5)))
+    return read.rate(median(seconds_of(read) for _ in range(5)))
 
 
 def run(out, quick=False, sizes=None):
@@ -144,19 +111,7 @@ def run(out, quick=False, sizes=None):
             records += measure(hidden, steps, threads, bandwidth)
     finally:
         torch.set_num_threads(most)
-    return write(out, sorted(records, key=lambda record: record["threads"]))
-
-
-def write(out, records):
-    """Print and write what :func:`measure` recorded."""
-    print(report.table(list(records[0]), [[str(value) for value in record.values()] for record in records]))
-    report.write_csv(out / "prompt_lstm.csv", records)
-    if any(record["speed-up"] == "WRONG" for record in records):
-        print("WRONG: a result is not that of float64, so no speed-up is given")
-        return False
-    print(summary(records), flush=True)
-    plot(records, out / "prompt_lstm.png")
-    return True
+    return write(out / "prompt_lstm.csv", sorted(records, key=lambda record: record["threads"]), summary, plot)
 
 
 def summary(records):

@@ -104,12 +104,10 @@ def show_library(hints):
     native, problem = load("fastprompt.native")
     if problem:
         return  # no operator can be imported either, and that is an error
-    if not native.missing:
-        row("C++ kernels", load("torch")[0].ops.fastprompt.cpu_isa())
+    row("C++ kernels", native.missing or load("torch")[0].ops.fastprompt.cpu_isa())
     row("CUDA kernels", native.missing_cuda or "compiled, run on request")
     if not native.missing:
         return
-    row("C++ kernels", native.missing)
     compiler = os.environ.get("CXX", "c++").split()[0]
     found = shutil.which(compiler)
     hints.append((f"the CPU runs PyTorch code in place of C++ kernels: {native.missing}",

@@ -102,18 +102,19 @@ def test_gradcheck(options):
     torch.autograd.gradcheck(run, leaves)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", [name for name in WITH_CPU if name != "torch"])  # which has no operator
+def test_opcheck(backend):
     x, weights, options = inputs(dtype=torch.float32)
     x = x.t().contiguous().t()  # outputs must be contiguous all the same
     layers, both = options.values()
     count = 1 + len(weights)
     for keep, needs in (([], [at == 9 for at in range(count)]), ([torch.rand(7, 10)], [True] * count)):
-        args = x, weights, keep, layers, both, "reference"
+        args = x, weights, keep, layers, both, backend
         torch.library.opcheck(torch.ops.fastprompt.prompt_lstm.default, args)
         out, steps = torch.ops.fastprompt.prompt_lstm(*args)
         torch.library.opcheck(
             torch.ops.fastprompt.prompt_lstm_backward.default,
-            (torch.randn_like(out), x, weights, keep, steps, layers, both, needs, "reference"),
+            (torch.randn_like(out), x, weights, keep, steps, layers, both, needs, backend),
         )
 
 

@@ -202,21 +202,6 @@ def test_nothing_beside_the_inputs_is_read_and_every_result_is_written(cpu_isa, 
         out.sum().backward()
 
 
-def test_opcheck():
-    x, weights, options = inputs(dtype=torch.float32)
-    x = x.t().contiguous().t()  # outputs must be contiguous all the same
-    layers, both = options.values()
-    count = 1 + len(weights)
-    for keep, needs in (([], [at == 9 for at in range(count)]), ([torch.rand(7, 10)], [True] * count)):
-        args = x, weights, keep, layers, both, "cpu"
-        torch.library.opcheck(torch.ops.fastprompt.prompt_lstm.default, args)
-        out, steps = torch.ops.fastprompt.prompt_lstm(*args)
-        torch.library.opcheck(
-            torch.ops.fastprompt.prompt_lstm_backward.default,
-            (torch.randn_like(out), x, weights, keep, steps, layers, both, needs, "cpu"),
-        )
-
-
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, monkeypatch, capsys):
     if wrong:

@@ -22,6 +22,9 @@ inline int64_t num_threads() {
   return threads;
 }
 
+// How many threads so many multiplications are worth: one takes microseconds to wake.
+inline int64_t threads_for(int64_t products) { return products / (1 << 20) + 1; }
+
 // Call body(begin, end) on pieces of [begin, end), each of at least `grain` but the last. The body must not throw.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {

@@ -83,8 +83,7 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   return call;
 }
 
-// Less is not worth a thread, which takes microseconds to wake.
-constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20, FLOATS_PER_THREAD = 1 << 15;
+constexpr int64_t FLOATS_PER_THREAD = 1 << 15;  // less to move is not worth one
 
 // Multiplications in one product of all queries with all keys, hidden ones included.
 int64_t products(const Call& call) {
@@ -105,7 +104,7 @@ int64_t products(const Call& call) {
 template <typename Item>
 void share_out(const Call& call, int64_t floats, const Item& item) {
   auto const items = call.plan.chunks.size * call.kv_heads;
-  auto const threads = std::min({items, num_threads(), products(call) / PRODUCTS_PER_THREAD + 1});
+  auto const threads = std::min({items, num_threads(), threads_for(products(call))});
   std::atomic<int64_t> next{0};
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (auto thread = begin; thread < end; ++thread) {

@@ -87,11 +87,8 @@ class Steps {
 
 using Cells = std::vector<Cell>;
 
-constexpr int64_t WORK_PER_THREAD = 1 << 20;    // multiplications; less is not worth a thread, which takes microseconds to wake
 constexpr int64_t BYTES_PER_MEMBER = 1 << 17;   // of weights, for a wait in every step
 constexpr int64_t LAST_CACHE = 1 << 25;         // bytes
-
-int64_t threads_for(int64_t work) { return work / WORK_PER_THREAD + 1; }
 
 // part(cell, step, begin, end) for all steps in turn and the units from begin to end. The two directions run at the same time
 // where the weights of both stay in the last cache, otherwise one after the other, each on all threads.

@@ -3,7 +3,7 @@
 import torch
 
 from ... import native
-from ...checks import FLOATS, accumulator, check_tensor, choose_backend
+from ...checks import FLOATS, accumulator, check_tensor, choose_backend, without_autocast
 from ..launcher import launcher
 from . import cuda
 
@@ -149,7 +149,7 @@ def _torch_lstm(x, weights, num_layers, bidirectional, dropout):
     zero = x.new_zeros(num_layers * directions, 1, weights[1].shape[1])
     biased = len(weights) == 4 * num_layers * directions
     train = dropout > 0 or torch.is_grad_enabled()  # cuDNN has no backward of what ran as evaluation
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         out, _, _ = torch.lstm(
             x.unsqueeze(1), (zero, zero), weights, biased, num_layers, dropout, train, bool(bidirectional), False
         )
@@ -169,7 +169,7 @@ _library.define(
 
 @torch.library.impl(_library, "prompt_lstm", "CompositeExplicitAutograd")
 def _forward(x, weights, keep, num_layers, bidirectional, backend):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return launcher("prompt_lstm", backend)[0].forward(x, weights, keep, num_layers, bidirectional)
 
 
@@ -182,7 +182,7 @@ def _forward_fake(x, weights, keep, num_layers, bidirectional, backend):
 
 @torch.library.impl(_library, "prompt_lstm_backward", "CompositeExplicitAutograd")
 def _backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs, backend):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         implementation = launcher("prompt_lstm", backend)[0]
         return implementation.backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
 
