@@ -15,6 +15,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 namespace fastprompt {
 namespace {
 
@@ -90,14 +94,29 @@ using Cells = std::vector<Cell>;
 constexpr int64_t BYTES_PER_MEMBER = 1 << 17;   // of weights, for a wait in every step
 constexpr int64_t LAST_CACHE = 1 << 25;         // bytes
 
-// part(cell, step, begin, end) for all steps in turn and the units from begin to end. The two directions run at the same time
-// where the weights of both stay in the last cache, otherwise one after the other, each on all threads.
+// Bytes of the cache that a core has to itself.
+int64_t own_cache() {
+  int64_t bytes = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : 1 << 20;
+}
+
+// Whether the directions run at the same time. One after the other, each on all threads, a thread goes through fewer bytes in
+// a step: that is better where these fit its core's cache and those of all directions do not, or not even the last cache.
+bool side_by_side(int64_t bytes, int64_t directions, int64_t threads) {
+  auto const all = bytes * directions;
+  return threads > 1 && all <= LAST_CACHE / 2 && !(bytes <= own_cache() * threads && all > own_cache() * threads);
+}
+
+// part(cell, step, begin, end) for all steps in turn and the units from begin to end.
 template <typename Part>
 void run_steps(const Cells& cells, int64_t element, const Part& part) {
   if (cells.empty()) return;
   auto const hidden = cells[0].hidden, bytes = 4 * hidden * hidden * element, blocks = blocks_of(hidden, UNITS);
   auto const threads = std::min(num_threads(), threads_for(int64_t(cells.size()) * cells[0].steps * 4 * hidden * hidden));
-  auto const together = threads > 1 && bytes * int64_t(cells.size()) <= LAST_CACHE / 2 ? int64_t(cells.size()) : 1;
+  auto const together = side_by_side(bytes, int64_t(cells.size()), threads) ? int64_t(cells.size()) : 1;
   auto const members = std::clamp<int64_t>(std::min(threads / together, bytes / BYTES_PER_MEMBER), 1, blocks);
   for (int64_t first = 0; first < int64_t(cells.size()); first += together) {
     std::vector<std::unique_ptr<Steps>> runs;
