@@ -1,7 +1,8 @@
 """Peak memory of one training step, PEFT and fastprompt, each in a process of its own.
 
-The peak is that of the resident set; the resident set right after the model was built shows how much of it is Python,
-libraries and weights, which no method can save.
+The peak is that of the resident set. It holds Python and the libraries, whose size has nothing to do with the model or the
+method and which were there before the model was built; the second ratio leaves them out on both sides, so that it is of weights
+and step, what an accelerator's allocator would report. The resident set right after the model was built shows the weights' part.
 """
 
 import json
@@ -17,44 +18,56 @@ from tqdm import tqdm
 import fastprompt
 
 from . import models, report, step
-from .workloads import Workload, uneven_lengths
+from .methods import PROMPTS
+from .workloads import Workload, uneven_lengths, uneven_workloads
 
-WORKLOAD = Workload(50, uneven_lengths(50, 16, 64), True)
 METHODS = ("Prompt Tuning", "Prefix-Tuning")
 MIB = 2**20
 
 
+def workloads(method, quick=False):
+    """One between the others in size, with labels on all tokens, and those of the training steps."""
+    rest = [] if quick else uneven_workloads(PROMPTS.get(method, 1))
+    return [Workload(50, uneven_lengths(50, 16, 64), True), *rest]
+
+
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write ``memory.csv`` into ``out``; False if the results differ."""
-    jobs = [(method, name) for method in METHODS for name in ("PEFT", "fastprompt")]
+    jobs = [(method, number, name) for method in METHODS for number in range(len(workloads(method, quick)))
+            for name in ("PEFT", "fastprompt")]
     with tempfile.TemporaryDirectory() as folder:
-        found = {job: _in_own_process(*job, sizes, Path(folder, "-".join(job))) for job in tqdm(jobs, desc="memory")}
-        grads = {job: torch.load(Path(folder, "-".join(job))) for job in jobs}
-    records = []
-    for method in METHODS:
-        peft, ours = (found[method, name] for name in ("PEFT", "fastprompt"))
-        expected = grads[method, "PEFT"]
-        loss_error = abs(ours["loss"] - peft["loss"]) / abs(peft["loss"])
-        grad_error = float((grads[method, "fastprompt"] - expected).norm() / expected.norm())
-        right = loss_error <= step.LOSS_TOLERANCE and grad_error <= step.GRAD_TOLERANCE
-        step_only = (ours["peak"] - ours["built"]) / (peft["peak"] - peft["built"])
-        records.append({
-            "method": method, **{f"{name} {what} MiB": f"{x[what] / MIB:.0f}" for name, x in (("PEFT", peft), ("fastprompt", ours))
-                                 for what in ("built", "peak")},
-            "of PEFT's peak": f"{ours['peak'] / peft['peak']:.2f}" if right else "WRONG",
-            "of what its step adds": f"{step_only:.2f}" if right else "WRONG",
-            "loss diff": f"{loss_error:.0e}", "grad diff": f"{grad_error:.0e}",
-        })
-    print(f"peak memory of a step, {WORKLOAD.name}, {WORKLOAD.tokens} tokens, labels on all")
+        found = {job: _in_own_process(job, sizes, quick, Path(folder, "grad")) for job in tqdm(jobs, desc="memory")}
+    records = [_record(method, load, found[method, number, "PEFT"], found[method, number, "fastprompt"])
+               for method in METHODS for number, load in enumerate(workloads(method, quick))]
+    print("peak memory of a step")
     print(report.table(list(records[0]), [list(record.values()) for record in records]), flush=True)
     report.write_csv(out / "memory.csv", records)
     return all(record["of PEFT's peak"] != "WRONG" for record in records)
 
 
-def _in_own_process(method, name, sizes, file):
-    command = [sys.executable, "-m", "benchmarks.memory", method, name, json.dumps(sizes), str(torch.get_num_threads()), str(file)]
-    here = Path(__file__).parents[1]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=here).stdout)
+def _record(method, workload, peft, ours):
+    loss_error = abs(ours["loss"] - peft["loss"]) / abs(peft["loss"])
+    expected = peft["gradient"]
+    grad_error = float((ours["gradient"] - expected).norm() / expected.norm())
+    right = loss_error <= step.LOSS_TOLERANCE and grad_error <= step.GRAD_TOLERANCE
+
+    def ratio(without):
+        return f"{(ours['peak'] - ours.get(without, 0)) / (peft['peak'] - peft.get(without, 0)):.2f}" if right else "WRONG"
+
+    return {
+        "method": method, "P, rows, longest": workload.name, "labels": "all tokens" if workload.all_labels else "one a row",
+        **{f"{name} {what} MiB": f"{x[what] / MIB:.0f}" for name, x in (("PEFT", peft), ("fastprompt", ours))
+           for what in ("libraries", "built", "peak")},
+        "of PEFT's peak": ratio("nothing"), "without libraries": ratio("libraries"), "of what its step adds": ratio("built"),
+        "loss diff": f"{loss_error:.0e}", "grad diff": f"{grad_error:.0e}",
+    }
+
+
+def _in_own_process(job, sizes, quick, file):
+    arguments = json.dumps([*job, sizes, quick, torch.get_num_threads(), str(file)])
+    command, here = [sys.executable, "-m", "benchmarks.memory", arguments], Path(__file__).parents[1]
+    result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=here).stdout)
+    return result | {"gradient": torch.load(file)}
 
 
 def _resident(field):
@@ -69,17 +82,18 @@ def _resident(field):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _measure_here(method, name, sizes, threads, file):
+def _measure_here(method, number, name, sizes, quick, threads, file):
     torch.set_num_threads(threads)
-    model = models.soft_prompt(models.llama(sizes), WORKLOAD.prompt, method)
+    workload, libraries = workloads(method, quick)[number], _resident("VmRSS")
+    model = models.soft_prompt(models.llama(sizes), workload.prompt, method)
     if name == "fastprompt":
         fastprompt.accelerate(model)
-    one_step = step.Training(model, WORKLOAD.batch(sizes["vocab_size"]))
+    one_step = step.Training(model, workload.batch(sizes["vocab_size"]))
     built = _resident("VmRSS")
     loss = float(one_step())
     torch.save(one_step.gradient, file)
-    print(json.dumps({"built": built, "peak": _resident("VmHWM"), "loss": loss}))
+    print(json.dumps({"libraries": libraries, "built": built, "peak": _resident("VmHWM"), "loss": loss}))
 
 
 if __name__ == "__main__":
-    _measure_here(*sys.argv[1:3], json.loads(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    _measure_here(*json.loads(sys.argv[1]))

@@ -95,7 +95,7 @@ def test_common_text_is_right_and_reported(tmp_path, capsys):
 
 
 def test_memory_compares_two_processes(tmp_path, capsys):
-    assert memory.run(tmp_path, sizes=TINY)
+    assert memory.run(tmp_path, quick=True, sizes=TINY)
     assert "of PEFT's peak" in capsys.readouterr().out
     assert (tmp_path / "memory.csv").exists()
 
