@@ -4,6 +4,7 @@ import functools
 import inspect
 import types
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +19,7 @@ from peft import (
 )
 from transformers import Cache
 
+from .hf.encoder import fast_encoder
 from .hf.engine import Engine, plan_or_reason
 from .hf.prefix import layers_of_cache
 from .layout import IGNORE
@@ -90,6 +92,7 @@ class _State:
         self.engine, self.keep_logits = engine, keep_logits
         self.forward = own_forward  # an instance's own forward, if it had one
         self.warned = set()
+        self.outputs = weakref.WeakKeyDictionary()  # a prompt encoder -> its CachedOutput
         self.prefixes = {}  # adapter name and shapes of a prefix -> None if it can run packed, else why not
 
     def original(self, model):
@@ -233,7 +236,8 @@ class _Call:
         model._adjust_prompt_learning_kwargs(self.config, kwargs={k: given.get(k) for k in ("position_ids", "token_type_ids")})
         if not self.is_prefix:
             count = 1 if self.prompt_ids is None else len(self.task_ids)
-            prompt = model.get_prompt(batch_size=count, task_ids=self.task_ids).flatten(0, 1)  # [N * P, D]
+            with self._encoder():
+                prompt = model.get_prompt(batch_size=count, task_ids=self.task_ids).flatten(0, 1)  # [N * P, D]
             rows = self.engine.rows(self.plan, prompt, self._embeds())
         elif given.get("input_ids") is not None and self.engine.may_share():
             rows = self.plan.token_ids(given["input_ids"])  # the model looks them up, and whatever else it has for ids
@@ -246,6 +250,9 @@ class _Call:
         as_dict = given.get("return_dict")
         return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
 
+    def _encoder(self):
+        return fast_encoder(self.model.prompt_encoder[self.model.active_adapter], self.state.outputs)
+
     def _embeds(self):
         return self.model.word_embeddings(self.tokens) if self.given.get("inputs_embeds") is None else self.tokens
 
@@ -256,7 +263,7 @@ class _Call:
             # PEFT would repeat the prefix for every row of the batch; nothing reads it here.
             self.model.__dict__["get_prompt"] = lambda *args, **kwargs: self.cache
         try:
-            with self.engine.packed_backbone(self.plan, self._packed, self.prefix):
+            with self.engine.packed_backbone(self.plan, self._packed, self.prefix), self._encoder():
                 yield
         finally:
             if self.is_prefix:

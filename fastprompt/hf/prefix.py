@@ -15,7 +15,8 @@ def layers_of_tensor(prefix, config=None, layers=None):
     """
     if prefix.dim() == 5:
         prefix = prefix.unsqueeze(2)
-    found = dict(zip(range(len(prefix)) if layers is None else layers, ((layer[0], layer[1]) for layer in prefix)))
+    # Unbound rather than indexed: backward then stacks the layers' gradients instead of adding each up with zeros.
+    found = dict(zip(range(len(prefix)) if layers is None else layers, (layer.unbind() for layer in prefix.unbind())))
     return _with_shared([found.get(i) for i in range(max(found, default=-1) + 1)], config)
 
 
@@ -61,7 +62,8 @@ def _rows(x, length):
 
     A layer with a sliding window keeps only the last n positions; what it dropped no window reaches, so zeros do there.
     """
-    return pad(x.transpose(1, 2), (0, 0, 0, 0, length - x.shape[2], 0))
+    rows = x.transpose(1, 2)
+    return rows if x.shape[2] == length else pad(rows, (0, 0, 0, 0, length - x.shape[2], 0))  # pad copies in any case
 
 
 @torch.no_grad()

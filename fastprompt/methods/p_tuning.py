@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import prompt_lstm
+from .cached import CachedOutput
 from .prompt_tuning import check_sizes, initial_values
 
 
@@ -66,7 +67,7 @@ class PTuning(nn.Module):
             self.mlp_head = _mlp(token_dim, hidden, hidden, token_dim)
         if init is not None:
             self.embedding.weight = nn.Parameter(initial_values(init, (num_virtual_tokens, token_dim)))
-        self._cached = None
+        self._cached = CachedOutput()
 
     @property
     def num_virtual_tokens(self):
@@ -82,21 +83,7 @@ class PTuning(nn.Module):
             return self.embedding.weight
         if torch.compiler.is_compiling():
             return self.encode(self.training)
-        if self.training or torch.is_grad_enabled():
-            prompt = self.encode(self.training)
-            if prompt.requires_grad:  # fused optimizers write past the version counter, but after a backward
-                prompt.register_hook(self._drop)
-            return prompt
-        state = self._state()
-        if state is None:
-            return self.encode()
-        if self._cached is None or self._cached[0] != (*state, self._cached[1]._version):
-            # Not an inference tensor, which a later call without inference_mode could not use for a gradient.
-            with torch.inference_mode(False), torch.no_grad():
-                prompt = self.encode()
-            # The aliases keep the memory that the state names from being given to another tensor.
-            self._cached = (*state, prompt._version), prompt, [parameter.detach() for parameter in self.parameters()]
-        return self._cached[1]
+        return self._cached(list(self.parameters()), self.training, lambda: self.encode(self.training))
 
     def encode(self, training=False):
         """Run the encoder, with dropout if ``training``: ``[P, D]``."""
@@ -107,24 +94,8 @@ class PTuning(nn.Module):
         return rows if self.encoder is None else self.mlp_head(rows)
 
     def train(self, mode=True):
-        self._cached = None
+        self._cached.drop()
         return super().train(mode)
-
-    def _drop(self, grad):
-        self._cached = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "_cached": None}  # addresses and versions mean nothing in a copy or a later process
-
-    def _state(self):
-        """What the cached output depends on; None where a change could pass unseen."""
-        parameters = list(self.parameters())
-        # Inference tensors have no version, and a fused optimizer that is about to step does not count it up.
-        if any(parameter.is_inference() or parameter.grad is not None for parameter in parameters):
-            return None
-        device = parameters[0].device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
 
 
 class _Parameters(nn.Module):

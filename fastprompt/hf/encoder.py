@@ -1,0 +1,53 @@
+"""PEFT's PromptEncoder, P-Tuning's, on prompt_lstm, with its output kept while nothing trains."""
+
+from contextlib import contextmanager
+
+import torch
+from peft import PromptEncoder
+from torch import nn
+
+from ..methods.cached import CachedOutput
+from ..ops import prompt_lstm
+
+_KINDS = (nn.Embedding, nn.LSTM, nn.Sequential, nn.Linear, nn.ReLU)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def fast_encoder(encoder, outputs):
+    """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block; all modules in it are still called.
+
+    The LSTM is not: it runs on :func:`prompt_lstm` where it is a plain nn.LSTM without hooks. Where all modules are plain and
+    nothing trains, what the encoder gave is kept in ``outputs``, a dictionary.
+    """
+    if type(encoder) is not PromptEncoder or "forward" in vars(encoder) or torch.compiler.is_compiling():
+        yield
+        return
+    encoder.forward = lambda indices: _forward(encoder, indices, outputs)
+    try:
+        yield
+    finally:
+        del encoder.forward
+
+
+def _forward(encoder, indices, outputs):
+    lstm = getattr(encoder, "lstm_head", None)
+    if len(indices) > 1 or (lstm is not None and not (_is_plain(lstm) and lstm.proj_size == 0)):
+        return PromptEncoder.forward(encoder, indices)
+
+    def encode():
+        rows = encoder.embedding(indices[0])
+        if lstm is not None:
+            rows = prompt_lstm(rows, list(lstm.parameters()), num_layers=lstm.num_layers, bidirectional=lstm.bidirectional,
+                               dropout=lstm.dropout, training=lstm.training)
+        return encoder.mlp_head(rows)[None]
+
+    _, *inside = encoder.modules()
+    keeps = not torch.is_grad_enabled() and not any(module.training or not _is_plain(module) for module in inside)
+    cached = outputs.setdefault(encoder, CachedOutput())
+    return cached(list(encoder.parameters()) if keeps else [], not keeps, encode)
+
+
+def _is_plain(module):
+    """Is the module what its class says: nothing derived, replaced or hooked?"""
+    return type(module) in _KINDS and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)

@@ -1,0 +1,48 @@
+"""The output of an encoder, kept while nothing trains."""
+
+import torch
+
+
+class CachedOutput:
+    """What an encoder gave in evaluation mode with gradients off, until one of its parameters changes.
+
+    A parameter that was written in place, replaced, moved or cast is noticed. Nothing is kept while one has a gradient. What
+    writes past autograd's version counter is not seen (``parameter.data.add_(...)``, a kernel of one's own): call
+    :meth:`drop` after that.
+    """
+
+    _kept = None
+
+    def __call__(self, parameters, training, encode):
+        """``encode()``, or what it gave before; ``parameters`` is the list of all that it depends on."""
+        if training or torch.is_grad_enabled():
+            out = encode()
+            if out.requires_grad:  # fused optimizers write past the version counter, but after a backward
+                out.register_hook(self.drop)
+            return out
+        state = _state(parameters)
+        if state is None:
+            return encode()
+        if self._kept is None or self._kept[0] != (*state, self._kept[1]._version):
+            # Not an inference tensor, which a later call without inference_mode could not use for a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                out = encode()
+            # The aliases keep the memory that the state names from being given to another tensor.
+            self._kept = (*state, out._version), out, [parameter.detach() for parameter in parameters]
+        return self._kept[1]
+
+    def drop(self, grad=None):
+        self._kept = None
+
+    def __getstate__(self):
+        return {}  # addresses and versions mean nothing in a copy or a later process
+
+
+def _state(parameters):
+    """What the output depends on; None where a change could pass unseen."""
+    # Inference tensors have no version, and a fused optimizer that is about to step does not count it up.
+    if any(parameter.is_inference() or parameter.grad is not None for parameter in parameters):
+        return None
+    device = parameters[0].device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
