@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from budget import assert_sums_rounded_once, assert_within_budget
 from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
@@ -198,6 +199,16 @@ def test_compiles_without_a_graph_break():
     expected, expected_grads = gradients(lambda *a: task_by_task(*a) * 3, tensors, task_ids, grad)
     got, got_grads = gradients(compiled, tensors, task_ids, grad)
     torch.testing.assert_close([got, *got_grads], [expected, *expected_grads])
+
+
+def test_fake_tensors_take_the_registered_operator():
+    """Who asks for shapes only: no kernel may run on what has no memory."""
+    mode = FakeTensorMode()
+    *tensors, task_ids = (mode.from_tensor(x) for x in inputs(dtype=torch.float32))
+    with mode:
+        prompts = multitask_prompt(*(x.requires_grad_() for x in tensors), task_ids)
+        prompts.sum().backward()
+    assert prompts.shape == (3, 5, 6) and [x.grad.shape for x in tensors] == [x.shape for x in tensors]
 
 
 def test_backends():
