@@ -190,15 +190,9 @@ def summary(records):
 
 def plot(records, file):
     """Times faster than the best rival, by the work in a call."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (figure := report.figure(10, 4.5)) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(axes, ("float32", "bfloat16")):
         for kind, colour in (("short", "tab:blue"), ("equal", "tab:orange")):
             for threads, marker in zip(sorted({record["threads"] for record in records}), "ox"):
@@ -210,6 +204,4 @@ def plot(records, file):
         axis.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
     axes[0].set_ylabel("times faster than the best of torch")
     axes[1].legend(fontsize=8)
-    figure.suptitle(report.header().replace("\n", " · "), fontsize=6)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

@@ -126,16 +126,10 @@ def summary(records):
 
 def plot(records, file):
     """Heat maps of the times faster than nn.LSTM."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     threads, hidden, steps = (sorted({record[name] for record in records}) for name in ("threads", "H", "P"))
-    figure, axes = pyplot.subplots(1, len(threads), figsize=(5 * len(threads), 4), layout="constrained", squeeze=False)
+    if (figure := report.figure(5 * len(threads), 4)) is None:
+        return
+    axes = figure.subplots(1, len(threads), squeeze=False)
     for axis, count in zip(axes[0], threads):
         ratios = {(r["H"], r["P"]): r["speed-up"] for r in records if r["threads"] == count}
         axis.imshow([[ratios.get((h, p), float("nan")) for p in steps] for h in hidden], cmap="Greens", vmin=0, vmax=9)
@@ -144,6 +138,4 @@ def plot(records, file):
         axis.set(xlabel="P", ylabel="H", title=f"times faster than nn.LSTM, {count} thread{'s' * (count > 1)}")
         axis.set_xticks(range(len(steps)), steps)
         axis.set_yticks(range(len(hidden)), hidden)
-    figure.suptitle(report.header().replace("\n", " · "), fontsize=6)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: the machine, a table, CSV."""
+"""What every benchmark prints and writes: the machine, a table, CSV, a picture."""
 
 import csv
 import os
@@ -38,6 +38,21 @@ def table(columns, rows):
         "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
         for line in lines
     )
+
+
+def figure(width, height, title=None):
+    """An empty matplotlib Figure under a title or the header; None, and a word about it, where matplotlib is not installed.
+
+    Not pyplot, which would choose a window system for the whole process.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    empty = Figure(figsize=(width, height), layout="constrained")
+    empty.suptitle(title or header().replace("\n", " · "), fontsize=10 if title else 6)
+    return empty
 
 
 def write_csv(file, rows):

@@ -130,7 +130,7 @@ def cases(quick):
 
 
 def run(out, quick=False):
-    """Run, print, and write ``small_ops.csv`` into ``out``; False if a result was wrong."""
+    """Run, print, and write ``small_ops.csv`` and ``.png`` into ``out``; False if a result was wrong."""
     if native.missing:
         print(f"small_ops left out: {native.missing}")
         return True
@@ -145,7 +145,26 @@ def run(out, quick=False):
         torch.set_num_threads(threads)
     print(report.table(list(records[0]), [list(record.values()) for record in records]))
     report.write_csv(out / "small_ops.csv", records)
-    return all(record["over PyTorch"] != "WRONG" for record in records)
+    if any(record["over PyTorch"] == "WRONG" for record in records):
+        return False
+    plot(records, out / "small_ops.png")
+    return True
+
+
+def plot(records, file):
+    """Share of a copy and times faster than PyTorch, by the time of the copy."""
+    if (figure := report.figure(10, 4.5)) is None:
+        return
+    for axes, column in zip(figure.subplots(1, 2), ("of copy", "over PyTorch")):
+        for operator, colour in (("prompt_concat", "tab:blue"), ("multitask_prompt", "tab:orange")):
+            for direction, marker in (("forward", "o"), ("backward", "x")):
+                group = [r for r in records if (r["operator"], r["direction"]) == (operator, direction)]
+                axes.plot([float(r["copy us"]) for r in group], [float(r[column]) for r in group], marker, color=colour,
+                          label=f"{operator}, {direction}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="us of a copy of the bytes to move", title=column)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
 
 
 def _record(case, threads, rounds):

@@ -182,15 +182,9 @@ def _record(result):
 
 def plot(results, method, file):
     """How much faster than PEFT's own step each provider is, a group of bars a workload."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (figure := report.figure(10, 4.5)) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
     colours = {"LoRA": "tab:gray", "fastprompt": "tab:blue", "floor": "lightsteelblue"}
     for i, (name, colour) in enumerate((n, c) for n, c in colours.items() if n in results[0].times):
         ratios = [result.ratio("PEFT", name) for result in results]
@@ -201,7 +195,5 @@ def plot(results, method, file):
                     [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results], fontsize=8)
     axes.set_ylabel(f"times faster than PEFT's {method}")
     axes.set_xlabel("(prompt vectors, rows, longest row)")
-    axes.set_title(report.header().replace("\n", " · "), fontsize=6)
     axes.legend()
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

@@ -25,8 +25,7 @@ def check_tensor(name, value, shape, *, dtypes=None, like=None):
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {_show(shape)}, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, value.shape))
-    if not fits:
+    if not _fits(value.shape, shape):
         raise ValueError(f"{name} must have shape {_show(shape)}, got {list(value.shape)}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}")
@@ -85,6 +84,15 @@ def accumulator(dtype):
 def without_autocast(device_type):
     """A context for code whose matrix products autocast must not reach."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _fits(sizes, shape):
+    if len(sizes) != len(shape):
+        return False
+    for size, expected in zip(sizes, shape):  # a loop: several times faster than all() of a generator
+        if size != expected and not isinstance(expected, str):
+            return False
+    return True
 
 
 def _show(shape):

@@ -1,6 +1,7 @@
 """The benchmarks on a tiny model: they run, and they refuse to report a speed-up for a wrong result."""
 
 import csv
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_small_operators_are_reported_unless_they_are_wrong(wrong, tmp_path, mon
     with open(tmp_path / "small_ops.csv") as stream:
         records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
     assert {r["operator"] for r in records if r["over PyTorch"] == "WRONG"} == ({wrong} if wrong else set())
+    assert (tmp_path / "small_ops.png").exists() == (wrong is None and find_spec("matplotlib") is not None)
 
 
 @pytest.mark.parametrize("right, code", [(True, 0), (False, 1)])

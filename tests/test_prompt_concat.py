@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from budget import assert_sums_rounded_once
 from fastprompt.ops import prompt_concat
@@ -171,6 +172,16 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(out, row_by_row(source, table, prompt, 2.0) * 3)
     out.sum().backward()
     assert torch.equal(leaf.grad[:, 0], 3.0 * torch.bincount(-1 - source[source < 0], minlength=5).float())
+
+
+def test_fake_tensors_take_the_registered_operator():
+    """Who asks for shapes only: no kernel may run on what has no memory."""
+    mode = FakeTensorMode()
+    source, table, prompt = (mode.from_tensor(x) for x in inputs(dtype=torch.float32))
+    with mode:
+        rows = prompt_concat(source, table, prompt.requires_grad_())
+        rows.sum().backward()
+    assert rows.shape == (13, 6) and prompt.grad.shape == (5, 6)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from .. import report
 from . import output
 from .chips import DEVICES
 from .counts import Workload, ours
@@ -104,16 +105,11 @@ def show(rows, console):
 
 def plot(rows, file):
     """Predicted time of forward and backward, a panel a device, for P = 100."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    title = f"{PREDICTION}: prefix attention, P = 100, 8192 rows, bf16, by counted bytes, FLOPs and launches"
+    if (figure := report.figure(14, 4.5, title)) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = [(9, 64, "uneven 10-64"), (9, 64, "equal 512"), (32, 128, "uneven 10-64"), (32, 128, "equal 512")]
-    figure, panels = pyplot.subplots(1, len(DEVICES), figsize=(14, 4.5), layout="constrained", sharey=True)
+    panels = figure.subplots(1, len(DEVICES), sharey=True)
     for axes, device in zip(panels, DEVICES):
         for i, name in enumerate(IMPLEMENTATIONS):
             times = [sum(float(r["us"]) for r in rows if r["implementation"] == name and r["device"] == device and r["P"] == 100
@@ -125,10 +121,7 @@ def plot(rows, file):
         axes.set_title(device, fontsize=9)
     panels[0].set_ylabel("predicted us, forward and backward of one layer")
     panels[0].legend(fontsize=7)
-    figure.suptitle(f"{PREDICTION}: prefix attention, P = 100, 8192 rows, bf16, by counted bytes, FLOPs and launches",
-                    fontsize=10)
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 def main(arguments=None):

@@ -37,6 +37,7 @@ struct Arguments : TaskPrompts {
     width = shared_.size(1);
     rank = rows_.size(2);
   }
+  int64_t room() const { return (CHUNK + BLOCK) * rank; }  // floats, for a kernel
 };
 
 // False where a task is out of range; nothing is written then.
@@ -44,11 +45,11 @@ bool forward(Tensor shared, Tensor rows, Tensor cols, Tensor task_ids, Tensor ou
   const Arguments a(shared, rows, cols, task_ids);
   if (!a.in_range) return false;
   auto const kernel = FASTPROMPT_BEST(multitask_kernels)(dtype_of(shared)).forward;
-  auto const blocks = (a.length + POSITIONS - 1) / POSITIONS;
-  auto const work = POSITIONS * a.width * (a.rank + 1);
+  auto const blocks = (a.width + BLOCK - 1) / BLOCK;
+  auto const work = a.length * BLOCK * (a.rank + 1);
   parallel_for(0, a.count * blocks, std::max<int64_t>(1, 20000 / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
-    std::vector<float> room(POSITIONS * a.rank);
-    for (auto i = begin; i < end; ++i) kernel(a, out.data_ptr(), i / blocks, i % blocks * POSITIONS, room.data());
+    std::vector<float> room(a.room());
+    for (auto i = begin; i < end; ++i) kernel(a, out.data_ptr(), i / blocks, i % blocks * BLOCK, room.data());
   });
   return true;
 }
@@ -78,16 +79,17 @@ bool backward(Tensor grad, Tensor shared, Tensor rows, Tensor cols, Tensor task_
   std::vector<float> row_sums(drows ? blocks * per_block : 0);  // [blocks, N, P, r]
 
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> col_sums(dcols ? distinct * a.rank * BLOCK : 0);
+    std::vector<float> col_sums(dcols ? distinct * a.rank * BLOCK : 0), room(a.room());
     for (auto block = begin; block < end; ++block) {
       std::fill(col_sums.begin(), col_sums.end(), 0.f);
       kernels.backward(a, grad.data_ptr(), block * BLOCK,
                        {dshared ? dshared->data_ptr() : nullptr, drows ? row_sums.data() + block * per_block : nullptr,
-                        dcols ? col_sums.data() : nullptr, readers.slots.data()});
+                        dcols ? col_sums.data() : nullptr, readers.slots.data()},
+                       room.data());
       for (int64_t i = 0; dcols && i < distinct * a.rank; ++i) {
         auto const row = readers.tasks[i / a.rank] * a.rank + i % a.rank;
         auto const to = static_cast<char*>(dcols->data_ptr()) + (row * a.width + block * BLOCK) * element;
-        kernels.narrow(to, &col_sums[i * BLOCK], std::min(BLOCK, a.width - block * BLOCK));
+        kernels.narrow(&col_sums[i * BLOCK], to, std::min(BLOCK, a.width - block * BLOCK));
       }
     }
   });
@@ -103,7 +105,7 @@ bool backward(Tensor grad, Tensor shared, Tensor rows, Tensor cols, Tensor task_
     }
     for (int64_t slot = 0; slot < distinct; ++slot) {
       auto const to = static_cast<char*>(drows->data_ptr()) + readers.tasks[slot] * per_task * element;
-      kernels.narrow(to, total.data() + slot * per_task, per_task);
+      kernels.narrow(total.data() + slot * per_task, to, per_task);
     }
   }
   return true;

@@ -13,8 +13,8 @@ struct TaskPrompts {  // contiguous tensors of one dtype
   int64_t count, length, width, rank;  // N, P, D, r
 };
 
-constexpr int64_t POSITIONS = 4;  // of a prompt, computed together so that a column is loaded once for all
-constexpr int64_t BLOCK = 256;  // columns of the gradients, computed together so that their sums stay in a cache
+constexpr int64_t BLOCK = 256;  // columns that are computed together, so that what is used again stays in a cache
+constexpr int64_t CHUNK = 16;  // positions of a prompt, likewise
 
 struct BlockGradients {  // of BLOCK columns, or those that are left; null is not computed
   void* shared;  // [P, D], written in these columns
@@ -24,10 +24,10 @@ struct BlockGradients {  // of BLOCK columns, or those that are left; null is no
 };
 
 struct MultitaskKernels {
-  // Writes out [N, P, D] of prompt n at the positions from p on; `room` holds POSITIONS * r floats.
-  void (*forward)(const TaskPrompts&, void* out, int64_t n, int64_t p, float* room);
-  void (*backward)(const TaskPrompts&, const void* grad, int64_t column, const BlockGradients&);
-  void (*narrow)(void* out, const float* values, int64_t count);  // to the dtype
+  // Both compute the columns from `column` on, BLOCK or those that are left; `room` holds CHUNK * r + r * BLOCK floats.
+  void (*forward)(const TaskPrompts&, void* out, int64_t n, int64_t column, float* room);  // [N, P, D], prompt n
+  void (*backward)(const TaskPrompts&, const void* grad, int64_t column, const BlockGradients&, float* room);
+  void (*narrow)(const float* from, void* to, int64_t count);  // to the dtype
 };
 
 namespace portable { MultitaskKernels multitask_kernels(Dtype); }

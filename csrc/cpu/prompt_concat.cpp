@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -39,18 +40,18 @@ class Readers {
  public:
   // Position r reads row key(source[r]), or none of these where that is negative.
   template <typename Key>
-  Readers(const Ints& source, int64_t rows, Key key) : begin_(rows + 1) {
-    for (int64_t r = 0; r < source.size(); ++r) {
-      auto const row = key(source[r]);
-      if (row >= 0) ++begin_[row + 1];
+  Readers(Ints source, int64_t rows, Key key) : begin_(rows + 1) {
+    const std::unique_ptr<int64_t[]> readers(new int64_t[source.size()]);
+    int64_t count = 0;
+    for (int64_t r = 0; r < source.size(); ++r) {  // no branch: tokens and prompts alternate as they like
+      readers[count] = r;
+      count += key(source[r]) >= 0;
     }
+    for (int64_t i = 0; i < count; ++i) ++begin_[key(source[readers[i]]) + 1];
     for (int64_t i = 0; i < rows; ++i) begin_[i + 1] += begin_[i];
-    order_.resize(begin_[rows]);
+    order_.resize(count);
     auto next = begin_;
-    for (int64_t r = 0; r < source.size(); ++r) {
-      auto const row = key(source[r]);
-      if (row >= 0) order_[next[row]++] = r;
-    }
+    for (int64_t i = 0; i < count; ++i) order_[next[key(source[readers[i]])]++] = readers[i];
   }
   const int64_t* of(int64_t row) const { return order_.data() + begin_[row]; }
   int64_t count(int64_t row) const { return begin_[row + 1] - begin_[row]; }
@@ -67,8 +68,13 @@ void sum_readers(const Rows& grad, const Readers& readers, const Rows& out, floa
   parallel_for(0, out.count * pieces, std::max<int64_t>(1, BYTES_PER_PIECE / bytes), [&](int64_t begin, int64_t end) {
     for (auto i = begin; i < end; ++i) {
       auto const row = i / pieces, column = i % pieces * COLUMNS, offset = column * grad.element;
-      sum_rows({out[row] + offset, grad.data + offset, grad.stride / grad.element, std::min(COLUMNS, grad.width - column),
-                readers.of(row), readers.count(row), factor});
+      auto const width = std::min(COLUMNS, grad.width - column);
+      auto const to = out[row] + offset;
+      if (readers.count(row) == 1 && factor == 1) {
+        std::memcpy(to, grad[*readers.of(row)] + offset, width * grad.element);
+      } else {
+        sum_rows({to, grad.data + offset, grad.stride / grad.element, width, readers.of(row), readers.count(row), factor});
+      }
     }
   });
 }
@@ -106,9 +112,9 @@ bool forward(Tensor source, Tensor table, Tensor prompt, double scale, Tensor ro
 bool backward(Tensor grad, Tensor source, double scale, std::optional<Tensor> dtable, std::optional<Tensor> dprompt,
               int64_t table_rows, int64_t prompt_rows) {
   const Ints from(source);
-  for (int64_t r = 0; r < from.size(); ++r) {
-    if (from[r] < -prompt_rows || from[r] >= table_rows) return false;
-  }
+  bool in_range = true;
+  for (int64_t r = 0; r < from.size(); ++r) in_range &= uint64_t(from[r]) + prompt_rows < uint64_t(table_rows + prompt_rows);
+  if (!in_range) return false;
   const Rows rows(grad);
   if (dtable) {
     sum_readers(rows, Readers(from, table_rows, [](int64_t s) { return s; }), Rows(*dtable), float(scale), dtype_of(grad));

@@ -7,30 +7,48 @@
 namespace fastprompt {
 namespace FASTPROMPT_SIMD {
 
+// How to load and store two vectors, or a part of one.
+struct Two {
+  template <typename T>
+  Pair load(const T* p) const { return load_pair(p); }
+  template <typename T>
+  void store(T* p, Pair x) const { store_pair(p, x); }
+};
+struct Part {
+  int64_t lanes;
+  template <typename T>
+  floats load(const T* p) const { return FASTPROMPT_SIMD::load(p, lanes); }
+  template <typename T>
+  void store(T* p, floats x) const { FASTPROMPT_SIMD::store(p, x, lanes); }
+};
+
+// step(i, how) for the columns from i on: two vectors of them, and parts at the end of the row.
+template <typename Step>
+inline __attribute__((always_inline)) void along(int64_t width, const Step& step) {
+  int64_t i = 0;
+  for (; i + 2 * LANES <= width; i += 2 * LANES) step(i, Two());
+  for (; i < width; i += LANES) step(i, Part{width - i < LANES ? width - i : LANES});
+}
+
 template <typename T>
 void scale(const Scale& a) {
   auto const row = static_cast<const T*>(a.row);
   auto const out = static_cast<T*>(a.out);
-  int64_t i = 0;
-  for (; i + LANES <= a.width; i += LANES) store(out + i, load(row + i) * a.factor);
-  if (i < a.width) store(out + i, load(row + i, a.width - i) * a.factor, a.width - i);
+  along(a.width, [&](int64_t i, auto how) { how.store(out + i, how.load(row + i) * a.factor); });
 }
 
 // Add `Count` rows to the sum so far; `total` is where the sum goes, unless these rows are the last.
 template <int Count, typename T>
 void add(const T* const* rows, float* total, T* out, int64_t width, bool first, bool last, float factor) {
-  auto const step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    floats x = first ? floats{} : load(total + i, lanes);
-    for (int k = 0; k < Count; ++k) x += load(rows[k] + i, lanes);
+  along(width, [&](int64_t i, auto how) __attribute__((always_inline)) {
+    auto x = first ? decltype(how.load(total)){} : how.load(total + i);
+    for (int k = 0; k < Count; ++k) x = x + how.load(rows[k] + i);
     if (last) {
-      store(out + i, x * factor, lanes);
+      how.store(out + i, x * factor);
     } else {
-      store(total + i, x, lanes);
+      how.store(total + i, x);
     }
-  };
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) step(i, LANES);
-  if (i < width) step(i, width - i);
+  });
 }
 
 template <typename T>

@@ -13,25 +13,6 @@ namespace FASTPROMPT_SIMD {
 
 constexpr int GROUP = LANES / 4;  // rows of one operand, times four of the other: a vector of sums
 
-template <int STEP = 1>
-inline void add_pairs(floats (&x)[LANES]) {
-  if constexpr (STEP < LANES) {
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / STEP / 2; ++i) {
-      auto a = x[2 * i], b = x[2 * i + 1];
-      exchange<STEP>(a, b, std::make_index_sequence<LANES>());
-      x[i] = a + b;
-    }
-    add_pairs<2 * STEP>(x);
-  }
-}
-
-// Lane i is the sum of all lanes of x[i].
-inline floats totals(floats (&x)[LANES]) {
-  add_pairs(x);
-  return x[0];
-}
-
 // Past the caches. The address must be that of a whole vector.
 inline void stream(float* p, floats x) {
 #if FASTPROMPT_LANES == 16
@@ -44,22 +25,6 @@ inline void stream(float* p, floats x) {
 }
 
 inline floats sigmoid(floats x) { return 1.0f / (1.0f + exp(x < -88.0f ? broadcast(88.0f) : -x)); }
-
-template <typename T>
-void widen(const void* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) {
-    auto const lanes = smaller(LANES, count - i);
-    store(to + i, load(static_cast<const T*>(from) + i, lanes), lanes);
-  }
-}
-
-template <typename T>
-void narrow(const float* from, void* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) {
-    auto const lanes = smaller(LANES, count - i);
-    store(static_cast<T*>(to) + i, load(from + i, lanes), lanes);
-  }
-}
 
 inline Multiply block_of(int64_t rows, int64_t columns) { return block<ROWS>(rows, (columns + LANES - 1) / LANES); }
 

@@ -71,11 +71,16 @@ inline floats load(const bf16* p) {
   return bits_as<floats>(widen(x) << 16);
 }
 
-inline void store(bf16* p, floats x) {
+// To bf16, in the lower half of each word.
+inline words round_to_bf16(floats x) {
   auto const bits = bits_as<words>(x);
   auto const rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   auto const number = bits_as<words>(x == x);  // all ones or, for nan, zero
-  auto const y = narrow((rounded & number) | (0x7fc0 & ~number));
+  return (rounded & number) | (0x7fc0 & ~number);
+}
+
+inline void store(bf16* p, floats x) {
+  auto const y = narrow(round_to_bf16(x));
   std::memcpy(p, &y, sizeof(y));
 }
 
@@ -126,6 +131,33 @@ inline void store(fp16* p, floats x) {
 
 #endif
 
+// Two vectors at once. Of bf16 one has the even numbers and the other the odd ones, which are there without widening.
+struct Pair {
+  floats a, b;
+  Pair operator*(float factor) const { return {a * factor, b * factor}; }
+  Pair operator+(const Pair& other) const { return {a + other.a, b + other.b}; }
+};
+
+template <typename T>
+inline Pair load_pair(const T* p) { return {load(p), load(p + LANES)}; }
+
+inline Pair load_pair(const bf16* p) {
+  words x;
+  std::memcpy(&x, p, sizeof(x));
+  return {bits_as<floats>(x << 16), bits_as<floats>(x & 0xffff0000)};
+}
+
+template <typename T>
+inline void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + LANES, x.b);
+}
+
+inline void store_pair(bf16* p, Pair x) {
+  auto const y = round_to_bf16(x.a) | round_to_bf16(x.b) << 16;
+  std::memcpy(p, &y, sizeof(y));
+}
+
 // The first `count` lanes, for the end of a row; the others are zero.
 template <typename T>
 inline floats load(const T* p, int64_t count) {
@@ -141,12 +173,6 @@ inline void store(T* p, floats x, int64_t count) {
   T lanes[LANES];
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(T));
-}
-
-inline float sum(floats x) {
-  float total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += x[i];
-  return total;
 }
 
 // For a row that is read next. The hardware looks ahead only once it sees a pattern, and only within a page, so the head of

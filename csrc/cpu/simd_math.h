@@ -17,6 +17,22 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 inline floats maximum(floats a, floats b) { return a > b ? a : b; }
 
+template <typename T>
+void widen(const void* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    auto const lanes = smaller(LANES, count - i);
+    store(to + i, load(static_cast<const T*>(from) + i, lanes), lanes);
+  }
+}
+
+template <typename T>
+void narrow(const float* from, void* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    auto const lanes = smaller(LANES, count - i);
+    store(static_cast<T*>(to) + i, load(from + i, lanes), lanes);
+  }
+}
+
 // e^x for x <= 88, to 1e-7 of itself; 0 below the normal numbers. With n the integer next to x / log(2), e^x = 2^n e^f.
 inline floats exp(floats x) {
   constexpr float log2_e = 1.44269504f, magic = 0x1.8p23f;  // adding magic leaves the nearest integer in the low bits
@@ -115,6 +131,25 @@ inline void transpose_step(floats (&x)[LANES]) {
 }
 
 inline void transpose(floats (&x)[LANES]) { transpose_step<1>(x); }
+
+template <int STEP = 1>
+inline void add_pairs(floats (&x)[LANES]) {
+  if constexpr (STEP < LANES) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / STEP / 2; ++i) {
+      auto a = x[2 * i], b = x[2 * i + 1];
+      exchange<STEP>(a, b, std::make_index_sequence<LANES>());
+      x[i] = a + b;
+    }
+    add_pairs<2 * STEP>(x);
+  }
+}
+
+// Lane i is the sum of all lanes of x[i].
+inline floats totals(floats (&x)[LANES]) {
+  add_pairs(x);
+  return x[0];
+}
 
 }  // namespace FASTPROMPT_SIMD
 }  // namespace fastprompt

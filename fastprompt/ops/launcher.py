@@ -44,3 +44,17 @@ def choose(op, requested, device_type, dtype, preferred=("cpu", "triton", "refer
     else:
         backends = available(op, device_type, dtype)
     return choose_backend(op, requested, backends, preferred)
+
+
+@cache
+def implementation(op, requested, device_type, dtype, preferred=("cpu", "triton", "reference")):
+    """The module of the backend that :func:`choose` takes, remembered: the answer is the same for every such call."""
+    return launcher(op, choose(op, requested, device_type, dtype, preferred))[0]
+
+
+def is_eager(tensor):
+    """Whether the call may go straight to the function that implements a registered operator, which saves microseconds.
+
+    torch.compile has to see the operator itself, and a subclass of Tensor, such as a FakeTensor, torch's dispatcher.
+    """
+    return not torch.compiler.is_compiling() and type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -3,7 +3,7 @@
 import torch
 
 from ...checks import FLOATS, INTS, check_range, check_tensor, without_autocast
-from ..launcher import available_here, choose, launcher
+from ..launcher import available_here, choose, implementation, is_eager
 from . import cpu
 
 
@@ -15,12 +15,6 @@ def available_backends():
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
     return choose("multitask_prompt", "auto", device_type, torch.float32)
-
-
-def _implementation(requested, tensor, rank):
-    """The module whose ``forward`` and ``backward`` run the call."""
-    preferred = ["cpu", "triton", "reference"] if rank <= cpu.FASTER_UP_TO_RANK else ["triton", "reference"]
-    return launcher("multitask_prompt", choose("multitask_prompt", requested, tensor.device.type, tensor.dtype, preferred))[0]
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
@@ -36,7 +30,7 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
         backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
-            "reference" for float64, on a CPU for a rank over 8, and where the C++ library or Triton is missing.
+            "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:
         ``[N, P, D]`` prompts in the dtype of ``shared``, under autocast too, differentiable in ``shared``, ``rows``
@@ -60,13 +54,15 @@ class MultitaskPrompt(torch.autograd.Function):
     def forward(ctx, shared, rows, cols, task_ids, backend):
         ctx.save_for_backward(shared, rows, cols, task_ids)  # the factors [N, P, D] are made again
         ctx.backend = backend
-        return torch.ops.fastprompt.multitask_prompt(shared, rows, cols, task_ids, backend)
+        run = _forward if is_eager(shared) else torch.ops.fastprompt.multitask_prompt
+        return run(shared, rows, cols, task_ids, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.fastprompt.multitask_prompt_backward(grad, *ctx.saved_tensors, *needs, ctx.backend)
+        run = _backward if is_eager(grad) else torch.ops.fastprompt.multitask_prompt_backward
+        grads = run(grad, *ctx.saved_tensors, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs)), None, None
 
 
@@ -80,11 +76,11 @@ _library.define(
 
 @torch.library.impl(_library, "multitask_prompt", "CompositeExplicitAutograd")
 def _forward(shared, rows, cols, task_ids, backend):
-    implementation = _implementation(backend, shared, rows.shape[2])
-    if implementation is not cpu:  # which finds them itself
+    runner = implementation("multitask_prompt", backend, shared.device.type, shared.dtype)
+    if runner is not cpu:  # which finds them itself
         check_range("task_ids", task_ids, 0, rows.shape[0])
     with without_autocast(shared.device.type):
-        return implementation.forward(shared, rows, cols, task_ids)
+        return runner.forward(shared, rows, cols, task_ids)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt", lib=_library)
@@ -94,9 +90,9 @@ def _forward_fake(shared, rows, cols, task_ids, backend):
 
 @torch.library.impl(_library, "multitask_prompt_backward", "CompositeExplicitAutograd")
 def _backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols, backend):
-    implementation = _implementation(backend, shared, rows.shape[2])
+    runner = implementation("multitask_prompt", backend, shared.device.type, shared.dtype)
     with without_autocast(shared.device.type):
-        return implementation.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
+        return runner.backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols)
 
 
 @torch.library.register_fake("fastprompt::multitask_prompt_backward", lib=_library)

@@ -4,8 +4,6 @@ import torch
 
 from ...checks import check_range
 
-FASTER_UP_TO_RANK = 8  # beyond, torch's matrix products are (measured: D = 2048, AVX2 and AVX-512)
-
 
 def forward(shared, rows, cols, task_ids):
     """The prompts ``[N, P, D]``; ValueError if a task is out of range."""

@@ -5,8 +5,8 @@ import torch
 from ... import native
 from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend, without_autocast
 from ...layout import Sequences
-from ..launcher import available, available_here, launcher
-from . import composed, cpu
+from ..launcher import available, available_here, is_eager, launcher
+from . import composed
 
 
 def available_backends():
@@ -69,12 +69,12 @@ class PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
         options = (causal, window, softcap, scale, backend)
-        if torch.compiler.is_compiling():
+        if is_eager(q):
+            out, lse = _forward(q, k, v, prefix_k, prefix_v, sinks, seq, *options)
+        else:
             out, lse = torch.ops.fastprompt.prefix_attention(
                 q, k, v, prefix_k, prefix_v, sinks, seq.tensors(), seq.kind, seq.rows, *options
             )
-        else:
-            out, lse = _forward(q, k, v, prefix_k, prefix_v, sinks, seq, *options)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, sinks, out, lse)
         ctx.seq, ctx.options = seq, options
         ctx.mark_non_differentiable(lse)
@@ -89,12 +89,12 @@ class PrefixAttention(torch.autograd.Function):
         q, k, v, prefix_k, prefix_v, sinks, out, lse = ctx.saved_tensors
         seq, tensors = ctx.seq, (grad, q, k, v, prefix_k, prefix_v, sinks, out, lse)
         needs = list(ctx.needs_input_grad[:6])
-        if torch.compiler.is_compiling():
+        if is_eager(grad):
+            grads = _backward(*tensors, seq, *ctx.options, needs)
+        else:
             grads = torch.ops.fastprompt.prefix_attention_backward(
                 *tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options, needs
             )
-        else:
-            grads = _backward(*tensors, seq, *ctx.options, needs)
         return *(g if need else None for g, need in zip(grads, needs)), *[None] * 6
 
 
@@ -134,7 +134,8 @@ def _implementation(q, prefix_k, seq, window, softcap, requested):
     else:
         backends = available("prefix_attention", q.device.type, q.dtype, q.shape[-1])
     room = 0 if prefix_k is None else prefix_k.shape[1]
-    backends |= {"cpu": cpu.unsupported(q), "composed": composed.unsupported(q, seq, room, window, softcap)}
+    backends["cpu"] = native.unsupported(q.device.type, q.dtype)
+    backends["composed"] = composed.unsupported(q, seq, room, window, softcap)
     preferred = ["cpu", "composed", "reference"] if on_cpu else ["triton", "reference"]
     return launcher("prefix_attention", choose_backend("prefix_attention", requested, backends, preferred))[0]
 

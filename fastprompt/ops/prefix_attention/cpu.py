@@ -2,18 +2,8 @@
 
 import torch
 
-from ... import native
 from ..columns import columns_together
 from .plan import plan_of
-
-
-def unsupported(q):
-    """None if this backend can run a call on ``q``, else the reason why not."""
-    if native.missing:
-        return native.missing
-    if q.device.type != "cpu":
-        return f"q is on {q.device}"
-    return "float64 runs on composed and reference" if q.dtype == torch.float64 else None
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):

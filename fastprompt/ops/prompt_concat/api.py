@@ -3,7 +3,7 @@
 import torch
 
 from ...checks import FLOATS, INTS, check_range, check_tensor
-from ..launcher import available_here, choose, launcher
+from ..launcher import available_here, choose, implementation, is_eager
 from . import cpu
 
 
@@ -15,11 +15,6 @@ def available_backends():
 def select_backend(device_type):
     """The backend that "auto" takes for a plain call on ``device_type``."""
     return choose("prompt_concat", "auto", device_type, torch.float32)
-
-
-def _implementation(requested, tensor):
-    """The module whose ``forward`` and ``backward`` run the call."""
-    return launcher("prompt_concat", choose("prompt_concat", requested, tensor.device.type, tensor.dtype))[0]
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
@@ -59,14 +54,16 @@ class PromptConcat(torch.autograd.Function):
         ctx.save_for_backward(source)
         ctx.scale, ctx.table_rows, ctx.prompt_rows = scale, table.shape[0], prompt.shape[0]
         ctx.backend = backend
-        return torch.ops.fastprompt.prompt_concat(source, table, prompt, scale, backend)
+        run = _forward if is_eager(table) else torch.ops.fastprompt.prompt_concat
+        return run(source, table, prompt, scale, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (source,) = ctx.saved_tensors
         need_table, need_prompt = ctx.needs_input_grad[1:3]
-        dtable, dprompt = torch.ops.fastprompt.prompt_concat_backward(
+        run = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_concat_backward
+        dtable, dprompt = run(
             grad, source, ctx.scale, ctx.table_rows, ctx.prompt_rows, need_table, need_prompt, ctx.backend
         )
         return None, dtable if need_table else None, dprompt if need_prompt else None, None, None
@@ -82,10 +79,10 @@ _library.define(
 
 @torch.library.impl(_library, "prompt_concat", "CompositeExplicitAutograd")
 def _forward(source, table, prompt, scale, backend):
-    implementation = _implementation(backend, table)
-    if implementation is not cpu:  # which finds them while it copies
+    runner = implementation("prompt_concat", backend, table.device.type, table.dtype)
+    if runner is not cpu:  # which finds them while it copies
         check_range("source", source, -prompt.shape[0], table.shape[0])
-    return implementation.forward(source, table, prompt, scale)
+    return runner.forward(source, table, prompt, scale)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat", lib=_library)
@@ -95,7 +92,8 @@ def _forward_fake(source, table, prompt, scale, backend):
 
 @torch.library.impl(_library, "prompt_concat_backward", "CompositeExplicitAutograd")
 def _backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt, backend):
-    return _implementation(backend, grad).backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
+    runner = implementation("prompt_concat", backend, grad.device.type, grad.dtype)
+    return runner.backward(grad, source, scale, table_rows, prompt_rows, need_table, need_prompt)
 
 
 @torch.library.register_fake("fastprompt::prompt_concat_backward", lib=_library)

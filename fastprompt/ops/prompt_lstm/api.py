@@ -4,7 +4,7 @@ import torch
 
 from ... import native
 from ...checks import FLOATS, accumulator, check_tensor, choose_backend, without_autocast
-from ..launcher import launcher
+from ..launcher import is_eager, launcher
 from . import cuda
 
 
@@ -85,7 +85,8 @@ class PromptLstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_layers, bidirectional, dropout, backend, *weights):
         keep = _dropout_masks(x, weights, num_layers, bidirectional, dropout)
-        out, steps = torch.ops.fastprompt.prompt_lstm(x, weights, keep, num_layers, bidirectional, backend)
+        run = _forward if is_eager(x) else torch.ops.fastprompt.prompt_lstm
+        out, steps = run(x, weights, keep, num_layers, bidirectional, backend)
         ctx.save_for_backward(x, steps, *keep, *weights)
         ctx.num_layers, ctx.bidirectional, ctx.backend, ctx.masks = num_layers, bidirectional, backend, len(keep)
         return out
@@ -96,9 +97,8 @@ class PromptLstm(torch.autograd.Function):
         x, steps, *rest = ctx.saved_tensors
         keep, weights = rest[: ctx.masks], rest[ctx.masks :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        grads = torch.ops.fastprompt.prompt_lstm_backward(
-            grad, x, weights, keep, steps, ctx.num_layers, ctx.bidirectional, needs, ctx.backend
-        )
+        run = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_lstm_backward
+        grads = run(grad, x, weights, keep, steps, ctx.num_layers, ctx.bidirectional, needs, ctx.backend)
         dx, *dweights = (g if need else None for g, need in zip(grads, needs))
         return dx, None, None, None, None, *dweights
 
