@@ -219,9 +219,9 @@ def _shared_rows(batch, stats):
     taken = common[prompt].minimum(stats.length)  # [B] tokens that are shared rows
     own = stats.length - taken
     ends = start + own.cumsum(0)
-    leaders = {}  # of each prompt the sequence that writes its rows
-    for index in [*some.nonzero()[:, 0].tolist(), *(~some).nonzero()[:, 0].tolist()]:
-        leaders.setdefault(int(prompt[index]), index)
+    leaders = {}  # of each prompt the sequence that writes its rows: the first with a token, if one has any
+    for _, number, owner in sorted(zip((stats.length == 0).tolist(), range(batch.size), prompt.tolist())):
+        leaders.setdefault(owner, number)
     unused = [n for n in range(count) if n not in leaders]
     writes = torch.zeros(batch.size + len(unused), dtype=torch.int64)
     writes[list(leaders.values())] = 1
