@@ -1,1 +1,4 @@
-"""Triton kernels, installed as ``fastprompt.kernels``; launched by ``fastprompt/ops/<op>/triton.py``."""
+"""Triton kernels, installed as ``fastprompt.kernels``.
+
+Launched by ``fastprompt/ops/<op>/triton.py`` and ``fastprompt/layout/triton.py``.
+"""

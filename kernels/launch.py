@@ -23,7 +23,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+          torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 # What a launch is "aligned" by, for loads of 16 bytes: bytes of pointers, and elements (of halves) of strides.
 ALIGNMENT, DIVISOR = 16, 8
 

@@ -38,11 +38,11 @@ def random_grad(seq, heads, head_dim, dtype=torch.float32):
     return torch.randn(seq.rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def assert_within_budget(got, plain, exact):
+def assert_all_within_budget(got, plain, exact):
     """``got`` and those in ``plain`` against ``exact``, lists in the order of NAMES; lse must be infinite where it is.
 
-    The error of plain PyTorch is the largest of all its results, each relative to its largest value: one result of a few
-    numbers may be right by luck.
+    Not the budget of one result (``budget.py``): the error of plain PyTorch is the largest of all its results, each relative
+    to its largest value, since one result of a few numbers may be right by luck.
     """
     results, error = [], 0.0
     for name, x, y, *others in zip(NAMES, got, exact, *plain):
@@ -68,7 +68,7 @@ def compare_with_dense(seq, described, inputs, **flags):
     grad = random_grad(seq, *inputs[0].shape[1:], inputs[0].dtype)
     exact = run_dense([t if t is None else t.double() for t in inputs], grad.double())
     plain = run_dense(inputs, grad), run(prefix_attention, inputs, grad, seq, backend="reference", **flags)
-    assert_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
+    assert_all_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -132,7 +132,7 @@ def test_decode(cpu_isa, dtype, flags):
     for x in cache:
         for b, length in enumerate(lengths):
             x[b, :, length:] = math.nan
-    assert_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
+    assert_all_within_budget(run(ours, inputs, grad, seq, **flags), plain, exact)
 
 
 def guarded(x):

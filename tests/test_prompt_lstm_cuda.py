@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from budget import assert_within_budget
 
 from benchmarks.gpu import cuda_matrix, lstm_plan
 from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, Args, Chip, Problem
 from fastprompt import native
 from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
-
-from .budget import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not lstm_plan.COMPILER, reason="there is no C++ compiler")
 

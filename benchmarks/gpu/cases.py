@@ -56,6 +56,7 @@ def sample():
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
     cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
+    cases += _row_plan("padded", everywhere=True) + _row_plan("packed", virtual=True, prompts=True, dtype=torch.int32)
     return cases
 
 
@@ -80,6 +81,10 @@ def complete():
             cases += _concat(dtype, width)
             for rank in (1, 4, 16):
                 cases += _multitask(dtype, width, rank)
+    for kind in ("padded", "packed"):
+        for virtual in (False, True):
+            cases += _row_plan(kind, virtual, prompts=True)
+    cases += _row_plan("padded", width=64)
     return cases
 
 
@@ -165,3 +170,23 @@ def _run_multitask(direction, dtype, width, rank, prompt=100, tasks=8, distinct=
         launcher.forward(*inputs)
     else:
         launcher.backward(new(distinct, prompt, width), *inputs, True, True, True)
+
+
+def _row_plan(kind, virtual=False, prompts=False, dtype=torch.int64, width=4096, everywhere=False):
+    given = " virtual" * virtual + " prompts" * prompts
+    return [Case("row_plan", "forward", f"{str(dtype).removeprefix('torch.')} {kind} S={width}{given}",
+                 partial(_run_row_plan, kind, virtual, prompts, dtype, width), everywhere)]  # fmt: skip
+
+
+def _run_row_plan(kind, virtual, prompts, dtype, width, size=8, length=100):
+    from fastprompt.layout import cells
+    from fastprompt.layout import triton as launcher
+
+    new = partial(torch.empty, device="meta")
+    tokens = partial(new, size * width, dtype=dtype)
+    sequences = (None, None) if kind == "padded" else (new(size, dtype=torch.int64), new(size, dtype=torch.int64))
+    real = new(size * width, dtype=torch.bool) if kind == "padded" else None
+    batch = cells.Batch(size, width, torch.device("meta"), *sequences, real, tokens(), tokens() if virtual else None, tokens(),
+                        new(size, dtype=torch.int64) if prompts else None, length, 0)  # fmt: skip
+    launcher.measure(batch)
+    launcher.fill(batch, new(len(cells.ENTRY), size, dtype=torch.int64), size * (length + width), size)

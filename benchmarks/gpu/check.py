@@ -26,6 +26,7 @@ import fastprompt
 from fastprompt import native
 
 from .. import models, report, step
+from ..budget import over_budget
 from ..workloads import Workload, uneven_lengths
 from .rivals import Attention, ours, providers, uneven
 
@@ -59,15 +60,6 @@ class Row:
     @property
     def right(self):
         return self.error is not None and self.error <= 1  # False for nan
-
-
-def over_budget(got, low, exact):
-    """The error of a result over twice the error of the same-precision reference and rounding; at most 1 is right."""
-    exact = exact.double()
-    eps = torch.finfo(got.dtype).eps
-    budget = 2 * (float((low.double() - exact).abs().max()) + eps * float(exact.abs().max()))
-    error = float((got.double() - exact).abs().max())
-    return error / budget if budget else (0.0 if error == 0 else float("inf"))
 
 
 def results_of(run, inputs, grad):

@@ -8,6 +8,7 @@ backward with full tiles, does not use the chip's own matrix instructions.
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -159,7 +160,8 @@ def main(arguments=None):
     parser.add_argument("--complete", action="store_true", help="every head dim, dtype and flag, not a sample")
     parser.add_argument("--op", help="only this operator")
     parser.add_argument("--direction", help="only forward, backward or decode")
-    parser.add_argument("--match", default="", help="only cases whose label contains this, such as bf16 or x128")
+    parser.add_argument("--match", default="", type=re.compile, metavar="REGEX",
+                        help="only cases in whose label this regular expression is found, such as bf16 or 'x(64|128)( |$)'")
     parser.add_argument("--target", nargs="+", default=list(CHIPS), metavar="T", help="of " + ", ".join(CHIPS) + "; 90 for sm_90")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help=f"CSV; {OUT.name} beside this module, if nothing is left out")
@@ -170,10 +172,10 @@ def main(arguments=None):
     if unknown := set(chips) - set(CHIPS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(CHIPS)}")
     chosen = [case for case in (cases.complete() if options.complete else cases.sample())
-              if options.op in (None, case.op) and options.direction in (None, case.direction) and options.match in case.label]
+              if options.op in (None, case.op) and options.direction in (None, case.direction) and options.match.search(case.label)]
     if not chosen:
         parser.error("no case is left")
-    filtered = chips != list(CHIPS) or options.op or options.direction or options.match
+    filtered = chips != list(CHIPS) or options.op or options.direction or options.match.pattern
 
     console = Console(width=None if sys.stdout.isatty() else 190)
     start = time.perf_counter()

@@ -6,14 +6,15 @@
 * ``padded``: ``[B, P + S]`` as every model takes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 
-from ..checks import INTS, check_tensor
-from .sequences import Sequences
-
-IGNORE = -100  # a position whose label is ignored, as in Hugging Face and torch.nn.functional.cross_entropy
+from ..checks import INTS, check_tensor, choose_backend
+from . import cells
+from .cells import IGNORE as IGNORE
+from .sequences import Sequences, move
 
 
 class CannotPack(ValueError):
@@ -62,7 +63,7 @@ class RowPlan:
 
 
 def plan_padded_input(batch, width, num_virtual_tokens, *, attention_mask=None, labels=None, prompt_ids=None,
-                      virtual_tokens=None, token_ids=None, prefix_length=0, layout="shared", device=None):
+                      virtual_tokens=None, token_ids=None, prefix_length=0, layout="shared", device=None, backend="auto"):
     """Plan a ``[B, S]`` batch.
 
     Args:
@@ -79,235 +80,193 @@ def plan_padded_input(batch, width, num_virtual_tokens, *, attention_mask=None, 
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
         device: where the plan lives; by default that of the mask or labels.
+        backend: "auto", "reference" (plain PyTorch) or "triton". "auto" takes "triton" on a GPU, if Triton is there.
 
     Raises:
         CannotPack: the layout cannot hold this batch exactly (holes in the mask, a label predicted by padding, ...).
         ValueError, TypeError: wrong arguments.
+        RuntimeError: a backend that was asked for and cannot run.
     """
     given = (attention_mask, labels, prompt_ids, virtual_tokens, token_ids)
-    device = next((t.device for t in given if t is not None), device)
-    if attention_mask is None:
-        real = torch.ones(batch, width, dtype=torch.bool, device=device)
-    else:
+    device = next((t.device for t in given if t is not None), torch.device(device or "cpu"))
+    real = None
+    if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, [batch, width])
-        real = attention_mask != 0
-    for name, value in (("labels", labels), ("virtual_tokens", virtual_tokens), ("token_ids", token_ids)):
-        if value is not None:
-            check_tensor(name, value, [batch, width], dtypes=INTS)
-    prompts = _Prompts(num_virtual_tokens, prompt_ids, batch, real.device, virtual_tokens is None, prefix_length)
-    if layout == "padded":
-        return _padded_plan(real, prompts, labels, virtual_tokens)
-    lengths = real.sum(1)
-    sequence, column = real.nonzero(as_tuple=True)
-    first = real.int().argmax(1)
-    if bool(((column - first[sequence]) >= lengths[sequence]).any()):
-        raise CannotPack("the attention mask has holes")
-    tokens = _Tokens(sequence, column, sequence * width + column, lengths, first, width)
-    return _plan(tokens, prompts, labels, virtual_tokens, token_ids, layout)
+        real = (attention_mask != 0).reshape(-1)
+    tokens = _like_tokens([batch, width], labels, virtual_tokens, token_ids)
+    prompts = _prompts(num_virtual_tokens, prompt_ids, batch, device, prefix_length)
+    return _plan(cells.Batch(batch, width, device, None, None, real, *tokens, *prompts), layout, backend)
 
 
 def plan_packed_input(cu_seqlens, num_virtual_tokens, *, labels=None, prompt_ids=None, virtual_tokens=None,
-                      token_ids=None, prefix_length=0, layout="shared"):
+                      token_ids=None, prefix_length=0, layout="shared", backend="auto"):
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
 
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout: as there; "padded" is not a layout of packed input.
+        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; "padded" is not a layout of packed input.
 
     Raises:
-        CannotPack, ValueError, TypeError: as there.
+        CannotPack, ValueError, TypeError, RuntimeError: as there.
     """
     if layout == "padded":
         raise ValueError("layout must be 'shared' or 'packed' for packed input, got 'padded'")
     seq = Sequences.packed(cu_seqlens)
-    total, batch = seq.rows, len(seq.starts)
-    for name, value in (("labels", labels), ("virtual_tokens", virtual_tokens), ("token_ids", token_ids)):
-        if value is not None:
-            check_tensor(name, value, [total], dtypes=INTS)
-    sequence = torch.repeat_interleave(torch.arange(batch, device=seq.starts.device), seq.lengths)
-    flat = torch.arange(total, device=seq.starts.device)
-    column = flat - seq.starts[sequence]
+    given = (labels, prompt_ids, virtual_tokens, token_ids)
+    seq = seq.to(next((t.device for t in given if t is not None), seq.starts.device))
+    batch, device = len(seq.starts), seq.starts.device
+    tokens = _like_tokens([seq.rows], labels, virtual_tokens, token_ids)
+    prompts = _prompts(num_virtual_tokens, prompt_ids, batch, device, prefix_length)
     width = max((length for _, length, _, _ in seq.host), default=0)
-    tokens = _Tokens(sequence, column, flat, seq.lengths, torch.zeros_like(seq.lengths), width)
-    prompts = _Prompts(num_virtual_tokens, prompt_ids, batch, flat.device, virtual_tokens is None, prefix_length)
-    return _plan(tokens, prompts, labels, virtual_tokens, token_ids, layout)
+    return _plan(cells.Batch(batch, width, device, seq.starts, seq.lengths, None, *tokens, *prompts), layout, backend)
+
+
+def _like_tokens(shape, labels, virtual_tokens, token_ids):
+    """Each checked and flat."""
+    values = dict(labels=labels, virtual_tokens=virtual_tokens, token_ids=token_ids)
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(name, value, shape, dtypes=INTS)
+    return [None if value is None else value.reshape(-1) for value in values.values()]
+
+
+def _prompts(length, ids, batch, device, prefix_length):
+    """The prompts of the sequences, P and Q, checked."""
+    for name, value in (("num_virtual_tokens", length), ("prefix_length", prefix_length)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+    if ids is not None:
+        check_tensor("prompt_ids", ids, [batch], dtypes=INTS)
+        ids = ids.to(device, torch.int64)
+    return ids, length, prefix_length
+
+
+def _implementation(requested, device):
+    """The module whose ``measure`` and ``fill`` look at the cells."""
+    backends, triton = {"reference": None}, None
+    if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
+        try:
+            triton = import_module(".triton", __package__)
+            backends["triton"] = triton.unsupported(device.type)
+        except ImportError as error:
+            backends["triton"] = f"the Triton kernels cannot be imported: {error}"
+    chosen = choose_backend("the row plan", requested, backends, ["triton", "reference"])
+    return triton if chosen == "triton" else cells
+
+
+def _plan(batch, layout, backend):
+    rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
+    if layout not in rows_of:
+        raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
+    if layout != "shared":
+        batch = replace(batch, token_ids=None)
+    on_device = _implementation(backend, batch.device)
+    stats = _Stats(*on_device.measure(batch).cpu())
+    if layout != "padded":
+        if stats.holes.any():
+            raise CannotPack("the attention mask has holes")
+        if stats.strangers.any():
+            raise ValueError(f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}")
+    stats.first[stats.length == 0] = 0
+    rows, entries, sequences, shared = rows_of[layout](batch, stats)
+    if layout != "padded" and stats.orphans.any():
+        raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
+    labels = int(stats.labels.sum())
+    entries["first_label"] = stats.labels.cumsum(0) - stats.labels
+    table = torch.zeros(len(cells.ENTRY), len(entries["prompt"]), dtype=torch.int64)
+    for line, name in zip(table, cells.ENTRY):
+        line[: len(entries[name])] = entries[name]
+    if sequences is not None:
+        sequences = sequences.to(batch.device)
+    filled = on_device.fill(batch, *move([table], batch.device), rows, labels, everywhere=layout == "padded")
+    return RowPlan(layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels)
 
 
 @dataclass
-class _Tokens:
-    """The T real tokens of a batch, sequence by sequence: the sequence and column of each, and its place in the input."""
+class _Stats:
+    """On the host, ``[B]`` int64 each: ``cells.STATS``."""
 
-    sequence: torch.Tensor  # [T]
-    column: torch.Tensor  # [T]
-    flat: torch.Tensor  # [T]
-    lengths: torch.Tensor  # [B]
-    first: torch.Tensor  # [B] the column of the first real token
-    width: int
+    length: torch.Tensor
+    first: torch.Tensor
+    holes: torch.Tensor
+    labels: torch.Tensor
+    orphans: torch.Tensor
+    strangers: torch.Tensor
+    agree: torch.Tensor
+    prompt: torch.Tensor
 
-    def cells(self, values, fill):
-        """``[T]`` values of the tokens -> ``[B, width]``."""
-        cells = values.new_full((len(self.lengths), self.width), fill)
-        cells[self.sequence, self.column] = values
-        return cells
-
-
-class _Prompts:
-    """P, the prompt of each sequence, how many distinct prompts there are, and Q."""
-
-    def __init__(self, length, ids, batch, device, in_front, prefix_length):
-        for name, value in (("num_virtual_tokens", length), ("prefix_length", prefix_length)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an int >= 0, got {value!r}")
-        if ids is not None:
-            check_tensor("prompt_ids", ids, [batch], dtypes=INTS)
-        self.length = length
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=device) if ids is None else ids.long().to(device)
-        self.count = 1 if ids is None else (int(ids.max()) + 1 if batch else 0)
-        self.in_front = length if in_front else 0  # the prompt rows in front of every sequence
-        self.prefix_length = prefix_length
+    @property
+    def gaps(self):
+        """``first``, or None if every sequence begins in column 0."""
+        return self.first if self.first.any() else None
 
 
-def _plan(tokens, prompts, labels, virtual_tokens, token_ids, layout):
-    text = tokens.flat  # [T] the source of every token's row
-    if virtual_tokens is not None:
-        virtual = virtual_tokens.reshape(-1)[tokens.flat].long()
-        if bool((virtual >= prompts.length).any()):
-            raise ValueError(f"virtual_tokens must be below num_virtual_tokens {prompts.length}, got {int(virtual.max())}")
-        text = torch.where(virtual >= 0, -1 - (prompts.ids[tokens.sequence] * prompts.length + virtual), tokens.flat)
-    gaps = tokens.first if bool((tokens.first * (tokens.lengths > 0)).any()) else None
-    if layout == "shared":
-        common = [0] * prompts.count
-        if token_ids is not None:
-            code = token_ids.reshape(-1)[tokens.flat].long()
-            common = _common_lengths(tokens, prompts, torch.where(text < 0, text, code))
-        rows = _shared_rows(tokens, prompts, text, gaps, common)
-    elif layout == "packed":
-        if gaps is not None and prompts.in_front:
-            raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
-        rows = _packed_rows(tokens, prompts, text, gaps)
+# Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, and
+# what is shared.
+
+
+def _shared_rows(batch, stats):
+    """For each prompt its P rows and what its sequences have in common, then all other tokens."""
+    front, prefix, prompt = batch.front, batch.prefix_length, stats.prompt
+    count = 1 if batch.prompts is None else max(prompt.tolist(), default=-1) + 1
+    some = stats.length > 0  # sequences without a token have no say
+    common = torch.full((count,), batch.width).scatter_reduce_(0, prompt[some], stats.agree[some], "amin")
+    common[prompt[some].bincount(minlength=count) < 2] = 0
+    lengths = front + common  # [N]
+    starts = lengths.cumsum(0) - lengths
+    start = int(lengths.sum())
+    taken = common[prompt].minimum(stats.length)  # [B] tokens that are shared rows
+    own = stats.length - taken
+    ends = start + own.cumsum(0)
+    leaders = {}  # of each prompt the sequence that writes its rows: the first with a token, if one has any
+    for _, number, owner in sorted(zip((stats.length == 0).tolist(), range(batch.size), prompt.tolist())):
+        leaders.setdefault(owner, number)
+    unused = [n for n in range(count) if n not in leaders]
+    writes = torch.zeros(batch.size + len(unused), dtype=torch.int64)
+    writes[list(leaders.values())] = 1
+    writes[batch.size :] = 1
+    prompt = torch.cat([prompt, torch.tensor(unused, dtype=torch.int64)])
+    own_column = stats.first + taken
+    entries = dict(prompt_row=starts[prompt], own_row=ends - own - own_column, own_column=own_column, prompt=prompt, writes=writes)
+    if not start:
+        sequences = Sequences.packed(torch.cat([ends.new_zeros(1), ends]), stats.prompt, gaps=stats.gaps)
+        return int(own.sum()), entries, sequences, ()
+    cu = torch.cat([starts, starts.new_tensor([start]), ends])
+    gaps = None if stats.gaps is None else torch.cat([torch.zeros_like(starts), stats.gaps])
+    if prefix:  # the bank holds every prompt twice: the learned prefix, and it with the shared rows behind it
+        prefix_ids = torch.cat([torch.arange(count), count + stats.prompt])
+        prefix_lens = torch.cat([torch.full_like(lengths, prefix), prefix + lengths])
     else:
-        raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
-    source, positions, sequences, shared, prompt_cells, token_rows = rows
-    front = prompts.in_front
-    grid = torch.full((len(tokens.lengths), front + tokens.width), -1, dtype=torch.int64, device=source.device)
-    grid[:, :front] = prompt_cells
-    grid[tokens.sequence, front + tokens.column] = token_rows
-    label_rows = shifted = None
-    if labels is not None:
-        if labels.dim() == 1:  # packed input: put the labels where the grid has their tokens
-            labels = tokens.cells(labels[tokens.flat], IGNORE)
-        label_rows, shifted = _shift_labels(labels, grid, front)
-    return RowPlan(layout, source, positions, sequences, shared, grid, label_rows, shifted)
+        prefix_ids = torch.cat([torch.full_like(starts, -1), stats.prompt])
+        prefix_lens = lengths if len(lengths.unique()) > 1 else None
+    shared = tuple(zip(starts.tolist(), lengths.tolist()))
+    return start + int(own.sum()), entries, Sequences.packed(cu, prefix_ids, prefix_lens, gaps), shared
 
 
-def _common_lengths(tokens, prompts, code):
-    """How many tokens all sequences of each prompt begin with: N ints. ``code [T]`` is equal where tokens are."""
-    device, used = code.device, (tokens.lengths > 0).nonzero()[:, 0]  # sequences without a token have no say
-    if len(used) < 2:
-        return [0] * prompts.count
-    cells, ids = tokens.cells(code, -1)[used], prompts.ids[used]
-    members = torch.zeros(prompts.count, dtype=torch.int64, device=device).index_add_(0, ids, torch.ones_like(ids))
-    some = torch.zeros(prompts.count, dtype=torch.int64, device=device)
-    some[ids] = torch.arange(len(used), device=device)  # one of each prompt's sequences, whichever
-    there = torch.arange(tokens.width, device=device) < tokens.lengths[used, None]
-    equal = (cells == cells[some[ids]]) & there & (tokens.first[used, None] == 0)
-    agree = equal.long().cumprod(1).sum(1)  # [B] how far each agrees with it
-    common = agree.new_full((prompts.count,), tokens.width).scatter_reduce_(0, ids, agree, "amin")
-    return common.masked_fill(members < 2, 0).tolist()
+def _packed_rows(batch, stats):
+    """Each sequence behind P rows of its own."""
+    if stats.gaps is not None and batch.front:
+        raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
+    ends = (batch.front + stats.length).cumsum(0)
+    sequences = Sequences.packed(
+        torch.cat([ends.new_zeros(1), ends]), stats.prompt if batch.prefix_length else None, gaps=stats.gaps
+    )
+    return *_one_by_one(batch, stats, stats.length, stats.first), sequences, ()
 
 
-def _shared_rows(tokens, prompts, text, gaps, common):
-    """Rows of the ``shared`` layout: for each prompt its P rows and ``common[n]`` tokens, then all other tokens."""
-    device, front, prefix = text.device, prompts.in_front, prompts.prefix_length
-    ends = tokens.lengths.cumsum(0)
-    in_front = torch.arange(front, device=device)
-    first_of = torch.full((prompts.count,), 0, device=device)
-    used = (tokens.lengths > 0).nonzero()[:, 0]
-    first_of[prompts.ids[used]] = (ends - tokens.lengths)[used]  # a token that a sequence of the prompt begins with
-    begins = first_of.tolist() if any(common) else [0] * prompts.count
-    source, positions, shared, start = [], [], [], 0
-    for prompt, (begin, length) in enumerate(zip(begins, common)):
-        source += [-1 - prompt * front - in_front, text[begin : begin + length]]
-        positions.append(prefix + torch.arange(front + length, device=device))
-        shared.append((start, front + length))
-        start += front + length
-    taken = torch.tensor(common, dtype=torch.int64, device=device)[prompts.ids]  # [B] tokens that are shared rows
-    own = tokens.column - tokens.first[tokens.sequence] >= taken[tokens.sequence]
-    row_of = torch.tensor([row for row, _ in shared], dtype=torch.int64, device=device)[prompts.ids]  # [B]
-    token_rows = torch.where(own, start + own.cumsum(0) - 1, row_of[tokens.sequence] + front + tokens.column)
-    source = torch.cat([*source, text[own]])
-    positions = torch.cat([*positions, (prefix + front + tokens.column)[own]])
-    own_ends = (tokens.lengths - taken.minimum(tokens.lengths)).cumsum(0)
-    cu, prefix_ids, prefix_lens = [own_ends.new_zeros(1), start + own_ends], prompts.ids, None
-    if start:
-        lengths = [length for _, length in shared]
-        cu.insert(1, torch.tensor(lengths, dtype=torch.int64, device=device).cumsum(0))
-        if gaps is not None:
-            gaps = torch.cat([gaps.new_zeros(prompts.count), gaps])
-        if prefix:  # the bank holds every prompt twice: the learned prefix, and it with the shared rows behind it
-            prefix_ids = torch.cat([torch.arange(prompts.count, device=device), prompts.count + prompts.ids])
-            prefix_lens = [prefix] * prompts.count + [prefix + length for length in lengths]
-        else:
-            prefix_ids = torch.cat([torch.full((prompts.count,), -1, device=device), prompts.ids])
-            prefix_lens = lengths if len(set(lengths)) > 1 else None
-        if prefix_lens is not None:
-            prefix_lens = torch.tensor(prefix_lens, device=device)
-    sequences = Sequences.packed(torch.cat(cu), prefix_ids, prefix_lens, gaps)
-    prompt_cells = row_of[:, None] + in_front  # [B, P]
-    return source, positions, sequences, tuple(shared) if start else (), prompt_cells, token_rows
+def _padded_rows(batch, stats):
+    """Every cell."""
+    total, sequences = batch.front + batch.width, None
+    if not (stats.holes.any() or batch.front and stats.first.any()):
+        sequences = Sequences.padded(stats.first, batch.front + stats.length, total)
+    return *_one_by_one(batch, stats, torch.full_like(stats.length, batch.width), torch.zeros_like(stats.first)), sequences, ()
 
 
-def _packed_rows(tokens, prompts, text, gaps):
-    """Rows of the ``packed`` layout: each sequence behind P rows of its own."""
-    device, batch, front = text.device, len(tokens.lengths), prompts.in_front
-    in_front = torch.arange(front, device=device)
-    starts = tokens.lengths.cumsum(0) - tokens.lengths + front * torch.arange(batch, device=device)
-    prompt_cells = starts[:, None] + in_front  # [B, P]
-    token_rows = starts[tokens.sequence] + front + tokens.column - tokens.first[tokens.sequence]
-    source = torch.empty(batch * front + len(text), dtype=torch.int64, device=device)
-    positions = torch.empty_like(source)
-    source[token_rows] = text
-    positions[token_rows] = front + tokens.column
-    source[prompt_cells] = -1 - (prompts.ids[:, None] * front + in_front)
-    positions[prompt_cells] = in_front.expand(batch, front)
-    cu = torch.cat([starts.new_zeros(1), (tokens.lengths + front).cumsum(0)])
-    sequences = Sequences.packed(cu, prompts.ids if prompts.prefix_length else None, gaps=gaps)
-    return source, prompts.prefix_length + positions, sequences, (), prompt_cells, token_rows
-
-
-def _shift_labels(labels, grid, front):
-    """The rows that predict a label, and the labels: cell (b, c) is predicted by cell (b, c - 1)."""
-    wanted = labels != IGNORE
-    if front == 0:
-        wanted = wanted.clone()
-        wanted[:, :1] = False  # nothing stands before the first token, as in Hugging Face
-    sequence, column = wanted.nonzero(as_tuple=True)
-    rows = grid[sequence, front + column - 1]
-    if bool((rows < 0).any()):
-        raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
-    return rows, labels[sequence, column].long()
-
-
-def _padded_plan(real, prompts, labels, virtual_tokens):
-    device, (batch, width), front = real.device, real.shape, prompts.in_front
-    flat = torch.arange(batch * width, device=device).view(batch, width)
-    if virtual_tokens is not None:
-        rows = prompts.ids[:, None] * prompts.length + virtual_tokens
-        flat = torch.where(virtual_tokens >= 0, -1 - rows, flat)
-    in_front = -1 - (prompts.ids[:, None] * front + torch.arange(front, device=device))
-    source = torch.cat([in_front, flat], 1)
-    total = front + width
-    grid = torch.arange(batch * total, device=device).view(batch, total)
-    label_rows = shifted = None
-    if labels is not None:
-        label_rows, shifted = _shift_labels(labels, grid, front)
-    lengths, first = real.sum(1), real.int().argmax(1)
-    last = width - 1 - real.flip(1).int().argmax(1)
-    first = first * (lengths > 0)
-    holes = (last - first + 1 != lengths) & (lengths > 0)
-    seq = None
-    if not bool((holes | (first > 0) if front else holes).any()):
-        seq = Sequences.padded(first, front + lengths, total)
-    positions = (prompts.prefix_length + torch.arange(total, device=device)).repeat(batch)
-    return RowPlan("padded", source.reshape(-1), positions, seq, (), grid, label_rows, shifted)
+def _one_by_one(batch, stats, lengths, first):
+    """The number of rows and the table where each sequence writes P rows and its own."""
+    ends = (batch.front + lengths).cumsum(0)
+    starts = ends - lengths - batch.front
+    entries = dict(prompt_row=starts, own_row=starts + batch.front - first, own_column=first, prompt=stats.prompt,
+                   writes=torch.ones_like(starts))  # fmt: skip
+    return int(ends[-1]) if len(ends) else 0, entries

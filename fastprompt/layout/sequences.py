@@ -114,8 +114,14 @@ class Sequences:
         return cls(kind, starts, lengths, *(t if t.numel() else None for t in optional), rows)
 
     def to(self, device):
-        """The same sequences with their tensors on ``device``."""
-        return self.from_tensors(self.kind, self.rows, [t.to(device) for t in self.tensors()])
+        """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
+        device = torch.device(device)
+        if device == self.starts.device:
+            return self
+        moved = self.from_tensors(self.kind, self.rows, move(self.tensors(), device))
+        if self.starts.device.type == "cpu":
+            moved.__dict__.update(host=self.host, host_prefix_lens=self.host_prefix_lens)
+        return moved
 
     @cached_property
     def host(self):
@@ -149,6 +155,14 @@ class Sequences:
     def span(self, longest):
         """The largest position count of any sequence: prefix, gap and own rows. A window of this size hides nothing."""
         return max((self.prefix_length(p, longest) + gap + n for _, n, p, gap in self.host), default=0)
+
+
+def move(tensors, device):
+    """Tensors of one dtype on ``device``, by one copy."""
+    if all(t.device == device for t in tensors):
+        return tensors
+    whole = torch.cat([t.reshape(-1) for t in tensors]).to(device)
+    return [part.view(t.shape) for part, t in zip(whole.split([t.numel() for t in tensors]), tensors)]
 
 
 def _index(name, value, size):

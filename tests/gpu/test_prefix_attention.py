@@ -23,7 +23,7 @@ def small_tiles(monkeypatch, queries=16, keys=16):
     """Tiles so small that a short batch has several of each sort."""
     tiles = config.Tiles(queries, keys, Options(4, 2), key_queries=keys, key_keys=queries)
     for name in ("forward_tiles", "backward_tiles"):
-        monkeypatch.setattr(config, name, lambda *_: tiles)
+        monkeypatch.setattr(config, name, lambda *_, **__: tiles)
     monkeypatch.setattr(config, "decode_tiles", lambda *_, fold, **__: tiles if fold <= queries else config.Tiles(64, keys, Options()))
     monkeypatch.setattr(config, "chunk_rows", lambda *_: 11)
     monkeypatch.setattr(config, "decode_split", lambda *_: 16)

@@ -92,7 +92,7 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = config.forward_tiles(*self.tiled_by)
+        tiles = config.forward_tiles(*self.tiled_by, group=self.group, gather=self.constants["GATHER"])
         fold = config.fold(self.group, tiles.queries)
         table = self.plan.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -125,7 +125,7 @@ class _Call:
         q, k, kv_heads = self.q, self.k, self.kv_heads
         need_q, need_kv, need_prefix = needs[0], needs[1] or needs[2], self.prefix_k is not None and (needs[3] or needs[4])
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(*self.tiled_by)
+        tiles = config.backward_tiles(*self.tiled_by, group=self.group)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.plan.backward_items(

@@ -1,7 +1,7 @@
 """prompt_concat on a GPU: launches the kernels of ``fastprompt.kernels.prompt_concat``.
 
-Rows only: position ids, labels and segment starts belong to the row plan, which ``fastprompt.layout`` makes with torch, on
-the host where R, the number of rows, has to be known.
+Rows only: position ids, labels and segment starts belong to the row plan (``fastprompt/layout/triton.py``), which waits for
+the device once, because the number of rows has to be known here.
 """
 
 import torch
