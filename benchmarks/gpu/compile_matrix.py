@@ -107,13 +107,13 @@ def compile_all(jobs, processes, console):
     global _jobs
     _jobs = jobs  # inherited by the forked workers: a kernel holds a compiled function and cannot be sent
     results = [None] * len(jobs)
-    with Progress(console=console, transient=True) as progress, \
-            ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        task = progress.add_task("compiling", total=len(jobs))
-        running = {pool.submit(_compile_number, i): i for i in range(len(jobs))}
-        for future in as_completed(running):
-            results[running[future]] = future.result()
-            progress.advance(task)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(_compile_number, i): i for i in range(len(jobs))}  # forks, before Progress starts a thread
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("compiling", total=len(jobs))
+            for future in as_completed(running):
+                results[running[future]] = future.result()
+                progress.advance(task)
     return results
 
 
