@@ -36,7 +36,7 @@ def run(out, quick=False, sizes=models.SIZES):
     jobs = [(method, number, name) for method in METHODS for number in range(len(workloads(method, quick)))
             for name in ("PEFT", "fastprompt")]
     with tempfile.TemporaryDirectory() as folder:
-        found = {job: _in_own_process(job, sizes, quick, Path(folder, "grad")) for job in tqdm(jobs, desc="memory")}
+        found = {job: _in_own_process(job, sizes, Path(folder, "grad")) for job in tqdm(jobs, desc="memory")}
     records = [_record(method, load, found[method, number, "PEFT"], found[method, number, "fastprompt"])
                for method in METHODS for number, load in enumerate(workloads(method, quick))]
     print("peak memory of a step")
@@ -51,20 +51,21 @@ def _record(method, workload, peft, ours):
     grad_error = float((ours["gradient"] - expected).norm() / expected.norm())
     right = loss_error <= step.LOSS_TOLERANCE and grad_error <= step.GRAD_TOLERANCE
 
-    def ratio(without):
-        return f"{(ours['peak'] - ours.get(without, 0)) / (peft['peak'] - peft.get(without, 0)):.2f}" if right else "WRONG"
+    def ratio(without=None):
+        mine, theirs = (x["peak"] - (x[without] if without else 0) for x in (ours, peft))
+        return f"{mine / theirs:.2f}" if right else "WRONG"
 
     return {
         "method": method, "P, rows, longest": workload.name, "labels": "all tokens" if workload.all_labels else "one a row",
         **{f"{name} {what} MiB": f"{x[what] / MIB:.0f}" for name, x in (("PEFT", peft), ("fastprompt", ours))
            for what in ("libraries", "built", "peak")},
-        "of PEFT's peak": ratio("nothing"), "without libraries": ratio("libraries"), "of what its step adds": ratio("built"),
+        "of PEFT's peak": ratio(), "without libraries": ratio("libraries"), "of what its step adds": ratio("built"),
         "loss diff": f"{loss_error:.0e}", "grad diff": f"{grad_error:.0e}",
     }
 
 
-def _in_own_process(job, sizes, quick, file):
-    arguments = json.dumps([*job, sizes, quick, torch.get_num_threads(), str(file)])
+def _in_own_process(job, sizes, file):
+    arguments = json.dumps([*job, sizes, torch.get_num_threads(), str(file)])
     command, here = [sys.executable, "-m", "benchmarks.memory", arguments], Path(__file__).parents[1]
     result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=here).stdout)
     return result | {"gradient": torch.load(file)}
@@ -82,9 +83,9 @@ def _resident(field):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _measure_here(method, number, name, sizes, quick, threads, file):
+def _measure_here(method, number, name, sizes, threads, file):
     torch.set_num_threads(threads)
-    workload, libraries = workloads(method, quick)[number], _resident("VmRSS")
+    workload, libraries = workloads(method)[number], _resident("VmRSS")
     model = models.soft_prompt(models.llama(sizes), workload.prompt, method)
     if name == "fastprompt":
         fastprompt.accelerate(model)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -51,6 +53,15 @@ def check_range(name, ids, low, high):
     smallest, largest = (int(x) for x in torch.aminmax(ids))
     if smallest < low or largest >= high:
         raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
+
+
+@cache
+def import_backend(package, backend):
+    """The module ``<package>.<backend>`` and None, or None and the reason why it cannot be imported."""
+    try:
+        return import_module(f"{package}.{backend}"), None
+    except ImportError as error:
+        return None, f"the {backend.capitalize()} kernels cannot be imported: {error}"
 
 
 def choose_backend(op, requested, available: Mapping[str, str | None], preferred):

@@ -96,9 +96,10 @@ constexpr int64_t LAST_CACHE = 1 << 25;         // bytes
 
 // Bytes of the cache that a core has to itself.
 int64_t own_cache() {
-  int64_t bytes = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);  // asked once: a virtual machine may have to ask its host
+#else
+  static const int64_t bytes = 0;
 #endif
   return bytes > 0 ? bytes : 1 << 20;
 }

@@ -45,7 +45,7 @@ def _forward(encoder, indices, outputs):
     _, *inside = encoder.modules()
     keeps = not torch.is_grad_enabled() and not any(module.training or not _is_plain(module) for module in inside)
     cached = outputs.setdefault(encoder, CachedOutput())
-    return cached(list(encoder.parameters()) if keeps else [], not keeps, encode)
+    return cached(encoder.parameters(), not keeps, encode)
 
 
 def _is_plain(module):

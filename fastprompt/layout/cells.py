@@ -112,7 +112,8 @@ def fill(batch, table, rows, labels, everywhere=False):
     """
     cells, front = _Cells(batch), batch.front
     real = cells.inside if everywhere else cells.real
-    prompt_row, own_row, own_column, first_label, prompt, writes = (x[: batch.size, None] for x in table)
+    entry = dict(zip(ENTRY, table.unsqueeze(2)))  # [E, 1] each
+    prompt_row, own_row, own_column, first_label, prompt, writes = (x[: batch.size] for x in entry.values())
     own = real & (cells.column >= own_column)
     row = torch.where(own, own_row, prompt_row + front) + cells.column
     in_front = torch.arange(front, device=batch.device)
@@ -124,8 +125,8 @@ def fill(batch, table, rows, labels, everywhere=False):
 
     # Row number `rows` takes what is not written: the numbers that are could only be picked out by waiting for the device.
     to = torch.where(own | real & (writes != 0), row, rows)
-    prompt_to = torch.where(table[5, :, None] != 0, table[0, :, None] + in_front, rows)
-    prompt_text = -1 - (table[4, :, None] * front + in_front)
+    prompt_to = torch.where(entry["writes"] != 0, entry["prompt_row"] + in_front, rows)
+    prompt_text = -1 - (entry["prompt"] * front + in_front)
     position = batch.prefix_length + front + cells.column
     source, position_ids = (
         _scatter(rows, torch.cat([prompt_to.reshape(-1), to.reshape(-1)]), torch.cat([a.reshape(-1), b.reshape(-1)]))

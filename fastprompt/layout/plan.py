@@ -6,12 +6,12 @@
 * ``padded``: ``[B, P + S]`` as every model takes it.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import torch
 
-from ..checks import INTS, check_tensor, choose_backend
+from ..checks import INTS, check_tensor, choose_backend, import_backend
 from . import cells
 from .cells import IGNORE as IGNORE
 from .sequences import Sequences, move
@@ -146,11 +146,8 @@ def _implementation(requested, device):
     """The module whose ``measure`` and ``fill`` look at the cells."""
     backends, triton = {"reference": None}, None
     if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
-        try:
-            triton = import_module(".triton", __package__)
-            backends["triton"] = triton.unsupported(device.type)
-        except ImportError as error:
-            backends["triton"] = f"the Triton kernels cannot be imported: {error}"
+        triton, problem = import_backend(__package__, "triton")
+        backends["triton"] = problem or triton.unsupported(device.type)
     chosen = choose_backend("the row plan", requested, backends, ["triton", "reference"])
     return triton if chosen == "triton" else cells
 
@@ -183,18 +180,8 @@ def _plan(batch, layout, backend):
     return RowPlan(layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels)
 
 
-@dataclass
-class _Stats:
-    """On the host, ``[B]`` int64 each: ``cells.STATS``."""
-
-    length: torch.Tensor
-    first: torch.Tensor
-    holes: torch.Tensor
-    labels: torch.Tensor
-    orphans: torch.Tensor
-    strangers: torch.Tensor
-    agree: torch.Tensor
-    prompt: torch.Tensor
+class _Stats(namedtuple("_Stats", cells.STATS)):
+    """On the host, ``[B]`` int64 each."""
 
     @property
     def gaps(self):

@@ -14,12 +14,13 @@ class CachedOutput:
     _kept = None
 
     def __call__(self, parameters, training, encode):
-        """``encode()``, or what it gave before; ``parameters`` is the list of all that it depends on."""
+        """``encode()``, or what it gave before; ``parameters`` are all that it depends on, looked at only to keep it."""
         if training or torch.is_grad_enabled():
             out = encode()
             if out.requires_grad:  # fused optimizers write past the version counter, but after a backward
                 out.register_hook(self.drop)
             return out
+        parameters = list(parameters)
         state = _state(parameters)
         if state is None:
             return encode()

@@ -83,7 +83,7 @@ class PTuning(nn.Module):
             return self.embedding.weight
         if torch.compiler.is_compiling():
             return self.encode(self.training)
-        return self._cached(list(self.parameters()), self.training, lambda: self.encode(self.training))
+        return self._cached(self.parameters(), self.training, lambda: self.encode(self.training))
 
     def encode(self, training=False):
         """Run the encoder, with dropout if ``training``: ``[P, D]``."""

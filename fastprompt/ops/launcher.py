@@ -1,21 +1,16 @@
 """Finds the module that runs a call, of backends that may not be installed or cannot take it."""
 
 from functools import cache
-from importlib import import_module
 
 import torch
 
 from .. import native
-from ..checks import choose_backend
+from ..checks import choose_backend, import_backend
 
 
-@cache
 def launcher(op, backend):
     """The module ``fastprompt.ops.<op>.<backend>`` and None, or None and the reason why it cannot be imported."""
-    try:
-        return import_module(f".{op}.{backend}", __package__), None
-    except ImportError as error:
-        return None, f"the {backend.capitalize()} kernels cannot be imported: {error}"
+    return import_backend(f"{__package__}.{op}", backend)
 
 
 def available(op, device_type, dtype, *shape):
@@ -37,19 +32,19 @@ def available_here(op, *shape):
     return available(op, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, *shape) | {"cpu": native.missing}
 
 
-def choose(op, requested, device_type, dtype, preferred=("cpu", "triton", "reference")):
-    """The backend that runs a call; "auto" takes the first of ``preferred`` that can."""
+def choose(op, requested, device_type, dtype):
+    """The backend that runs a call; "auto" takes C++ before Triton before the reference."""
     if requested == "auto" and device_type == "cpu":  # without a look at Triton, whose import takes time
         backends = {"reference": None, "cpu": native.unsupported(device_type, dtype)}
     else:
         backends = available(op, device_type, dtype)
-    return choose_backend(op, requested, backends, preferred)
+    return choose_backend(op, requested, backends, ("cpu", "triton", "reference"))
 
 
 @cache
-def implementation(op, requested, device_type, dtype, preferred=("cpu", "triton", "reference")):
+def implementation(op, requested, device_type, dtype):
     """The module of the backend that :func:`choose` takes, remembered: the answer is the same for every such call."""
-    return launcher(op, choose(op, requested, device_type, dtype, preferred))[0]
+    return launcher(op, choose(op, requested, device_type, dtype))[0]
 
 
 def is_eager(tensor):
