@@ -73,8 +73,13 @@ class BuildLibrary(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         # torch has loaded libtorch_cpu by then, so its name is enough and no path of this machine is kept.
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"],
-                                         library_dirs=[str(torch / "lib")], target_lang="c++")
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            target_lang="c++",
+        )
 
     def build_cuda(self, ext):
         torch, library = find_torch(), self.get_ext_fullpath(ext.name)
@@ -83,7 +88,9 @@ class BuildLibrary(build_ext):
         self.mkpath(str(Path(library).parent))
         nvcc, flags = find_nvcc(), Path("csrc/cuda/nvcc.txt").read_text().split()
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-        flags = [f for f in flags if "code=" not in f or re.search(r"code=(sm_\d+)", f)[1] in known]  # an older nvcc has fewer
+        flags = [
+            f for f in flags if "code=" not in f or re.search(r"code=(sm_\d+)", f)[1] in known
+        ]  # an older nvcc has fewer
         flags += ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.cpu_count()}", "-DUSE_CUDA"]
         flags += [f"-D{name}={value}" for name, value in MACROS]
         paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
@@ -119,7 +126,10 @@ def find_nvcc():
 
 
 def library(name, folder, **options):
-    files = {suffix: sorted(str(p) for p in Path(folder).glob(f"*{suffix}")) for suffix in (".cpp", ".cu", ".h", ".cuh", ".txt")}
+    files = {
+        suffix: sorted(str(p) for p in Path(folder).glob(f"*{suffix}"))
+        for suffix in (".cpp", ".cu", ".h", ".cuh", ".txt")
+    }
     sources, others = files.pop(".cpp") + files.pop(".cu"), sum(files.values(), [])
     return Extension(name, sources, py_limited_api=True, depends=["setup.py", *others], **options)
 

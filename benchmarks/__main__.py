@@ -18,13 +18,22 @@ import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
 from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
-BENCHMARKS = {"memory": memory.run, "step": step.run, "methods": methods.run, "common": common.run,
-              "small_ops": small_ops.run, "prefix_attention": prefix_attention.run, "prompt_lstm": prompt_lstm.run}
+BENCHMARKS = {
+    "memory": memory.run,
+    "step": step.run,
+    "methods": methods.run,
+    "common": common.run,
+    "small_ops": small_ops.run,
+    "prefix_attention": prefix_attention.run,
+    "prompt_lstm": prompt_lstm.run,
+}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastprompt.")
-    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all by default"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for CSV and plots")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
@@ -34,7 +43,11 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     print(report.header(), flush=True)
-    right = [run(options.out, options.quick) for name, run in BENCHMARKS.items() if name in (options.benchmarks or BENCHMARKS)]
+    right = [
+        run(options.out, options.quick)
+        for name, run in BENCHMARKS.items()
+        if name in (options.benchmarks or BENCHMARKS)
+    ]
     return 0 if all(right) else 1
 
 

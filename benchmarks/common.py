@@ -35,8 +35,11 @@ def run(out, quick=False, sizes=models.SIZES):
     for method in models.METHODS:
         prompts = models.TASKS if method == "Multitask Prompt Tuning" else 1
         without, with_it = (Workload(20, lengths, False, prompts=prompts, common=common) for common in (0, COMMON))
-        steps = {"without": _training(without, method, sizes), "with": _training(with_it, method, sizes),
-                 "its rows": Rows(models.llama(sizes), COMMON * prompts)}
+        steps = {
+            "without": _training(without, method, sizes),
+            "with": _training(with_it, method, sizes),
+            "its rows": Rows(models.llama(sizes), COMMON * prompts),
+        }
         peft = step.Training(models.soft_prompt(models.llama(sizes), 20, method), with_it.batch(sizes["vocab_size"]))
         records.append(_measure(method, steps, peft, 2 if quick else 7))
     print(report.table(list(records[0]), [list(record.values()) for record in records]))
@@ -62,5 +65,10 @@ def _measure(method, steps, peft, rounds):
     times = {name: seconds[1:] for name, seconds in times.items()}  # the first: warm-up
     right = loss_error <= step.LOSS_TOLERANCE and grad_error <= step.GRAD_TOLERANCE
     ratio = median(a / (b + c) for a, b, c in zip(times["with"], times["without"], times["its rows"]))
-    return {"method": method, **{f"{name} ms": f"{median(seconds) * 1e3:.0f}" for name, seconds in times.items()},
-            "over the sum": f"{ratio:.3f}" if right else "WRONG", "loss diff": f"{loss_error:.0e}", "grad diff": f"{grad_error:.0e}"}
+    return {
+        "method": method,
+        **{f"{name} ms": f"{median(seconds) * 1e3:.0f}" for name, seconds in times.items()},
+        "over the sum": f"{ratio:.3f}" if right else "WRONG",
+        "loss diff": f"{loss_error:.0e}",
+        "grad diff": f"{grad_error:.0e}",
+    }

@@ -33,12 +33,19 @@ def workloads(method, quick=False):
 
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write ``memory.csv`` into ``out``; False if the results differ."""
-    jobs = [(method, number, name) for method in METHODS for number in range(len(workloads(method, quick)))
-            for name in ("PEFT", "fastprompt")]
+    jobs = [
+        (method, number, name)
+        for method in METHODS
+        for number in range(len(workloads(method, quick)))
+        for name in ("PEFT", "fastprompt")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         found = {job: _in_own_process(job, sizes, Path(folder, "grad")) for job in tqdm(jobs, desc="memory")}
-    records = [_record(method, load, found[method, number, "PEFT"], found[method, number, "fastprompt"])
-               for method in METHODS for number, load in enumerate(workloads(method, quick))]
+    records = [
+        _record(method, load, found[method, number, "PEFT"], found[method, number, "fastprompt"])
+        for method in METHODS
+        for number, load in enumerate(workloads(method, quick))
+    ]
     print("peak memory of a step")
     print(report.table(list(records[0]), [list(record.values()) for record in records]), flush=True)
     report.write_csv(out / "memory.csv", records)
@@ -56,11 +63,19 @@ def _record(method, workload, peft, ours):
         return f"{mine / theirs:.2f}" if right else "WRONG"
 
     return {
-        "method": method, "P, rows, longest": workload.name, "labels": "all tokens" if workload.all_labels else "one a row",
-        **{f"{name} {what} MiB": f"{x[what] / MIB:.0f}" for name, x in (("PEFT", peft), ("fastprompt", ours))
-           for what in ("libraries", "built", "peak")},
-        "of PEFT's peak": ratio(), "without libraries": ratio("libraries"), "of what its step adds": ratio("built"),
-        "loss diff": f"{loss_error:.0e}", "grad diff": f"{grad_error:.0e}",
+        "method": method,
+        "P, rows, longest": workload.name,
+        "labels": "all tokens" if workload.all_labels else "one a row",
+        **{
+            f"{name} {what} MiB": f"{x[what] / MIB:.0f}"
+            for name, x in (("PEFT", peft), ("fastprompt", ours))
+            for what in ("libraries", "built", "peak")
+        },
+        "of PEFT's peak": ratio(),
+        "without libraries": ratio("libraries"),
+        "of what its step adds": ratio("built"),
+        "loss diff": f"{loss_error:.0e}",
+        "grad diff": f"{grad_error:.0e}",
     }
 
 

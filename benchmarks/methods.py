@@ -10,7 +10,9 @@ PROMPTS = {"Prefix-Tuning": 0, "P-Tuning": 1, "Multitask Prompt Tuning": models.
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write a CSV and a plot for each method into ``out``; False if a result was wrong."""
     right = [
-        step.compare(method, uneven_workloads(prompts, quick), out / f"step_{method.lower().replace(' ', '_')}", quick, sizes)
+        step.compare(
+            method, uneven_workloads(prompts, quick), out / f"step_{method.lower().replace(' ', '_')}", quick, sizes
+        )
         for method, prompts in PROMPTS.items()
     ]
     return all(right)

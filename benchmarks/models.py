@@ -12,8 +12,14 @@ from peft import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = dict(
-    vocab_size=32768, hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+    vocab_size=32768,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=6,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
 )
 
 
@@ -27,7 +33,10 @@ def llama(sizes=SIZES):
 METHODS = {
     "Prompt Tuning": (PromptTuningConfig, {}),
     "Prefix-Tuning": (PrefixTuningConfig, {}),
-    "P-Tuning": (PromptEncoderConfig, dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=128, encoder_dropout=0.0)),
+    "P-Tuning": (
+        PromptEncoderConfig,
+        dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=128, encoder_dropout=0.0),
+    ),
     "Multitask Prompt Tuning": (MultitaskPromptTuningConfig, dict(num_tasks=4)),
 }
 TASKS = 4
@@ -43,4 +52,6 @@ def soft_prompt(base, length, method="Prompt Tuning"):
 def lora(base):
     """PEFT LoRA of rank 32 on the query and value projections: what most people pick instead of a soft prompt."""
     torch.manual_seed(1)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+    return get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    )

@@ -107,7 +107,9 @@ class Padded:
         own = torch.arange(width)
         real = own < torch.tensor(case.lengths)[:, None, None]  # [B, 1, width]
         causal = (own[None, :] <= own[:, None]) & (real | (own[None, :] == own[:, None]))  # padding sees itself: no nan
-        self.mask = torch.cat([torch.ones(len(case.lengths), width, case.prefix, dtype=torch.bool), causal], -1)[:, None]
+        self.mask = torch.cat([torch.ones(len(case.lengths), width, case.prefix, dtype=torch.bool), causal], -1)[
+            :, None
+        ]
 
     def pad(self, x, width):
         """``[R, H, Dh]`` -> ``[B, H, width, Dh]``."""
@@ -140,7 +142,10 @@ def errors(case):
     case = case.checked
     exact = Packed(case, Numbers(case), "composed", torch.float64)()
     results = {name: step.packed() if isinstance(step, Padded) else step() for name, step in steps_of(case).items()}
-    return {name: max(float((x.double() - y).norm() / y.norm()) for x, y in zip(got, exact)) for name, got in results.items()}
+    return {
+        name: max(float((x.double() - y).norm() / y.norm()) for x, y in zip(got, exact))
+        for name, got in results.items()
+    }
 
 
 def measure(case, gemm=None):
@@ -153,10 +158,15 @@ def measure(case, gemm=None):
     rival = min(("SDPA", "composed"), key=seconds.get)
     heads, kv_heads, head_dim = case.shape
     return {
-        "threads": torch.get_num_threads(), "dtype": str(case.dtype).removeprefix("torch."),
-        "heads": f"{heads}/{kv_heads} x {head_dim}", "P": case.prefix, "B": len(case.lengths), "lengths": case.kind,
+        "threads": torch.get_num_threads(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "heads": f"{heads}/{kv_heads} x {head_dim}",
+        "P": case.prefix,
+        "B": len(case.lengths),
+        "lengths": case.kind,
         "GFLOP": float(f"{case.gflop:.4g}"),
-        **{f"{name} ms": round(seconds[name] * 1e3, 3) for name in steps if name != "GEMM"}, "best rival": rival,
+        **{f"{name} ms": round(seconds[name] * 1e3, 3) for name in steps if name != "GEMM"},
+        "best rival": rival,
         "speed-up": round(median(a / b for a, b in zip(times[rival], times["fastprompt"])), 3) if right else "WRONG",
         "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]), 1),
         "of GEMM": round(case.gflop / seconds["fastprompt"] / gemm.rate(seconds["GEMM"]), 3) if right else "WRONG",
@@ -181,10 +191,14 @@ def summary(records):
     lines = []
     for kind in ("short", "equal"):
         if ratios := [record["speed-up"] for record in records if record["lengths"] == kind]:
-            lines.append(f"{kind} lengths: {geometric_mean(ratios):.2f}x the best rival's speed in the geometric mean, "
-                         f"{min(ratios):.2f}x at least")
+            lines.append(
+                f"{kind} lengths: {geometric_mean(ratios):.2f}x the best rival's speed in the geometric mean, "
+                f"{min(ratios):.2f}x at least"
+            )
     if large := [r["of GEMM"] for r in records if r["dtype"] == "float32" and r["GFLOP"] >= LARGE]:
-        lines.append(f"fp32 from {LARGE} GFLOP on: {min(large):.2f} of the GEMM rate at least, {median(large):.2f} in the median")
+        lines.append(
+            f"fp32 from {LARGE} GFLOP on: {min(large):.2f} of the GEMM rate at least, {median(large):.2f} in the median"
+        )
     return "\n".join(lines)
 
 
@@ -197,8 +211,13 @@ def plot(records, file):
         for kind, colour in (("short", "tab:blue"), ("equal", "tab:orange")):
             for threads, marker in zip(sorted({record["threads"] for record in records}), "ox"):
                 group = [r for r in records if (r["dtype"], r["lengths"], r["threads"]) == (dtype, kind, threads)]
-                axis.plot([r["GFLOP"] for r in group], [r["speed-up"] for r in group], marker, color=colour,
-                          label=f"{kind} lengths, {threads} thread{'s' * (threads > 1)}")
+                axis.plot(
+                    [r["GFLOP"] for r in group],
+                    [r["speed-up"] for r in group],
+                    marker,
+                    color=colour,
+                    label=f"{kind} lengths, {threads} thread{'s' * (threads > 1)}",
+                )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="GFLOP of a forward and backward", title=dtype)
         axis.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])

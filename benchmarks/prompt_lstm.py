@@ -62,7 +62,9 @@ class Read:
 def error(hidden, steps):
     """How far output and gradients are from float64, the largest, relative by norm."""
     exact = Encoder(hidden, steps, "reference", torch.float64)()
-    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(Encoder(hidden, steps, "cpu")(), exact, strict=True))
+    return max(
+        float((x.double() - y).norm() / y.norm()) for x, y in zip(Encoder(hidden, steps, "cpu")(), exact, strict=True)
+    )
 
 
 def measure(hidden, steps, threads, bandwidth):
@@ -79,10 +81,17 @@ def measure(hidden, steps, threads, bandwidth):
         seconds = {name: median(values) for name, values in times.items()}
         computing, moving = gflop / gemm.rate(seconds["GEMM"]), moved / bandwidth[count]
         yield {
-            "threads": count, "H": hidden, "P": steps, "GFLOP": float(f"{gflop:.4g}"), "MB": round(moved / 1e6, 1),
+            "threads": count,
+            "H": hidden,
+            "P": steps,
+            "GFLOP": float(f"{gflop:.4g}"),
+            "MB": round(moved / 1e6, 1),
             **{f"{name} ms": round(seconds[name] * 1e3, 3) for name in ("fastprompt", "nn.LSTM")},
-            "speed-up": round(median(a / b for a, b in zip(times["nn.LSTM"], times["fastprompt"])), 3) if right else "WRONG",
-            "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]), 1), "GB/s": round(bandwidth[count] / 1e9, 1),
+            "speed-up": round(median(a / b for a, b in zip(times["nn.LSTM"], times["fastprompt"])), 3)
+            if right
+            else "WRONG",
+            "GEMM GFLOP/s": round(gemm.rate(seconds["GEMM"]), 1),
+            "GB/s": round(bandwidth[count] / 1e9, 1),
             "bound": "FLOP" if computing >= moving else "bytes",
             "of bound": round(max(computing, moving) / seconds["fastprompt"], 3) if right else "WRONG",
             "error": f"{difference:.1e}",
@@ -119,8 +128,10 @@ def summary(records):
     for threads in sorted({record["threads"] for record in records}):
         group = [record for record in records if record["threads"] == threads]
         ratios, shares = ([record[name] for record in group] for name in ("speed-up", "of bound"))
-        lines.append(f"{threads} thread{'s' * (threads > 1)}: {geometric_mean(ratios):.2f}x the speed of nn.LSTM in the "
-                     f"geometric mean, {min(ratios):.2f}x at least; {median(shares):.2f} of the bound in the median")
+        lines.append(
+            f"{threads} thread{'s' * (threads > 1)}: {geometric_mean(ratios):.2f}x the speed of nn.LSTM in the "
+            f"geometric mean, {min(ratios):.2f}x at least; {median(shares):.2f} of the bound in the median"
+        )
     return "\n".join(lines)
 
 

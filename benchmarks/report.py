@@ -16,9 +16,11 @@ def header():
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     spin = f", GOMP_SPINCOUNT {os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return (f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}\n"
-            f"Python {platform.python_version()}, {packages}\n"
-            f"{torch.get_num_threads()} threads{spin}{load}")
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}\n"
+        f"Python {platform.python_version()}, {packages}\n"
+        f"{torch.get_num_threads()} threads{spin}{load}"
+    )
 
 
 def _processor():
@@ -35,7 +37,9 @@ def table(columns, rows):
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     lines = [columns, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
         for line in lines
     )
 

@@ -40,8 +40,10 @@ class Case:
     def right(self):
         """Whether "fastprompt" is as near to the exact result as twice the PyTorch code, and one rounding."""
         got, plain = (_list(self.calls[name]()) for name in ("fastprompt", "PyTorch"))
-        return all(_error(a, x) <= 2 * (_error(b, x) + torch.finfo(self.dtype).eps * float(x.abs().max()))
-                   for a, b, x in zip(got, plain, self.exact, strict=True))
+        return all(
+            _error(a, x) <= 2 * (_error(b, x) + torch.finfo(self.dtype).eps * float(x.abs().max()))
+            for a, b, x in zip(got, plain, self.exact, strict=True)
+        )
 
     def measure(self, rounds):
         """Name -> seconds of every round."""
@@ -83,7 +85,8 @@ def concat_cases(rows, width, length, batch, dtype, once):
     dprompt, halves = torch.empty_like(prompt), (len(tokens) + 1) * length // 2  # rows read and written
     backward = {name: _gradient(out, [prompt], grad) for name, out in outs.items()}
     backward["kernel"] = lambda: torch.ops.fastprompt.prompt_concat_backward_cpu(
-        grad, source, 1.0, None, dprompt, VOCABULARY, length)
+        grad, source, 1.0, None, dprompt, VOCABULARY, length
+    )
     backward["copy"] = lambda: into[:halves].copy_(grad[:halves])
     exact = grad.double().unflatten(0, (len(tokens), -1))[:, :length].sum(0)
     yield Case("prompt_concat", "backward", size, dtype, {name: backward[name] for name in forward}, [exact])
@@ -159,8 +162,13 @@ def plot(records, file):
         for operator, colour in (("prompt_concat", "tab:blue"), ("multitask_prompt", "tab:orange")):
             for direction, marker in (("forward", "o"), ("backward", "x")):
                 group = [r for r in records if (r["operator"], r["direction"]) == (operator, direction)]
-                axes.plot([float(r["copy us"]) for r in group], [float(r[column]) for r in group], marker, color=colour,
-                          label=f"{operator}, {direction}")
+                axes.plot(
+                    [float(r["copy us"]) for r in group],
+                    [float(r[column]) for r in group],
+                    marker,
+                    color=colour,
+                    label=f"{operator}, {direction}",
+                )
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel="us of a copy of the bytes to move", title=column)
     axes.legend(fontsize=8)
@@ -173,11 +181,18 @@ def _record(case, threads, rounds):
     def ratio(slow, fast):
         return f"{median(a / b for a, b in zip(times[slow], times[fast])):.2f}" if right else "WRONG"
 
-    return {"operator": case.operator, "direction": case.direction, "size": case.size,
-            "dtype": str(case.dtype).removeprefix("torch."), "threads": str(threads),
-            **{f"{name} us": f"{median(seconds) * 1e6:.0f}" for name, seconds in times.items()},
-            "over PyTorch": ratio("PyTorch", "fastprompt"), "over reference": ratio("reference", "fastprompt"),
-            "of copy": ratio("copy", "fastprompt"), "kernel of copy": ratio("copy", "kernel")}
+    return {
+        "operator": case.operator,
+        "direction": case.direction,
+        "size": case.size,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "threads": str(threads),
+        **{f"{name} us": f"{median(seconds) * 1e6:.0f}" for name, seconds in times.items()},
+        "over PyTorch": ratio("PyTorch", "fastprompt"),
+        "over reference": ratio("reference", "fastprompt"),
+        "of copy": ratio("copy", "fastprompt"),
+        "kernel of copy": ratio("copy", "kernel"),
+    }
 
 
 def _gradient(out, leaves, grad):

@@ -144,28 +144,58 @@ def compare(method, workloads, file, quick, sizes):
 def summary(results):
     """The table; a wrong result has its differences in place of speed-ups, and then there is no mean either."""
     names = list(results[0].times)
-    columns = ["(P, B, longest)", "tokens", "labels", *(f"{name} ms" if name == "PEFT" else name for name in names),
-               *_ratios(names), "loss diff", "grad diff"]
+    columns = [
+        "(P, B, longest)",
+        "tokens",
+        "labels",
+        *(f"{name} ms" if name == "PEFT" else name for name in names),
+        *_ratios(names),
+        "loss diff",
+        "grad diff",
+    ]
     rows = []
     for result in results:
         w = result.workload
         times = [f"{result.seconds(name) * 1e3:.0f}" for name in names]
-        ratios = [f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
-                  for title, pair in _ratios(names).items()] if result.right else ["WRONG"] * len(_ratios(names))
-        rows.append([w.name, str(w.tokens), "all" if w.all_labels else "one a row", *times, *ratios,
-                     f"{result.loss_error:.0e}", f"{result.grad_error:.0e}"])
+        ratios = (
+            [
+                f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
+                for title, pair in _ratios(names).items()
+            ]
+            if result.right
+            else ["WRONG"] * len(_ratios(names))
+        )
+        rows.append(
+            [
+                w.name,
+                str(w.tokens),
+                "all" if w.all_labels else "one a row",
+                *times,
+                *ratios,
+                f"{result.loss_error:.0e}",
+                f"{result.grad_error:.0e}",
+            ]
+        )
     text = report.table(columns, rows)
     if not all(result.right for result in results):
-        return text + (f"\nWRONG: loss or gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
-                       f"{GRAD_TOLERANCE:.0e} are allowed), so no speed-up is given")
+        return text + (
+            f"\nWRONG: loss or gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
+            f"{GRAD_TOLERANCE:.0e} are allowed), so no speed-up is given"
+        )
     uneven = [result for result in results if result.workload.uneven]
-    means = ", ".join(f"{title} {geometric_mean(r.ratio(*pair) for r in uneven):.3f}" for title, pair in _ratios(names).items())
+    means = ", ".join(
+        f"{title} {geometric_mean(r.ratio(*pair) for r in uneven):.3f}" for title, pair in _ratios(names).items()
+    )
     return text + f"\ngeometric means of the {len(uneven)} uneven workloads: {means}"
 
 
 def _ratios(names):
     """The title of each ratio and the two providers it is of."""
-    ratios = {"over PEFT": ("PEFT", "fastprompt"), "over LoRA": ("LoRA", "fastprompt"), "overhead": ("fastprompt", "floor")}
+    ratios = {
+        "over PEFT": ("PEFT", "fastprompt"),
+        "over LoRA": ("LoRA", "fastprompt"),
+        "overhead": ("fastprompt", "floor"),
+    }
     return {title: pair for title, pair in ratios.items() if set(pair) <= set(names)}
 
 
@@ -173,8 +203,11 @@ def _record(result):
     w = result.workload
     record = {"P": w.prompt, "B": len(w.lengths), "longest": max(w.lengths), "tokens": w.tokens, "labels": w.labels}
     for name, times in result.times.items():
-        record |= {f"{name} ms": f"{median(times) * 1e3:.1f}", f"{name} min": f"{min(times) * 1e3:.1f}",
-                   f"{name} max": f"{max(times) * 1e3:.1f}"}
+        record |= {
+            f"{name} ms": f"{median(times) * 1e3:.1f}",
+            f"{name} min": f"{min(times) * 1e3:.1f}",
+            f"{name} max": f"{max(times) * 1e3:.1f}",
+        }
     for column, pair in _ratios(result.times).items():
         record[column] = f"{result.ratio(*pair):.3f}" if result.right else "wrong"
     return record | {"loss difference": result.loss_error, "gradient difference": result.grad_error}
@@ -191,8 +224,11 @@ def plot(results, method, file):
         bars = axes.bar([x + (i - 1) * 0.28 for x in range(len(results))], ratios, 0.26, label=name, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(results)),
-                    [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results], fontsize=8)
+    axes.set_xticks(
+        range(len(results)),
+        [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results],
+        fontsize=8,
+    )
     axes.set_ylabel(f"times faster than PEFT's {method}")
     axes.set_xlabel("(prompt vectors, rows, longest row)")
     axes.legend()

@@ -74,8 +74,11 @@ def uneven_lengths(prompt, batch, longest):
 
 def uneven_workloads(prompts=1, quick=False):
     shapes = [(100, 16, 48), (20, 16, 64), (50, 32, 24)]
-    uneven = [Workload(p, uneven_lengths(prompts * p, b, s), labels, uneven=True, prompts=prompts)
-              for labels in (False, True) for p, b, s in shapes]
+    uneven = [
+        Workload(p, uneven_lengths(prompts * p, b, s), labels, uneven=True, prompts=prompts)
+        for labels in (False, True)
+        for p, b, s in shapes
+    ]
     return [uneven[0], uneven[4]] if quick else uneven
 
 

@@ -26,7 +26,6 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-import fastprompt
 from fastprompt.training import TrainingConfig, TrainingRun
 from fastprompt.training.files import replacing, write_json
 
@@ -64,14 +63,25 @@ def make_run(contender: Contender, tasks: list[str], data: Path, output: Path, m
     if settings.get("init") == "text":
         settings["init_text"] = TASKS[tasks[0]]
     config = TrainingConfig(
-        model=model, data=str(data / f"{name}.train.tsv"), eval_data=str(data / f"{name}.test.tsv"), output=str(output),
-        text_column="text", label_column="label", template="Text: {text}\nAnswer:", max_length=160, num_virtual_tokens=20,
-        batch_size=16, steps=5000, **settings,
+        model=model,
+        data=str(data / f"{name}.train.tsv"),
+        eval_data=str(data / f"{name}.test.tsv"),
+        output=str(output),
+        text_column="text",
+        label_column="label",
+        template="Text: {text}\nAnswer:",
+        max_length=160,
+        num_virtual_tokens=20,
+        batch_size=16,
+        steps=5000,
+        **settings,
     )
     run = TrainingRun(config, accelerated=contender.accelerated)
     if contender.lora is not None:
         set_seed(0)
-        lora = LoraConfig(task_type="CAUSAL_LM", r=contender.lora, lora_alpha=2 * contender.lora, target_modules=["q_proj", "v_proj"])
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=contender.lora, lora_alpha=2 * contender.lora, target_modules=["q_proj", "v_proj"]
+        )
         run.model = get_peft_model(run.model.get_base_model(), lora)
     return run
 
@@ -90,7 +100,9 @@ def train(run: TrainingRun, contender: Contender, tasks: list[str], seconds: flo
 
     evaluate()
     run.model.train()
-    with tqdm(total=round(seconds), desc=name, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s, {postfix}") as bar:
+    with tqdm(
+        total=round(seconds), desc=name, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s, {postfix}"
+    ) as bar:
         for due in [seconds * (i + 1) / evaluations for i in range(evaluations)]:
             while spent < due:
                 start = time.perf_counter()
@@ -125,8 +137,11 @@ def plot(file: Path, results: dict):
 def show(results: dict, folder: Path, seconds: float):
     columns = ["", "steps", *(f"{task} {what}" for task in TASKS for what in ("before", "after"))]
     rows = [
-        [name, "/".join(map(str, result["steps"])),
-         *(f"{result['points'][task][i][1]:.3f}" for task in TASKS for i in (0, -1))]
+        [
+            name,
+            "/".join(map(str, result["steps"])),
+            *(f"{result['points'][task][i][1]:.3f}" for task in TASKS for i in (0, -1)),
+        ]
         for name, result in results.items()
     ]
     table = Table(title=f"held-out accuracy after {seconds:.0f} s of training", title_justify="left")
@@ -173,7 +188,10 @@ def main():
             del run
             gc.collect()
         results[name] = {"points": points, "steps": steps}
-    write_json(folder / "result.json", {"seconds": options.seconds, "torch_threads": torch.get_num_threads(), "results": results})
+    write_json(
+        folder / "result.json",
+        {"seconds": options.seconds, "torch_threads": torch.get_num_threads(), "results": results},
+    )
     plot(folder / "compare.png", results)
     show(results, folder, options.seconds)
     print(f"{folder / 'compare.png'}, {folder / 'compare.csv'}, {folder / 'result.json'}")

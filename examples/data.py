@@ -128,18 +128,33 @@ def train_on(name: str, folder: Path, **settings):
         write(folder / f"{name}.{part}.tsv", rows)
     run = TrainingRun(
         TrainingConfig(
-            model=plain_model(folder), data=str(folder / f"{name}.train.tsv"), eval_data=str(folder / f"{name}.test.tsv"),
-            text_column="text", label_column="label", template="Text: {text}\nAnswer:", max_length=160,
-            num_virtual_tokens=20, batch_size=16, output=str(folder / "run"), **settings,
+            model=plain_model(folder),
+            data=str(folder / f"{name}.train.tsv"),
+            eval_data=str(folder / f"{name}.test.tsv"),
+            text_column="text",
+            label_column="label",
+            template="Text: {text}\nAnswer:",
+            max_length=160,
+            num_virtual_tokens=20,
+            batch_size=16,
+            output=str(folder / "run"),
+            **settings,
         )
     )
     before = run.evaluate()["accuracy"]
     start = time.perf_counter()
     after = run.train()[-1]["eval_accuracy"]
-    result = {"accuracy_before": before, "accuracy": after, "test_rows": len(run.data.held_out), "seconds": time.perf_counter() - start}
+    result = {
+        "accuracy_before": before,
+        "accuracy": after,
+        "test_rows": len(run.data.held_out),
+        "seconds": time.perf_counter() - start,
+    }
     write_json(folder / "result.json", result)
-    print(f"{name}: accuracy on {result['test_rows']} test rows {before:.3f} before, {after:.3f} after {run.steps} steps; "
-          f"{result['seconds']:.0f} s with the evaluation\n{folder / 'run'} holds the adapter, {folder / 'result.json'} these numbers")
+    print(
+        f"{name}: accuracy on {result['test_rows']} test rows {before:.3f} before, {after:.3f} after {run.steps} steps; "
+        f"{result['seconds']:.0f} s with the evaluation\n{folder / 'run'} holds the adapter, {folder / 'result.json'} these numbers"
+    )
 
 
 def main():

@@ -147,7 +147,9 @@ class Distillation:
         hidden, logits = self._answers(model, batch)
         answers = [self.answers[row] for row in self.run.batches[step]]
         teacher_hidden, teacher_logits = (torch.cat(states) for states in zip(*answers))
-        return self.loss + fastprompt.distillation_loss(logits, teacher_logits, hidden, teacher_hidden, weight=DISTILLATION)
+        return self.loss + fastprompt.distillation_loss(
+            logits, teacher_logits, hidden, teacher_hidden, weight=DISTILLATION
+        )
 
 
 def plot(file: Path, result: dict):

@@ -12,6 +12,10 @@ from data import train_on
 
 if __name__ == "__main__":
     train_on(
-        "movies", Path("prefix_tuning"), method="prefix-tuning", init="text", steps=100,
+        "movies",
+        Path("prefix_tuning"),
+        method="prefix-tuning",
+        init="text",
+        steps=100,
         init_text="Say whether the review of the movie is positive or negative: did its author like the movie or not?\n",
     )

@@ -105,7 +105,9 @@ def plot(file: Path, history: list[dict], peft_losses: list[float], before: floa
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="results; an earlier run's are replaced")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), help="results; an earlier run's are replaced"
+    )
     folder = parser.parse_args().output
     start = time.perf_counter()
 
@@ -165,7 +167,9 @@ def main():
     fast, plain = result["seconds_per_step"], result["seconds_per_step_peft"]
     loss, gradient = result["largest_loss_difference"], result["largest_gradient_difference"]
     if not loss <= LOSS_TOLERANCE:
-        raise SystemExit(f"WRONG: the loss differs from plain PEFT's by {loss:.1e}, {LOSS_TOLERANCE:.0e} is allowed; no speed-up is given")
+        raise SystemExit(
+            f"WRONG: the loss differs from plain PEFT's by {loss:.1e}, {LOSS_TOLERANCE:.0e} is allowed; no speed-up is given"
+        )
     print(
         f"""
 held-out accuracy    hard prompt {before:.3f}, soft prompt {after:.3f}  ({result["held_out_rows"]} questions)

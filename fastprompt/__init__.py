@@ -1,9 +1,24 @@
 """fastprompt: soft prompts for frozen language models, run once per batch."""
 
 __all__ = [
-    "MultitaskPromptTuning", "PTuning", "PrefixTuning", "PromptTuning", "Sequences", "SoftPromptModel", "Template", "accelerate",
-    "distillation_loss", "ensemble_vote", "multitask_prompt", "patch_attention", "prefix_attention", "prefix_of_text",
-    "prompt_concat", "prompt_lstm", "restore", "unpatch_attention",
+    "MultitaskPromptTuning",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Sequences",
+    "SoftPromptModel",
+    "Template",
+    "accelerate",
+    "distillation_loss",
+    "ensemble_vote",
+    "multitask_prompt",
+    "patch_attention",
+    "prefix_attention",
+    "prefix_of_text",
+    "prompt_concat",
+    "prompt_lstm",
+    "restore",
+    "unpatch_attention",
 ]
 
 try:

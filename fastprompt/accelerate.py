@@ -27,14 +27,27 @@ from .layout import IGNORE
 _PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 _PACKED = (
-    PeftModelForCausalLM, PeftModelForSequenceClassification, PeftModelForTokenClassification,
-    PeftModelForQuestionAnswering, PeftModelForFeatureExtraction,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering,
+    PeftModelForFeatureExtraction,
 )
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
-    "input_ids", "inputs_embeds", "attention_mask", "labels", "task_ids", "num_items_in_batch", "return_dict", "use_cache",
-    "token_type_ids", "start_positions", "end_positions", "input_type_mask",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "labels",
+    "task_ids",
+    "num_items_in_batch",
+    "return_dict",
+    "use_cache",
+    "token_type_ids",
+    "start_positions",
+    "end_positions",
+    "input_type_mask",
 }
 _OUTPUTS = {"output_attentions", "output_hidden_states"}
 
@@ -165,7 +178,9 @@ class _Call:
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise _OwnForward("exactly one of input_ids and inputs_embeds is expected")
         ignored = set() if self.is_prefix else {"position_ids"}  # PEFT ignores them there
-        unknown = sorted(name for name, value in given.items() if value is not None and name not in _UNDERSTOOD | ignored)
+        unknown = sorted(
+            name for name, value in given.items() if value is not None and name not in _UNDERSTOOD | ignored
+        )
         unknown = [name for name in unknown if not (name in _OUTPUTS and given[name] is False)]
         if unknown:
             raise _OwnForward(f"{', '.join(unknown)} given")
@@ -196,11 +211,15 @@ class _Call:
         alike = given.get("token_type_ids") is None or self.direct  # may rows of the same ids still differ?
         share = given.get("input_ids") is not None and everywhere and alike and self.engine.may_share()
         plan, reason = plan_or_reason(
-            self.engine, *self.tokens.shape[:2], 0 if self.is_prefix else self.length,
+            self.engine,
+            *self.tokens.shape[:2],
+            0 if self.is_prefix else self.length,
             attention_mask=given.get("attention_mask"),
             labels=given.get("labels") if isinstance(self.model, PeftModelForCausalLM) else None,
-            prompt_ids=self.prompt_ids, token_ids=self.tokens if share else None,
-            prefix_length=self.length if self.is_prefix else 0, device=self.tokens.device,
+            prompt_ids=self.prompt_ids,
+            token_ids=self.tokens if share else None,
+            prefix_length=self.length if self.is_prefix else 0,
+            device=self.tokens.device,
             finds_last=self.is_prefix and given.get("input_ids") is not None,
         )
         if plan is None:
@@ -233,7 +252,9 @@ class _Call:
         """The output of a causal LM."""
         given, model, state = self.given, self.model, self.state
         # PEFT's warnings about arguments it ignores.
-        model._adjust_prompt_learning_kwargs(self.config, kwargs={k: given.get(k) for k in ("position_ids", "token_type_ids")})
+        model._adjust_prompt_learning_kwargs(
+            self.config, kwargs={k: given.get(k) for k in ("position_ids", "token_type_ids")}
+        )
         if not self.is_prefix:
             count = 1 if self.prompt_ids is None else len(self.task_ids)
             with self._encoder():
@@ -244,8 +265,13 @@ class _Call:
         else:
             rows = self.engine.rows(self.plan, None, self._embeds())
         want_logits = given.get("labels") is None or state.keep_logits or not model.training
-        outputs = self.engine.outputs(self.plan, rows, want_logits=want_logits, prefix=self.prefix,
-                                      num_items_in_batch=given.get("num_items_in_batch"))
+        outputs = self.engine.outputs(
+            self.plan,
+            rows,
+            want_logits=want_logits,
+            prefix=self.prefix,
+            num_items_in_batch=given.get("num_items_in_batch"),
+        )
         by_default = getattr(model.base_model.config, "return_dict", True)
         as_dict = given.get("return_dict")
         return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
@@ -276,7 +302,9 @@ class _Call:
         front = 0 if self.is_prefix else self.length
         cells = source + front * (1 + source // width)  # token (b, c) stands in column P + c there
         if front:
-            row_of = torch.zeros(1 if self.prompt_ids is None else len(self.task_ids), dtype=torch.int64, device=source.device)
+            row_of = torch.zeros(
+                1 if self.prompt_ids is None else len(self.task_ids), dtype=torch.int64, device=source.device
+            )
             if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
                 row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
             prompt, virtual = (-1 - source).clamp(min=0) // front, (-1 - source).clamp(min=0) % front

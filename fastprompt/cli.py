@@ -160,7 +160,9 @@ def _add_model(parser):
 
 def _add_eval(parser):
     _add_adapter(parser)
-    parser.add_argument("--data", metavar="FILE", help="with the run's columns (default: the rows that the run held out)")
+    parser.add_argument(
+        "--data", metavar="FILE", help="with the run's columns (default: the rows that the run held out)"
+    )
     parser.add_argument("--task", metavar="NAME", help="of a multitask run: only the rows of this task")
 
 
@@ -176,7 +178,9 @@ def _add_generate(parser):
 
 
 def _add_inspect(parser):
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="output of a run, or any prompt adapter of PEFT")
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="output of a run, or any prompt adapter of PEFT"
+    )
     _add_model(parser)
     parser.add_argument("--top", type=int, metavar="K", help="how many of the nearest tokens to name (default 5)")
     parser.add_argument("--output", metavar="DIR", help="write similarity.png and norms.png into this folder")

@@ -92,10 +92,12 @@ def show_devices(hints):
         return ["cpu", "cuda"]
     row("gpu", "none that torch can use")
     if shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
-        hints.append((
-            f"a GPU driver is installed, but torch {torch.__version__} finds no GPU",
-            "a CUDA or ROCm build of torch that fits the driver: pytorch.org/get-started",
-        ))
+        hints.append(
+            (
+                f"a GPU driver is installed, but torch {torch.__version__} finds no GPU",
+                "a CUDA or ROCm build of torch that fits the driver: pytorch.org/get-started",
+            )
+        )
     return ["cpu"]
 
 
@@ -110,8 +112,12 @@ def show_library(hints):
         return
     compiler = os.environ.get("CXX", "c++").split()[0]
     found = shutil.which(compiler)
-    hints.append((f"the CPU runs PyTorch code in place of C++ kernels: {native.missing}",
-                  COMPILE if found else f"install a C++ compiler (there is no {compiler}), then {COMPILE}"))
+    hints.append(
+        (
+            f"the CPU runs PyTorch code in place of C++ kernels: {native.missing}",
+            COMPILE if found else f"install a C++ compiler (there is no {compiler}), then {COMPILE}",
+        )
+    )
 
 
 def show_operators(device_types, errors):

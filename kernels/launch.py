@@ -126,8 +126,12 @@ class Kernel:
     def compile(self, types, aligned, constants, options, target):
         names = self.arguments + self.constants
         signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
-        values = {name: None for name, kind in zip(names, types) if kind == "constexpr"} | dict(zip(self.constants, constants))
-        divisors = {i: ALIGNMENT for i, kind in enumerate(types) if kind[0] == "*"} | dict.fromkeys(self._strides, DIVISOR)
+        values = {name: None for name, kind in zip(names, types) if kind == "constexpr"} | dict(
+            zip(self.constants, constants)
+        )
+        divisors = {i: ALIGNMENT for i, kind in enumerate(types) if kind[0] == "*"} | dict.fromkeys(
+            self._strides, DIVISOR
+        )
         attributes = {(i,): [["tt.divisibility", divisor]] for i, divisor in divisors.items()} if aligned else {}
         source = ASTSource(self.function, signature, values, attributes)
         flags = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}

@@ -17,13 +17,19 @@ _P_TUNING = dict(encoder_hidden_size=12, encoder_dropout=0.0)
 # method -> (PEFT's config class, arguments)
 METHODS = {
     "prompt_tuning": (peft.PromptTuningConfig, {}),
-    "p_tuning_lstm": (peft.PromptEncoderConfig, dict(_P_TUNING, encoder_reparameterization_type="LSTM", encoder_num_layers=2)),
+    "p_tuning_lstm": (
+        peft.PromptEncoderConfig,
+        dict(_P_TUNING, encoder_reparameterization_type="LSTM", encoder_num_layers=2),
+    ),
     "p_tuning_mlp": (peft.PromptEncoderConfig, dict(_P_TUNING, encoder_reparameterization_type="MLP")),
     "multitask": (peft.MultitaskPromptTuningConfig, dict(num_tasks=3, num_ranks=2)),
     "prefix": (peft.PrefixTuningConfig, {}),
     "prefix_mlp": (peft.PrefixTuningConfig, dict(prefix_projection=True, encoder_hidden_size=12)),
     "cartridge": (peft.CartridgeConfig, dict(num_frozen_tokens=2)),
-    "cpt": (peft.CPTConfig, dict(cpt_token_ids=[4, 8, 15, 16, 23], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 2, 3, 4])),
+    "cpt": (
+        peft.CPTConfig,
+        dict(cpt_token_ids=[4, 8, 15, 16, 23], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 2, 3, 4]),
+    ),
 }
 PREFIXES = ("prefix", "prefix_mlp", "cartridge")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from parity import B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, build
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, Trainer, TrainingArguments
 
@@ -63,7 +63,9 @@ def test_logits_in_evaluation_without_labels_and_on_request():
 def test_many_labelled_rows(name):
     """Enough for the loss in chunks where the head is plain; Granite scales its logits and Gemma 2 caps them."""
     inputs = {k: v.repeat(20, 1) for k, v in batch("right").items()}
-    inputs["input_ids"] = torch.randint(3, VOCABULARY, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(9))
+    inputs["input_ids"] = torch.randint(
+        3, VOCABULARY, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(9)
+    )
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     assert_equal(*both(peft_model(name), inputs), inputs)
     assert_equal(*both(peft_model(name), dict(inputs, num_items_in_batch=111)), inputs)
@@ -80,7 +82,10 @@ def test_inputs_embeds_give_the_same(name):
     "change, reason",
     [
         (lambda i: i["attention_mask"].__setitem__((0, 3), 0), "the attention mask has holes"),
-        (lambda i: i.update(attention_mask=torch.tril(torch.ones(B, 1, P + S, P + S)).bool()), "the attention mask has 4 dimensions"),
+        (
+            lambda i: i.update(attention_mask=torch.tril(torch.ones(B, 1, P + S, P + S)).bool()),
+            "the attention mask has 4 dimensions",
+        ),
         (lambda i: i.update(output_hidden_states=True), "output_hidden_states given"),
         (lambda i: i.update(logits_to_keep=1, labels=None), "logits_to_keep given"),
         (lambda i: i["labels"].__setitem__((1, 8), 5), "a label follows a padding token"),
@@ -126,7 +131,10 @@ def test_an_attention_that_does_not_reach_the_interface_is_found_by_the_probe():
     model = peft_model("llama")
     for layer in model.base_model.model.layers:
         attention, original = layer.self_attn, layer.self_attn.forward
-        attention.forward = lambda *a, original=original, **k: (original(*a, **k)[0] * 1.01, None)  # still the interface
+        attention.forward = lambda *a, original=original, **k: (
+            original(*a, **k)[0] * 1.01,
+            None,
+        )  # still the interface
     fastprompt.accelerate(model)
     assert model._fastprompt.engine.refusal is None
     fastprompt.restore(model)
@@ -138,7 +146,9 @@ def test_an_attention_that_does_not_reach_the_interface_is_found_by_the_probe():
 
 
 def test_other_models_and_the_shared_config_are_left_alone():
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80
+    )
     first, second = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     assert first.config is second.config
     model = get_peft_model(first, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
@@ -237,9 +247,20 @@ def test_trainer_runs_unchanged(tmp_path):
         if accelerated:
             fastprompt.accelerate(model)
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / str(accelerated)), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, seed=3, eval_strategy="steps", eval_steps=3,
-            save_steps=3, disable_tqdm=True, gradient_checkpointing=True,
+            output_dir=str(tmp_path / str(accelerated)),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.05,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            seed=3,
+            eval_strategy="steps",
+            eval_steps=3,
+            save_steps=3,
+            disable_tqdm=True,
+            gradient_checkpointing=True,
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
         trainer.train()
@@ -262,7 +283,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 
 def _ddp_step(rank, halves, store, result):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     model = torch.nn.parallel.DistributedDataParallel(fastprompt.accelerate(peft_model("llama")))
     model(**halves[rank]).loss.backward()
     if rank == 0:
@@ -307,8 +330,18 @@ def test_a_patched_base_goes_on_sharing_the_prompt():
 
 def test_attention_in_chunks_runs_peft_itself():
     """Llama 4: a window's size means a chunk's there."""
-    config = Llama4TextConfig(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, intermediate_size_mlp=80, num_hidden_layers=4,
-                              num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4)
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=80,
+        intermediate_size_mlp=80,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=4,
+    )
     torch.manual_seed(0)
     model, inputs = peft_model(None, base=AutoModelForCausalLM.from_config(config)), batch("none")
     plain = step(model, inputs)
@@ -355,7 +388,10 @@ def test_a_reparameterised_prefix_under_autocast():
     "make, message",
     [
         (lambda: build("llama"), "peft_model must be a peft.PeftModel, got LlamaForCausalLM"),
-        (lambda: get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")), "peft_model must use prompt learning, got LORA"),
+        (
+            lambda: get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")),
+            "peft_model must use prompt learning, got LORA",
+        ),
     ],
 )
 def test_refuses_other_models_and_leaves_them_alone(make, message):

@@ -11,14 +11,22 @@ from benchmarks import common, memory, methods, models, small_ops, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
-TINY = {**models.SIZES, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    **models.SIZES,
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_the_workloads_have_the_shapes_of_the_issue():
     workloads = all_workloads()
     assert [(w.name, w.all_labels) for w in workloads if w.uneven] == [
-        (shape, labels) for labels in (False, True) for shape in ("(100, 16, 48)", "(20, 16, 64)", "(50, 32, 24)")]
+        (shape, labels) for labels in (False, True) for shape in ("(100, 16, 48)", "(20, 16, 64)", "(50, 32, 24)")
+    ]
     for workload in workloads:
         batch = workload.batch(128)
         assert int(batch["attention_mask"].sum()) == workload.tokens
@@ -41,7 +49,9 @@ def test_every_provider_computes_what_it_stands_for(all_labels):
     steps = step.providers(workload, TINY)
     result = step.measure(workload, 1, steps)
     assert result.right
-    assert {name: len(times) for name, times in result.times.items()} == dict.fromkeys(["PEFT", "fastprompt", "LoRA", "floor"], 1)
+    assert {name: len(times) for name, times in result.times.items()} == dict.fromkeys(
+        ["PEFT", "fastprompt", "LoRA", "floor"], 1
+    )
     inputs = steps["floor"].inputs
     assert inputs.shape[:2] == (2, 7) and inputs.grad is not None  # 4 + 10 rows, 2 the divisor of 14 next to 3
     assert all(p.grad is None for p in steps["floor"].model.parameters())
@@ -54,7 +64,6 @@ def test_a_right_result_is_reported(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "step.csv") as stream:
         (record,) = csv.DictReader(line for line in stream if not line.startswith("#"))
     assert float(record["over PEFT"]) > 0 and float(record["overhead"]) > 0
-
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "nan"])
@@ -81,12 +90,17 @@ def test_a_wrong_result_is_refused(what, tmp_path, monkeypatch, capsys):
 
 
 def test_every_method_is_right_and_reported(tmp_path, monkeypatch, capsys):
-    workload = {prompts: Workload(4, (3, 5, 2, 4), True, uneven=True, prompts=prompts) for prompts in (0, 1, models.TASKS)}
+    workload = {
+        prompts: Workload(4, (3, 5, 2, 4), True, uneven=True, prompts=prompts) for prompts in (0, 1, models.TASKS)
+    }
     monkeypatch.setattr(methods, "uneven_workloads", lambda prompts, quick: [workload[prompts]])
     assert methods.run(tmp_path, quick=True, sizes=TINY)
     assert capsys.readouterr().out.count("geometric mean") == 3
     assert {path.name for path in tmp_path.glob("*.csv")} == {
-        "step_prefix-tuning.csv", "step_p-tuning.csv", "step_multitask_prompt_tuning.csv"}
+        "step_prefix-tuning.csv",
+        "step_p-tuning.csv",
+        "step_multitask_prompt_tuning.csv",
+    }
 
 
 def test_common_text_is_right_and_reported(tmp_path, capsys):

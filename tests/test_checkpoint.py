@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 from peft import (
-    CartridgeConfig, CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PeftModel, PrefixTuningConfig,
-    PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model,
+    CartridgeConfig,
+    CPTConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
 )
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, build
@@ -113,11 +121,19 @@ def peft_config(kind):
     }[kind]()
 
 
-@pytest.mark.parametrize("kind, method", [
-    ("prompt", PromptTuning), ("lstm", PTuning), ("mlp", PTuning), ("prefix", PrefixTuning),
-    ("projected prefix", PrefixTuning), ("frozen prefix", PrefixTuning), ("multitask", MultitaskPromptTuning),
-    ("cpt", PromptTuning),
-])
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        ("prompt", PromptTuning),
+        ("lstm", PTuning),
+        ("mlp", PTuning),
+        ("prefix", PrefixTuning),
+        ("projected prefix", PrefixTuning),
+        ("frozen prefix", PrefixTuning),
+        ("multitask", MultitaskPromptTuning),
+        ("cpt", PromptTuning),
+    ],
+)
 @torch.no_grad()
 def test_we_give_the_same_logits_from_what_peft_wrote(tmp_path, kind, method):
     torch.manual_seed(0)
@@ -139,12 +155,18 @@ def test_we_give_the_same_logits_from_what_peft_wrote(tmp_path, kind, method):
     assert got.num_virtual_tokens == P and getattr(got, "frozen_tokens", 0) == (2 if kind == "frozen prefix" else 0)
 
 
-@pytest.mark.parametrize("kind, make", [
-    ("prompt", lambda: PromptTuning(P, D)), ("lstm", lambda: PTuning(P, D, hidden_size=7)),
-    ("mlp", lambda: PTuning(P, D, encoder="mlp", hidden_size=7)), ("prefix", lambda: prefix()),
-    ("projected prefix", lambda: prefix(projection=6)), ("frozen prefix", lambda: prefix(frozen_tokens=2)),
-    ("multitask", lambda: MultitaskPromptTuning(P, D, 3, num_ranks=2)),
-])
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        ("prompt", lambda: PromptTuning(P, D)),
+        ("lstm", lambda: PTuning(P, D, hidden_size=7)),
+        ("mlp", lambda: PTuning(P, D, encoder="mlp", hidden_size=7)),
+        ("prefix", lambda: prefix()),
+        ("projected prefix", lambda: prefix(projection=6)),
+        ("frozen prefix", lambda: prefix(frozen_tokens=2)),
+        ("multitask", lambda: MultitaskPromptTuning(P, D, 3, num_ranks=2)),
+    ],
+)
 def test_the_config_is_the_one_peft_writes(tmp_path, kind, make):
     get_peft_model(build("llama"), peft_config(kind)).save_pretrained(tmp_path / "peft")
     save(tmp_path / "ours", make(), build("llama").config)
@@ -222,12 +244,23 @@ def test_low_precision_is_kept(tmp_path):
 def sharing_model():
     """Gemma 4 with four layers, of which the last two use the keys and values of the first two."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Gemma4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=8, global_head_dim=8, intermediate_size=80, num_kv_shared_layers=2, sliding_window=64,
-        hidden_size_per_layer_input=4, vocab_size_per_layer_input=VOCABULARY,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    ))
+    return AutoModelForCausalLM.from_config(
+        Gemma4TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=D,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=8,
+            global_head_dim=8,
+            intermediate_size=80,
+            num_kv_shared_layers=2,
+            sliding_window=64,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=VOCABULARY,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        )
+    )
 
 
 @pytest.mark.parametrize("projection", [None, 6])

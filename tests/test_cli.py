@@ -60,7 +60,21 @@ def test_generate_completes_texts(trained, capsys):
     out, _ = trained
     assert main(["generate", "--adapter", str(out), "--max-new-tokens", "1", "--text", "cat", "oak moss"]) == 0
     answers = capsys.readouterr().out
-    assert main(["generate", "--adapter", str(out), "--max-new-tokens", "1", "--prompt", "Word: cat\nkind:", "Word: oak moss\nkind:"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--adapter",
+                str(out),
+                "--max-new-tokens",
+                "1",
+                "--prompt",
+                "Word: cat\nkind:",
+                "Word: oak moss\nkind:",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == answers and len(answers.splitlines()) == 2
 
 
@@ -146,7 +160,9 @@ def test_errors_name_the_option(command, said, tmp_path, monkeypatch, capsys):
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("command", [["train", "--steps", "many"], ["train", "--verbaliser", "A"], ["generate"], ["no"], []])
+@pytest.mark.parametrize(
+    "command", [["train", "--steps", "many"], ["train", "--verbaliser", "A"], ["generate"], ["no"], []]
+)
 def test_unparsable_commands_exit_with_usage(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main(command)

@@ -14,7 +14,9 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 def train(mode, method, result, processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run([*command, str(WORKER), mode, method, str(result)], env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        [*command, str(WORKER), mode, method, str(result)], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(result)
 

@@ -51,7 +51,7 @@ def test_survives_a_broken_package(tmp_path):
 def test_a_version_out_of_range_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "required_ranges", lambda: {"tqdm": "<1"})
     assert doctor.main() == 1
-    assert 'is outside <1\n' + " " * 20 + 'remedy: pip install "tqdm<1"' in capsys.readouterr().out
+    assert "is outside <1\n" + " " * 20 + 'remedy: pip install "tqdm<1"' in capsys.readouterr().out
 
 
 def test_runs_from_source_without_metadata(monkeypatch, capsys):
@@ -88,7 +88,9 @@ def test_survives_an_operator_that_selects_nothing(monkeypatch, capsys):
     assert "prompt_lstm: selects no backend: RuntimeError: no backend for this device" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("compiler, remedy", [("/bin/sh", "remedy: in a checkout"), ("/none/c++", "there is no /none/c++")])
+@pytest.mark.parametrize(
+    "compiler, remedy", [("/bin/sh", "remedy: in a checkout"), ("/none/c++", "there is no /none/c++")]
+)
 def test_says_how_to_get_the_library(compiler, remedy, monkeypatch, capsys):
     from fastprompt import native
 

@@ -18,10 +18,19 @@ P, D = 5, 12
 
 def make(kind, dropout=0.0):
     torch.manual_seed(0)
-    return PromptEncoder(PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=P, num_transformer_submodules=1, num_layers=1, token_dim=D,
-        num_attention_heads=2, encoder_reparameterization_type=kind, encoder_hidden_size=7, encoder_dropout=dropout,
-    ))
+    return PromptEncoder(
+        PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=P,
+            num_transformer_submodules=1,
+            num_layers=1,
+            token_dim=D,
+            num_attention_heads=2,
+            encoder_reparameterization_type=kind,
+            encoder_hidden_size=7,
+            encoder_dropout=dropout,
+        )
+    )
 
 
 def fast(encoder, outputs=None):

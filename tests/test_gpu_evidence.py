@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 import triton.language as tl
+from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import binary, check, compile_matrix, counts, launch_cost, model, traffic
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.chips import CHIPS, Device
 from benchmarks.gpu.rivals import Attention, ours, providers, uneven
-from fastprompt.kernels import launch
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -102,7 +102,9 @@ def test_the_exit_status_and_the_name_tell_of_a_variant_that_spills(n, warps, co
 
 
 def test_a_variant_that_does_not_compile_is_a_failure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compile_matrix.cases, "sample", lambda: [Case("toy", "forward", "odd", lambda: run_matmul(m=48))])
+    monkeypatch.setattr(
+        compile_matrix.cases, "sample", lambda: [Case("toy", "forward", "odd", lambda: run_matmul(m=48))]
+    )
     assert compile_matrix.main(["--target", "80", "--jobs", "1", "--out", str(tmp_path / "matrix.csv")]) == 1
     assert "does not compile" in capsys.readouterr().out
 
@@ -129,7 +131,9 @@ def test_a_launch_is_aligned_where_pointers_and_strides_allow_loads_of_16_bytes(
     x, out = torch.empty(64 * 256 + 8, dtype=torch.bfloat16), torch.empty(64, 256)
     assert captured(x, x, out, 256, 8, 256, 255).aligned  # 255: not a stride
     assert not captured(x, x, out, 256, 4, 256, 256).aligned
-    assert captured(x[8:], x, out, 256, 256, 256, 256).aligned and not captured(x[1:], x, out, 256, 256, 256, 256).aligned
+    assert (
+        captured(x[8:], x, out, 256, 256, 256, 256).aligned and not captured(x[1:], x, out, 256, 256, 256, 256).aligned
+    )
 
 
 def test_a_variant_is_told_by_types_and_never_by_values():
@@ -137,7 +141,15 @@ def test_a_variant_is_told_by_types_and_never_by_values():
     one = captured(x, x, out, 256, 256, 256, 256)
     assert one == captured(x, torch.nn.Parameter(x), out, 512, 256, 1024, 1)
     assert one.types == ("*bf16", "*bf16", "*fp32", "i64", "i64", "i64", "i32")
-    assert captured(x, x.half(), out, 256, 256, 256, 1.0).types == ("*bf16", "*fp16", "*fp32", "i64", "i64", "i64", "fp32")
+    assert captured(x, x.half(), out, 256, 256, 256, 1.0).types == (
+        "*bf16",
+        "*fp16",
+        "*fp32",
+        "i64",
+        "i64",
+        "i64",
+        "fp32",
+    )
     assert captured(x, None, out, 256, 256, 256, 256).types[1] == "constexpr"
     with pytest.raises(ValueError):
         captured(x, x, out, 256, 256, 256)
@@ -153,7 +165,11 @@ def program(*touches, flops=0.0):
 
 
 def test_bytes_of_a_block_that_is_read_twice():
-    read = [program((("a",), 400, 100)), program((("a",), 400, 100)), program((("b",), 400, 400), (("c",), 400, 400, True))]
+    read = [
+        program((("a",), 400, 100)),
+        program((("a",), 400, 100)),
+        program((("b",), 400, 400), (("c",), 400, 400, True)),
+    ]
     first, second = traffic.costs([traffic.Launch("x", read), traffic.Launch("y", read[:1])], TOY, 1.0)
     assert first.l2_bytes == 100 + 100 + 400 + 400
     assert first.memory_bytes == 400 + 400 + 400  # a once, b, and c when it is written back
@@ -185,7 +201,9 @@ def test_arithmetic_time_counts_the_slots_that_idle():
 
 
 def tiny(**sizes):
-    return counts.Workload("tiny", **{"heads": 2, "kv_heads": 1, "head_dim": 64, "prefix": 3, "lengths": (4, 2)} | sizes)
+    return counts.Workload(
+        "tiny", **{"heads": 2, "kv_heads": 1, "head_dim": 64, "prefix": 3, "lengths": (4, 2)} | sizes
+    )
 
 
 def test_floor_and_useful_work_by_hand():
@@ -204,7 +222,9 @@ def test_our_forward_by_hand(monkeypatch):
     (only,) = one.programs  # six queries with both heads stand in one tile
     row = 64 * 2
     moved = sum(touch.bytes for touch in only.touches)
-    assert moved == 32 + 6 * 2 * (2 * row + 16) + 2 * (6 + 3) * row  # table, q, out, lse and spans, keys and values once
+    assert (
+        moved == 32 + 6 * 2 * (2 * row + 16) + 2 * (6 + 3) * row
+    )  # table, q, out, lse and spans, keys and values once
     assert sum(touch.bytes for touch in only.touches if touch.write) == 6 * 2 * row
     assert only.flops >= tiny().useful_flops("forward")
 
@@ -228,8 +248,13 @@ def test_every_implementation_moves_at_least_its_inputs_and_outputs(direction, h
 def test_the_bar_is_of_the_fused_backward_at_100_keys():
     row = {"device": "B200", "direction": "backward", "P": 100, "batch": "uneven 10-64",
            "implementation": model.OURS, "launches": 2}  # fmt: skip
-    rows = [row | {"memory / floor": "1.30"}, row | {"memory / floor": "1.31"}, row | {"memory / floor": "1.0", "launches": 5},
-            row | {"P": 20, "memory / floor": "9"}, row | {"implementation": model.PEFT, "memory / floor": "9"}]
+    rows = [
+        row | {"memory / floor": "1.30"},
+        row | {"memory / floor": "1.31"},
+        row | {"memory / floor": "1.0", "launches": 5},
+        row | {"P": 20, "memory / floor": "9"},
+        row | {"implementation": model.PEFT, "memory / floor": "9"},
+    ]
     assert [met for _, met in model.bar(rows)] == [True, False, False]
 
 

@@ -17,16 +17,41 @@ _BERT = dict(_SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 DECODERS = {
     "llama": (hf.LlamaConfig, _LLAMA),
     "qwen2": (hf.Qwen2Config, _LLAMA),
-    "gpt2": (hf.GPT2Config, dict(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0.0,
-                                 embd_pdrop=0.0, attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=1,
-                                 eos_token_id=1)),
+    "gpt2": (
+        hf.GPT2Config,
+        dict(
+            vocab_size=VOCABULARY,
+            n_embd=48,
+            n_layer=3,
+            n_head=6,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            classifier_dropout=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+        ),
+    ),
 }
 ENCODERS = {
     "bert": (hf.BertConfig, _BERT),
     "roberta": (hf.RobertaConfig, dict(_BERT, pad_token_id=1, max_position_embeddings=64)),
     "electra": (hf.ElectraConfig, dict(_BERT, embedding_size=48)),
-    "modernbert": (hf.ModernBertConfig, dict(_SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1,
-                                             sep_token_id=1, global_attn_every_n_layers=2, local_attention=6)),
+    "modernbert": (
+        hf.ModernBertConfig,
+        dict(
+            _SIZES,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            cls_token_id=1,
+            sep_token_id=1,
+            global_attn_every_n_layers=2,
+            local_attention=6,
+        ),
+    ),
 }
 OWN = {"deberta": (hf.DebertaV2Config, dict(_BERT, pooler_dropout=0.0))}  # attention of its own: PEFT's padded forward
 ALL = DECODERS | ENCODERS | OWN
@@ -147,7 +172,12 @@ def test_a_head_that_reads_padding_runs_peft_itself(name, task_type, padding, re
     "name, ids, mask, reason",
     [
         ("llama", [[5, 6, 7], [5, 6, 0]], [[1, 1, 1], [1, 1, 0]], None),
-        ("llama", [[5, 6, 7], [5, 0, 0]], [[1, 1, 1], [1, 1, 0]], None),  # a real token with the id of padding: not the last
+        (
+            "llama",
+            [[5, 6, 7], [5, 0, 0]],
+            [[1, 1, 1], [1, 1, 0]],
+            None,
+        ),  # a real token with the id of padding: not the last
         ("llama", [[5, 6, 7], [5, 6, 9]], [[1, 1, 1], [1, 1, 0]], "by its token ids, the model reads"),
         ("roberta", [[5, 6, 7], [5, 6, 1]], [[1, 1, 1], [1, 1, 0]], None),
         ("roberta", [[5, 1, 7], [5, 6, 1]], [[1, 1, 1], [1, 1, 0]], "the model counts positions by token ids"),
@@ -212,12 +242,33 @@ def test_the_head_s_own_dropout_is_drawn_as_peft_draws_it():
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_mlp", "multitask", "prefix"])
 def test_encoder_decoders_run_peft_itself(name, method):
     if name == "t5":
-        config = hf.T5Config(vocab_size=VOCABULARY, d_model=48, d_kv=8, d_ff=80, num_layers=2, num_heads=6, dropout_rate=0.0,
-                             decoder_start_token_id=0)
+        config = hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=48,
+            d_kv=8,
+            d_ff=80,
+            num_layers=2,
+            num_heads=6,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
     else:
-        config = hf.BartConfig(vocab_size=VOCABULARY, d_model=48, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=80,
-                               decoder_ffn_dim=80, encoder_attention_heads=6, decoder_attention_heads=6, dropout=0.0,
-                               max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+        config = hf.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=48,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_ffn_dim=80,
+            decoder_ffn_dim=80,
+            encoder_attention_heads=6,
+            decoder_attention_heads=6,
+            dropout=0.0,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+        )
     torch.manual_seed(0)
     model = peft_model(None, method, task_type="SEQ_2_SEQ_LM", base=hf.AutoModelForSeq2SeqLM.from_config(config))
     inputs = batch("right", method=method)

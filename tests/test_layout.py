@@ -32,7 +32,9 @@ def test_every_cell_is_where_it_belongs(example, layout):
     mask, length, ids, labels = example
     batch, width = mask.shape
     try:
-        plan = plan_padded_input(batch, width, length, attention_mask=mask, labels=labels, prompt_ids=ids, layout=layout)
+        plan = plan_padded_input(
+            batch, width, length, attention_mask=mask, labels=labels, prompt_ids=ids, layout=layout
+        )
     except CannotPack as error:
         assert layout == "packed" and "left padding" in str(error)
         return
@@ -47,7 +49,12 @@ def test_every_cell_is_where_it_belongs(example, layout):
                 assert int(plan.source[row]) == expected and int(plan.position_ids[row]) == c
     rows = len(plan.source)
     tokens, prompts = int(mask.sum()), int(ids.max()) + 1
-    assert rows == {"shared": prompts * length + tokens, "packed": batch * length + tokens, "padded": batch * (length + width)}[layout]
+    assert (
+        rows
+        == {"shared": prompts * length + tokens, "packed": batch * length + tokens, "padded": batch * (length + width)}[
+            layout
+        ]
+    )
     wanted = [(b, c) for b in range(batch) for c in range(width) if labels[b, c] != -100]
     assert plan.labels.tolist() == [int(labels[b, c]) for b, c in wanted]
     assert plan.label_rows.tolist() == [int(plan.grid[b, length + c - 1]) for b, c in wanted]
@@ -91,7 +98,9 @@ def test_virtual_tokens_inside_a_template(layout):
     """[text, P0, text, P1]: the prompt stands where the template says, and not in front."""
     virtual = torch.tensor([[-1, 0, -1, 1], [0, -1, 1, -1]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    plan = plan_padded_input(2, 4, 2, attention_mask=mask, virtual_tokens=virtual, prompt_ids=torch.tensor([0, 1]), layout=layout)
+    plan = plan_padded_input(
+        2, 4, 2, attention_mask=mask, virtual_tokens=virtual, prompt_ids=torch.tensor([0, 1]), layout=layout
+    )
     expected = [0, -1, 2, -2, -3, 5, -4, 7]
     assert plan.source.tolist() == (expected if layout == "padded" else expected[:-1])
     assert plan.position_ids.tolist()[:7] == [0, 1, 2, 3, 0, 1, 2]
@@ -107,9 +116,18 @@ def test_token_ids_replace_positions():
     "options, message",
     [
         (dict(attention_mask=torch.tensor([[1, 0, 1]])), "the attention mask has holes"),
-        (dict(attention_mask=torch.tensor([[0, 1, 1]]), labels=torch.tensor([[-100, 4, 4]])), "a label follows a padding token"),
-        (dict(attention_mask=torch.tensor([[1, 1, 0]]), labels=torch.tensor([[4, 4, 4]])), None),  # predicted by a real token
-        (dict(attention_mask=torch.tensor([[1, 0, 0]]), labels=torch.tensor([[4, 4, 4]])), "a label follows a padding token"),
+        (
+            dict(attention_mask=torch.tensor([[0, 1, 1]]), labels=torch.tensor([[-100, 4, 4]])),
+            "a label follows a padding token",
+        ),
+        (
+            dict(attention_mask=torch.tensor([[1, 1, 0]]), labels=torch.tensor([[4, 4, 4]])),
+            None,
+        ),  # predicted by a real token
+        (
+            dict(attention_mask=torch.tensor([[1, 0, 0]]), labels=torch.tensor([[4, 4, 4]])),
+            "a label follows a padding token",
+        ),
     ],
 )
 def test_what_cannot_be_packed_exactly_is_refused(options, message):
@@ -124,11 +142,23 @@ def test_what_cannot_be_packed_exactly_is_refused(options, message):
     "call, message",
     [
         (lambda: plan_padded_input(2, 3, -1), "num_virtual_tokens must be an int >= 0, got -1"),
-        (lambda: plan_padded_input(2, 3, 1, layout="dense"), "layout must be 'shared', 'packed' or 'padded', got 'dense'"),
-        (lambda: plan_padded_input(2, 3, 1, labels=torch.zeros(2, 4, dtype=torch.int64)), r"labels must have shape \[2, 3\]"),
-        (lambda: plan_padded_input(2, 3, 1, prompt_ids=torch.zeros(3, dtype=torch.int64)), r"prompt_ids must have shape \[2\]"),
+        (
+            lambda: plan_padded_input(2, 3, 1, layout="dense"),
+            "layout must be 'shared', 'packed' or 'padded', got 'dense'",
+        ),
+        (
+            lambda: plan_padded_input(2, 3, 1, labels=torch.zeros(2, 4, dtype=torch.int64)),
+            r"labels must have shape \[2, 3\]",
+        ),
+        (
+            lambda: plan_padded_input(2, 3, 1, prompt_ids=torch.zeros(3, dtype=torch.int64)),
+            r"prompt_ids must have shape \[2\]",
+        ),
         (lambda: plan_packed_input([0, 2], 1, layout="padded"), "layout must be 'shared' or 'packed' for packed input"),
-        (lambda: plan_padded_input(1, 2, 1, virtual_tokens=torch.tensor([[0, 1]]), layout="packed"), "virtual_tokens must be below num_virtual_tokens 1, got 1"),
+        (
+            lambda: plan_padded_input(1, 2, 1, virtual_tokens=torch.tensor([[0, 1]]), layout="packed"),
+            "virtual_tokens must be below num_virtual_tokens 1, got 1",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, message):

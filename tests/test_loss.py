@@ -12,13 +12,18 @@ from fastprompt.hf.loss import SummedCrossEntropy
 def test_equals_cross_entropy(rows, vocabulary, with_bias):
     """More rows and columns than a chunk holds, and fewer; large logits."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) * 5 for s in ((rows, 16), (vocabulary, 16), (vocabulary,)))
+    hidden, weight, bias = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) * 5
+        for s in ((rows, 16), (vocabulary, 16), (vocabulary,))
+    )
     bias = bias if with_bias else None
     labels = torch.randint(vocabulary, (rows,), generator=generator)
     results = []
     for loss_of in (
         lambda h: SummedCrossEntropy.apply(h, weight, bias, labels),
-        lambda h: torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, weight, bias), labels, reduction="sum"),
+        lambda h: torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(h, weight, bias), labels, reduction="sum"
+        ),
     ):
         leaf = hidden.clone().requires_grad_()
         loss = loss_of(leaf)

@@ -12,7 +12,12 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
 
 from fastprompt.methods import (
-    MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning, distillation_loss, ensemble_vote,
+    MultitaskPromptTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    distillation_loss,
+    ensemble_vote,
 )
 
 P, D, L, HEADS, DH = 5, 12, 3, 2, 4
@@ -21,17 +26,30 @@ WORDS = nn.Embedding(9, D)
 
 
 def peft_prefix(projection=None, init=None):
-    return PrefixEncoder(PrefixTuningConfig(
-        token_dim=HEADS * DH, num_attention_heads=HEADS, prefix_projection=projection is not None,
-        encoder_hidden_size=projection, init_weights=init, **COMMON,
-    ))
+    return PrefixEncoder(
+        PrefixTuningConfig(
+            token_dim=HEADS * DH,
+            num_attention_heads=HEADS,
+            prefix_projection=projection is not None,
+            encoder_hidden_size=projection,
+            init_weights=init,
+            **COMMON,
+        )
+    )
 
 
 def peft_encoder(encoder, hidden=7, num_layers=2, dropout=0.0):
-    return PromptEncoder(PromptEncoderConfig(
-        token_dim=D, num_attention_heads=HEADS, encoder_reparameterization_type=encoder.upper(),
-        encoder_hidden_size=hidden, encoder_num_layers=num_layers, encoder_dropout=dropout, **COMMON,
-    ))
+    return PromptEncoder(
+        PromptEncoderConfig(
+            token_dim=D,
+            num_attention_heads=HEADS,
+            encoder_reparameterization_type=encoder.upper(),
+            encoder_hidden_size=hidden,
+            encoder_num_layers=num_layers,
+            encoder_dropout=dropout,
+            **COMMON,
+        )
+    )
 
 
 def peft_multitask(tasks=3, ranks=2, **options):
@@ -319,9 +337,14 @@ def test_multitask_equals_peft_s_embedding():
     assert torch.equal(ours(), ours(torch.arange(3))) and torch.equal(ours()[:P], ours(torch.tensor([0])))
 
 
-@pytest.mark.parametrize("task, mode", [
-    ("average", "AVERAGE_SOURCE_TASKS"), (1, "EXACT_SOURCE_TASK"), ("shared", "ONLY_SOURCE_SHARED"),
-])
+@pytest.mark.parametrize(
+    "task, mode",
+    [
+        ("average", "AVERAGE_SOURCE_TASKS"),
+        (1, "EXACT_SOURCE_TASK"),
+        ("shared", "ONLY_SOURCE_SHARED"),
+    ],
+)
 def test_target_tasks_start_as_in_peft(tmp_path, task, mode):
     source = MultitaskPromptTuning(P, D, 3, num_ranks=2)
     state = dict(prompt_embeddings=source.shared, prefix_task_cols=source.rows, prefix_task_rows=source.cols)
@@ -415,32 +438,96 @@ KV = torch.zeros(L, 2, P, HEADS, DH)
     "error, call, message",
     [
         (ValueError, lambda: PrefixTuning(P, 0, HEADS, DH), "num_layers must be an int >= 1, got 0"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, init=KV[:, :, 1:]), r"init must have shape \[3, 2, 1, 5, 2, 4\] or \[3, 2, 5, 2, 4\], got \[3, 2, 4, 2, 4\]"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, init="ones"), "init must be None, \"zero\" or a tensor, got 'ones'"),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, init=KV[:, :, 1:]),
+            r"init must have shape \[3, 2, 1, 5, 2, 4\] or \[3, 2, 5, 2, 4\], got \[3, 2, 4, 2, 4\]",
+        ),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, init="ones"),
+            "init must be None, \"zero\" or a tensor, got 'ones'",
+        ),
         (TypeError, lambda: PrefixTuning(P, L, HEADS, DH, init=3), "init must be a torch.Tensor of shape .*, got int"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, init=KV, projection=6), 'init must be None or "zero" with projection, .* got Tensor'),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, num_prompts=2, projection=6), "num_prompts must be 1 with projection, got 2"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, frozen_tokens=1, projection=6), "frozen_tokens must be 0 with projection, got 1"),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, init=KV, projection=6),
+            'init must be None or "zero" with projection, .* got Tensor',
+        ),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, num_prompts=2, projection=6),
+            "num_prompts must be 1 with projection, got 2",
+        ),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, frozen_tokens=1, projection=6),
+            "frozen_tokens must be 0 with projection, got 1",
+        ),
         (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, projection=0), "projection must be an int >= 1, got 0"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, frozen_tokens=6), r"frozen_tokens must be an int in \[0, 5\], got 6"),
-        (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, layers=[0, 1]), r"layers must hold num_layers=3 ascending indices, got \[0, 1\]"),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, frozen_tokens=6),
+            r"frozen_tokens must be an int in \[0, 5\], got 6",
+        ),
+        (
+            ValueError,
+            lambda: PrefixTuning(P, L, HEADS, DH, layers=[0, 1]),
+            r"layers must hold num_layers=3 ascending indices, got \[0, 1\]",
+        ),
         (ValueError, lambda: PrefixTuning(P, L, HEADS, DH, layers=[0, 2, 1]), r"ascending indices, got \[0, 2, 1\]"),
-        (ValueError, lambda: PTuning(P, D, encoder="gru"), "encoder must be \"lstm\", \"mlp\" or None, got 'gru'"),
+        (ValueError, lambda: PTuning(P, D, encoder="gru"), 'encoder must be "lstm", "mlp" or None, got \'gru\''),
         (ValueError, lambda: PTuning(P, D, hidden_size=0), "hidden_size must be an int >= 1, got 0"),
         (ValueError, lambda: PTuning(P, D, dropout=1.5), r"dropout must lie in \[0, 1\), got 1.5"),
-        (ValueError, lambda: PTuning(P, D, encoder="mlp", num_layers=3), 'num_layers and dropout must be left alone but for encoder="lstm", got 3 and 0.0'),
+        (
+            ValueError,
+            lambda: PTuning(P, D, encoder="mlp", num_layers=3),
+            'num_layers and dropout must be left alone but for encoder="lstm", got 3 and 0.0',
+        ),
         (ValueError, lambda: PTuning(P, D, init=torch.zeros(P, 3)), r"init must have shape \[5, 12\], got \[5, 3\]"),
         (ValueError, lambda: MultitaskPromptTuning(P, D, 0), "num_tasks must be an int >= 1, got 0"),
-        (ValueError, lambda: MultitaskPromptTuning(P, D, 2)(torch.tensor([2])), r"task_ids must lie in \[0, 2\), got values from 2 to 2"),
-        (ValueError, lambda: MultitaskPromptTuning.from_source(MultitaskPromptTuning(P, D, 2), 2), r'task must be "average", "shared" or an int in \[0, 2\), got 2'),
-        (ValueError, lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3), torch.ones(2, 3)), r"teacher_logits must have shape \[2, 3\], got \[2, 4\]"),
-        (ValueError, lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(0, 3), torch.ones(0, 3)), "student_hidden must hold at least one row"),
-        (ValueError, lambda: distillation_loss(*[torch.ones(2, 3)] * 4, temperature=0), "temperature must be above 0, got 0"),
+        (
+            ValueError,
+            lambda: MultitaskPromptTuning(P, D, 2)(torch.tensor([2])),
+            r"task_ids must lie in \[0, 2\), got values from 2 to 2",
+        ),
+        (
+            ValueError,
+            lambda: MultitaskPromptTuning.from_source(MultitaskPromptTuning(P, D, 2), 2),
+            r'task must be "average", "shared" or an int in \[0, 2\), got 2',
+        ),
+        (
+            ValueError,
+            lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3), torch.ones(2, 3)),
+            r"teacher_logits must have shape \[2, 3\], got \[2, 4\]",
+        ),
+        (
+            ValueError,
+            lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(0, 3), torch.ones(0, 3)),
+            "student_hidden must hold at least one row",
+        ),
+        (
+            ValueError,
+            lambda: distillation_loss(*[torch.ones(2, 3)] * 4, temperature=0),
+            "temperature must be above 0, got 0",
+        ),
         (TypeError, lambda: PromptTuning(P, D, init=[0.0]), "init must be a torch.Tensor of shape .*, got list"),
-        (ValueError, lambda: PromptTuning.from_labels([[1], []], nn.Embedding(9, D), 4), "label_token_ids must hold at least one token a label, got none for label 1"),
-        (ValueError, lambda: PromptTuning.from_labels([[1], [2]], nn.Embedding(9, D), 1), "label_token_ids must hold 1 to num_virtual_tokens=1 labels, got 2"),
+        (
+            ValueError,
+            lambda: PromptTuning.from_labels([[1], []], nn.Embedding(9, D), 4),
+            "label_token_ids must hold at least one token a label, got none for label 1",
+        ),
+        (
+            ValueError,
+            lambda: PromptTuning.from_labels([[1], [2]], nn.Embedding(9, D), 1),
+            "label_token_ids must hold 1 to num_virtual_tokens=1 labels, got 2",
+        ),
         (ValueError, lambda: ensemble_vote(torch.zeros(2, 3)), r"logits must have shape \[N, B, C\], got \[2, 3\]"),
-        (TypeError, lambda: ensemble_vote(torch.zeros(1, 2, 3, dtype=torch.int64)), "logits must have one of the dtypes"),
+        (
+            TypeError,
+            lambda: ensemble_vote(torch.zeros(1, 2, 3, dtype=torch.int64)),
+            "logits must have one of the dtypes",
+        ),
     ],
 )
 def test_errors_name_the_argument(error, call, message):

@@ -9,7 +9,9 @@ import fastprompt
 from fastprompt.hf.mlp import GatedActivation
 
 
-@pytest.mark.parametrize("activation", [torch.nn.functional.silu, torch.nn.functional.gelu, torch.relu, torch.nn.Identity()])
+@pytest.mark.parametrize(
+    "activation", [torch.nn.functional.silu, torch.nn.functional.gelu, torch.relu, torch.nn.Identity()]
+)
 def test_gradients_equal_autograd_s(activation):
     generator = torch.Generator().manual_seed(0)
     gate, up, grad = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -21,7 +23,9 @@ def test_gradients_equal_autograd_s(activation):
         out.backward(grad)  # what was saved was not written into
         results.append((out.detach(), *(x.grad for x in leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert torch.autograd.gradcheck(lambda g, u: GatedActivation.apply(g, u, activation), (gate.requires_grad_(), up.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda g, u: GatedActivation.apply(g, u, activation), (gate.requires_grad_(), up.requires_grad_())
+    )
 
 
 def kept_bytes(model, inputs):

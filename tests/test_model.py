@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
 from parity import B, P, S, batch, peft_model
-from tiny_models import VOCABULARY, build
+from peft import PeftModel, get_peft_model
+from tiny_models import build
 
 from fastprompt import PromptTuning, SoftPromptModel
 from fastprompt.layout import CannotPack
@@ -40,11 +40,19 @@ def test_same_loss_gradient_and_logits_as_peft(name, padding):
     loss = plain(**inputs).loss
     loss.backward()
     model = soft_prompt_model(name)
-    assert_close(loss_and_gradient(model, **inputs), (loss.detach(), next(plain.prompt_encoder.parameters()).grad[None]))
-    real = torch.ones(B, P + S, dtype=torch.bool) if padding == "none" else torch.cat([torch.ones(B, P), inputs["attention_mask"]], 1).bool()
+    assert_close(
+        loss_and_gradient(model, **inputs), (loss.detach(), next(plain.prompt_encoder.parameters()).grad[None])
+    )
+    real = (
+        torch.ones(B, P + S, dtype=torch.bool)
+        if padding == "none"
+        else torch.cat([torch.ones(B, P), inputs["attention_mask"]], 1).bool()
+    )
     del inputs["labels"]
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**inputs).logits[real], plain.eval()(**inputs).logits[real], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.eval()(**inputs).logits[real], plain.eval()(**inputs).logits[real], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
@@ -173,10 +181,19 @@ def test_initial_prompts(start):
     "call, message",
     [
         (lambda: PromptTuning(0, 48), "num_virtual_tokens must be an int >= 1, got 0"),
-        (lambda: PromptTuning(3, 48, init=torch.zeros(3, 47)), r"init must have shape \[1, 3, 48\] or \[3, 48\], got \[3, 47\]"),
-        (lambda: PromptTuning.from_text([], build("llama").get_input_embeddings(), 3), "token_ids must hold at least one token"),
+        (
+            lambda: PromptTuning(3, 48, init=torch.zeros(3, 47)),
+            r"init must have shape \[1, 3, 48\] or \[3, 48\], got \[3, 47\]",
+        ),
+        (
+            lambda: PromptTuning.from_text([], build("llama").get_input_embeddings(), 3),
+            "token_ids must hold at least one token",
+        ),
         (lambda: SoftPromptModel(build("llama"), PromptTuning(3, 40)), "method must produce prompts of width 48"),
-        (lambda: soft_prompt_model()(batch("right")["input_ids"], prompt_ids=torch.tensor([0, 0, 1, 0])), r"prompt_ids must lie in \[0, 1\), got values from 0 to 1"),
+        (
+            lambda: soft_prompt_model()(batch("right")["input_ids"], prompt_ids=torch.tensor([0, 0, 1, 0])),
+            r"prompt_ids must lie in \[0, 1\), got values from 0 to 1",
+        ),
         (lambda: soft_prompt_model()(), "exactly one of input_ids and inputs_embeds must be given"),
     ],
 )

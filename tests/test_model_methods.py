@@ -57,8 +57,15 @@ def both(name, method, inputs):
         inputs["prompt_ids"] = inputs.pop("task_ids")
     fast = step(ours, inputs)
     plain[1].update({name.removeprefix("prompt_encoder.default."): x for name, x in plain[1].items()})
-    expected = {ours_name: plain[1][theirs_name].reshape(fast[1]["method." + ours_name].shape) for ours_name, theirs_name in names.items()}
-    return (plain[0], expected, plain[2]), (fast[0], {name.removeprefix("method."): x for name, x in fast[1].items()}, fast[2])
+    expected = {
+        ours_name: plain[1][theirs_name].reshape(fast[1]["method." + ours_name].shape)
+        for ours_name, theirs_name in names.items()
+    }
+    return (plain[0], expected, plain[2]), (
+        fast[0],
+        {name.removeprefix("method."): x for name, x in fast[1].items()},
+        fast[2],
+    )
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -124,7 +131,9 @@ def test_packed_input_equals_the_padded_batch():
     ids, real = torch.tensor([1, 0, 0, 1]), inputs["attention_mask"].bool()
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), real.sum(1).cumsum(0)])
     padded = model(**inputs, prompt_ids=ids).loss
-    packed = model(inputs["input_ids"][real][None], labels=inputs["labels"][real][None], cu_seqlens=cu, prompt_ids=ids).loss
+    packed = model(
+        inputs["input_ids"][real][None], labels=inputs["labels"][real][None], cu_seqlens=cu, prompt_ids=ids
+    ).loss
     torch.testing.assert_close(packed, padded)
 
 
@@ -136,8 +145,11 @@ def test_gradient_checkpointing_with_a_prefix(projection, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_equal(plain, step(model, inputs), inputs)
     model(**inputs).loss.backward()  # and the gradient is added, not replaced
-    assert_equal((plain[0], {n: 2 * g for n, g in plain[1].items()}, plain[2]),
-                 (plain[0], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, plain[2]), inputs)
+    assert_equal(
+        (plain[0], {n: 2 * g for n, g in plain[1].items()}, plain[2]),
+        (plain[0], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, plain[2]),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -179,8 +191,16 @@ METHOD_WITH_HEAD = {
 
 @pytest.mark.parametrize("labels", [3, 8])  # 8: as many as the probe has columns
 @pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("name, method", [("llama", "prompt"), ("llama", "prefix_llama"), ("bert", "prompt"), ("bert", "prefix_bert"),
-                                          ("deberta", "prompt")])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("llama", "prompt"),
+        ("llama", "prefix_llama"),
+        ("bert", "prompt"),
+        ("bert", "prefix_bert"),
+        ("deberta", "prompt"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:fastprompt runs the model's own padded forward")
 def test_a_classifier_reads_the_text_wherever_it_is_padded(name, method, padding, labels):
     """PEFT's prompts make a decoder's classifier pool padding, and an encoder's the first virtual token."""
@@ -190,7 +210,9 @@ def test_a_classifier_reads_the_text_wherever_it_is_padded(name, method, padding
         if name == "deberta":
             pytest.skip("its distances count the padding between prompt and text")
         for parameter_name, parameter in base.named_parameters():
-            if "position_embeddings" in parameter_name:  # absolute positions count left padding, and a row alone has none
+            if (
+                "position_embeddings" in parameter_name
+            ):  # absolute positions count left padding, and a row alone has none
                 parameter.data.zero_()
         if name == "llama":
             base.model.rotary_emb.inv_freq.zero_()
@@ -223,7 +245,10 @@ def test_token_targets_count_the_text(name):
     model = SoftPromptModel(build_with_head(name, "QUESTION_ANS"), PromptTuning(P, 48))
     output = model(inputs["input_ids"], inputs["attention_mask"], **answers)
     assert output.start_logits.shape == (B, S)
-    loss = [torch.nn.functional.cross_entropy(x, y) for x, y in zip((output.start_logits, output.end_logits), answers.values())]
+    loss = [
+        torch.nn.functional.cross_entropy(x, y)
+        for x, y in zip((output.start_logits, output.end_logits), answers.values())
+    ]
     torch.testing.assert_close(output.loss, sum(loss) / 2)
 
 
@@ -255,8 +280,18 @@ def test_a_head_is_saved_with_the_prompt(tmp_path):
 def test_an_encoder_decoder_equals_peft():
     def base():
         torch.manual_seed(0)
-        return hf.T5ForConditionalGeneration(hf.T5Config(
-            vocab_size=VOCABULARY, d_model=48, d_kv=8, d_ff=80, num_layers=2, num_heads=6, dropout_rate=0.0, decoder_start_token_id=0))
+        return hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                vocab_size=VOCABULARY,
+                d_model=48,
+                d_kv=8,
+                d_ff=80,
+                num_layers=2,
+                num_heads=6,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+            )
+        )
 
     theirs = peft_model(None, task_type="SEQ_2_SEQ_LM", base=base())
     prompt = theirs.prompt_encoder["default"].embedding.weight
@@ -269,20 +304,41 @@ def test_an_encoder_decoder_equals_peft():
     torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(ours.method.prompt.grad[0], prompt.grad[:P])
     options = dict(max_new_tokens=4, do_sample=False, attention_mask=inputs["attention_mask"])
-    assert torch.equal(ours.eval().generate(inputs["input_ids"], **options), theirs.eval().generate(input_ids=inputs["input_ids"], **options))
+    assert torch.equal(
+        ours.eval().generate(inputs["input_ids"], **options),
+        theirs.eval().generate(input_ids=inputs["input_ids"], **options),
+    )
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: SoftPromptModel(build("llama"), PrefixTuning(P, 4, 2, 8)), "method must have a prefix for the model's 3 layers"),
-        (lambda: SoftPromptModel(build("llama"), PrefixTuning(P, 3, 6, 8)), "method must have 2 key heads of width 8 like the model, got 6 of width 8"),
-        (lambda: SoftPromptModel(build("llama"), prefixes(1))(torch.zeros(1, 3, dtype=torch.int64), virtual_tokens=torch.zeros(1, 3, dtype=torch.int64)),
-         "virtual_tokens must be None with Prefix-Tuning"),
-        (lambda: SoftPromptModel(build_with_head("bert", "SEQ_CLS"), PromptTuning(P, 48))(torch.zeros(3, dtype=torch.int64), cu_seqlens=[0, 3]),
-         "cu_seqlens must be None for a BertForSequenceClassification"),
-        (lambda: SoftPromptModel(build("llama"), PromptTuning(P, 48))(torch.zeros(3, dtype=torch.int64), torch.ones(1, 3), cu_seqlens=[0, 3]),
-         "attention_mask must be None with cu_seqlens"),
+        (
+            lambda: SoftPromptModel(build("llama"), PrefixTuning(P, 4, 2, 8)),
+            "method must have a prefix for the model's 3 layers",
+        ),
+        (
+            lambda: SoftPromptModel(build("llama"), PrefixTuning(P, 3, 6, 8)),
+            "method must have 2 key heads of width 8 like the model, got 6 of width 8",
+        ),
+        (
+            lambda: SoftPromptModel(build("llama"), prefixes(1))(
+                torch.zeros(1, 3, dtype=torch.int64), virtual_tokens=torch.zeros(1, 3, dtype=torch.int64)
+            ),
+            "virtual_tokens must be None with Prefix-Tuning",
+        ),
+        (
+            lambda: SoftPromptModel(build_with_head("bert", "SEQ_CLS"), PromptTuning(P, 48))(
+                torch.zeros(3, dtype=torch.int64), cu_seqlens=[0, 3]
+            ),
+            "cu_seqlens must be None for a BertForSequenceClassification",
+        ),
+        (
+            lambda: SoftPromptModel(build("llama"), PromptTuning(P, 48))(
+                torch.zeros(3, dtype=torch.int64), torch.ones(1, 3), cu_seqlens=[0, 3]
+            ),
+            "attention_mask must be None with cu_seqlens",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, message):
@@ -297,4 +353,6 @@ def test_an_argument_that_would_be_ignored_is_refused(name, argument):
     if (name, argument) == ("bert", "token_type_ids"):
         pytest.skip("BERT has token types")
     with pytest.raises(TypeError, match=rf"forward got unknown arguments \['{argument}'\]"):
-        SoftPromptModel(base, PromptTuning(P, 48))(torch.zeros(1, 3, dtype=torch.int64), **{argument: torch.zeros(1, 3)})
+        SoftPromptModel(base, PromptTuning(P, 48))(
+            torch.zeros(1, 3, dtype=torch.int64), **{argument: torch.zeros(1, 3)}
+        )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from budget import assert_sums_rounded_once, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from budget import assert_sums_rounded_once, assert_within_budget
 from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
 
 BACKENDS = [name for name, problem in available_backends().items() if problem is None]
@@ -48,8 +48,12 @@ def check(backend, dtype, tensors, task_ids):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
-    ids=st.lists(st.integers(0, 2), max_size=7), length=st.integers(0, 9), width=st.integers(0, 40),
-    rank=st.integers(0, 6), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+    ids=st.lists(st.integers(0, 2), max_size=7),
+    length=st.integers(0, 9),
+    width=st.integers(0, 40),
+    rank=st.integers(0, 6),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
 def test_forward_and_gradients_match_the_definition(backend, ids, length, width, rank, dtype, seed):
@@ -65,7 +69,9 @@ def test_float64_runs_on_the_reference():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length, width, rank", [(6, 700, 1), (9, 257, 7), (1, 33, 70), (3, 5, 2), (33, 300, 16), (20, 40, 9)])
+@pytest.mark.parametrize(
+    "length, width, rank", [(6, 700, 1), (9, 257, 7), (1, 33, 70), (3, 5, 2), (33, 300, 16), (20, 40, 9)]
+)
 def test_every_instruction_set(cpu_isa, poisoned, dtype, length, width, rank):
     """More columns than are computed together, ends of every length, small ranks and large ones."""
     *tensors, task_ids = inputs([2, 0, 2, 1], length, width, tasks=5, rank=rank)
@@ -216,7 +222,9 @@ def test_backends():
     assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
     assert select_backend("cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
-        with pytest.raises(RuntimeError, match="'cpu' of multitask_prompt cannot run this call: the C.. kernels have no float64"):
+        with pytest.raises(
+            RuntimeError, match="'cpu' of multitask_prompt cannot run this call: the C.. kernels have no float64"
+        ):
             multitask_prompt(*inputs(), backend="cpu")
     with pytest.raises(RuntimeError, match="'triton' of multitask_prompt cannot run this call: the Triton kernel"):
         multitask_prompt(*inputs(), backend="triton")

@@ -79,7 +79,9 @@ def check_library(site):
     library, missing, _ = python("-c", show, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}).split()
     assert missing == "None" and Path(library).parent == site / "fastprompt"
     if shutil.which("nm") and sys.platform == "linux":
-        listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        ).stdout
         needed = [line.split()[1] for line in listing.splitlines() if line.split()[0] == "U"]
         unversioned = [name for name in needed if "@" not in name]  # others are of the C and C++ runtimes
         assert unversioned and all(name.startswith(("aoti_torch_", "torch_")) for name in unversioned)

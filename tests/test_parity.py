@@ -43,7 +43,11 @@ def test_common_text_is_run_once(name, lengths, method):
     inputs = batch("right", common=3, method=method, lengths=lengths)
     model = peft_model(name, method)
     rows = []
-    hook = model.base_model.get_decoder().layers[0].register_forward_hook(lambda m, args, output: rows.append(args[0].shape[1]))
+    hook = (
+        model.base_model.get_decoder()
+        .layers[0]
+        .register_forward_hook(lambda m, args, output: rows.append(args[0].shape[1]))
+    )
     assert_equal(*both(model, inputs), inputs)
     hook.remove()
     prompts = 0 if method in PREFIXES else 3 * P if method == "multitask" else P
@@ -109,7 +113,11 @@ def test_models_that_cannot_be_packed_run_peft_itself(name, padding):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name, method", [(name, "prompt_tuning") for name in PACKED] + [(name, m) for name in ("llama", "gpt2", "gemma2") for m in PREFIXES])
+@pytest.mark.parametrize(
+    "name, method",
+    [(name, "prompt_tuning") for name in PACKED]
+    + [(name, m) for name in ("llama", "gpt2", "gemma2") for m in PREFIXES],
+)
 def test_gradient_checkpointing(name, method, reentrant):
     """PEFT's own Prefix-Tuning refuses checkpointing, or drops the prefix without a word; the reference runs without."""
     model, inputs = peft_model(name, method), batch("right")
@@ -132,6 +140,10 @@ def test_bf16_within_the_rounding_of_peft(name):
     exact = step(high, inputs)
     plain, fast = both(low, inputs)
     mask = inputs["attention_mask"]
-    real = torch.ones(exact[2].shape[:2], dtype=torch.bool) if mask is None else torch.cat([torch.ones(B, P), mask], 1).bool()
+    real = (
+        torch.ones(exact[2].shape[:2], dtype=torch.bool)
+        if mask is None
+        else torch.cat([torch.ones(B, P), mask], 1).bool()
+    )
     for pick in (lambda x: x[0], lambda x: next(iter(x[1].values())), lambda x: x[2][real]):
         assert_within_budget(pick(fast), pick(plain), pick(exact), torch.bfloat16)

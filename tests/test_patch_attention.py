@@ -113,7 +113,9 @@ def test_generation_behind_a_learned_prefix_with_and_without_a_cache(name):
 
 
 def test_encoders():
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64
+    )
     model = BertModel(config).eval()
     with torch.no_grad():
         plain = model(input_ids=IDS, attention_mask=MASK).last_hidden_state

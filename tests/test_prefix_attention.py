@@ -84,7 +84,9 @@ def layout(lengths, kind, prefixes, prefix_length, seed, mixed):
         seq = Sequences.packed(starts, **options)
     else:
         width = max(lengths, default=0) + 3
-        firsts = torch.tensor([int(torch.randint(0, width - n + 1, (1,), generator=generator)) for n in lengths], dtype=torch.int64)
+        firsts = torch.tensor(
+            [int(torch.randint(0, width - n + 1, (1,), generator=generator)) for n in lengths], dtype=torch.int64
+        )
         seq = Sequences.padded(firsts, lengths, width, **options)
         starts = [b * width + int(f) for b, f in enumerate(firsts)]
     described = []
@@ -96,14 +98,22 @@ def layout(lengths, kind, prefixes, prefix_length, seed, mixed):
 
 
 FLAGS = {
-    "plain": {}, "bidirectional": dict(causal=False), "window": dict(window=5), "wide_window": dict(window=1000),
-    "bidirectional_window": dict(causal=False, window=4), "softcap": dict(softcap=1.5), "scale": dict(scale=0.3),
-    "sinks": dict(sinks=True), "all": dict(window=6, softcap=2.0, sinks=True, scale=0.5),
+    "plain": {},
+    "bidirectional": dict(causal=False),
+    "window": dict(window=5),
+    "wide_window": dict(window=1000),
+    "bidirectional_window": dict(causal=False, window=4),
+    "softcap": dict(softcap=1.5),
+    "scale": dict(scale=0.3),
+    "sinks": dict(sinks=True),
+    "all": dict(window=6, softcap=2.0, sinks=True, scale=0.5),
 }
 COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
 
 
-@pytest.mark.parametrize("backend, flags", [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS])
+@pytest.mark.parametrize(
+    "backend, flags", [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS]
+)
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
@@ -116,13 +126,21 @@ def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, pr
     expected = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad, **flags)
     got = run(prefix_attention, inputs, grad, seq, backend=backend, **flags)
     for name, x, y in zip("out lse q k v prefix_k prefix_v sinks".split(), got, expected):
-        torch.testing.assert_close(x, y if y is not None else torch.zeros_like(x), rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            x, y if y is not None else torch.zeros_like(x), rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}"
+        )
 
 
 @given(
-    lengths=st.lists(st.integers(0, 40), max_size=7), prefix_length=st.integers(0, 9), prefixes=st.integers(1, 3),
-    head_dim=st.sampled_from([1, 3, 16]), group=st.integers(1, 3), kv_heads=st.integers(1, 2), mixed=st.booleans(),
-    causal=st.booleans(), seed=st.integers(0, 99),
+    lengths=st.lists(st.integers(0, 40), max_size=7),
+    prefix_length=st.integers(0, 9),
+    prefixes=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 3, 16]),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    mixed=st.booleans(),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_shape(lengths, prefix_length, prefixes, head_dim, group, kv_heads, mixed, causal, seed):
@@ -149,7 +167,9 @@ def test_low_precision_within_budget(backend, dtype):
     seq, described = layout(lengths, "packed", 2, 20, seed=0, mixed=True)
     inputs = tensors(seq.rows, 6, 2, 64, 2, 20, dtype=dtype)
     grad = torch.randn(seq.rows, 6, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = run(lambda *a, **f: dense(*a[:5], described, **f), [t if t is None else t.double() for t in inputs], grad.double())
+    exact = run(
+        lambda *a, **f: dense(*a[:5], described, **f), [t if t is None else t.double() for t in inputs], grad.double()
+    )
     plain = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad)
     got = run(prefix_attention, inputs, grad, seq, backend=backend)
     for truth, theirs, ours in zip(exact, plain, got):
@@ -168,11 +188,15 @@ def test_decode_equals_the_last_row_of_a_prefill(flags):
     flags = dict(flags, sinks=sinks)
     full, full_lse = prefix_attention(q, k, v, prefix_k, prefix_v, packed, **flags)
     last = torch.tensor(starts[1:]) - 1
-    cache_k, cache_v = (torch.full((3, 2, room, 8), math.nan, dtype=torch.float64) for _ in range(2))  # unused keys: NaN
+    cache_k, cache_v = (
+        torch.full((3, 2, room, 8), math.nan, dtype=torch.float64) for _ in range(2)
+    )  # unused keys: NaN
     for b, (start, length) in enumerate(zip(starts, lengths)):
         cache_k[b, :, :length], cache_v[b, :, :length] = (x[start : start + length].transpose(0, 1) for x in (k, v))
     leaf = cache_k.clone().requires_grad_()
-    out, lse = prefix_attention(q[last], leaf, cache_v, prefix_k, prefix_v, Sequences.decode(lengths, ids, used), **flags)
+    out, lse = prefix_attention(
+        q[last], leaf, cache_v, prefix_k, prefix_v, Sequences.decode(lengths, ids, used), **flags
+    )
     if flags.get("causal", True):
         torch.testing.assert_close(out, full[last])
         torch.testing.assert_close(lse, full_lse[:, last])
@@ -184,9 +208,14 @@ def test_decode_equals_the_last_row_of_a_prefill(flags):
 def test_gradcheck():
     seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
     inputs = [t.requires_grad_() for t in tensors(seq.rows, 2, 1, 4, 2, 3, sinks=True)]
-    for backend, flags in (("reference", dict(window=4, softcap=2.0)), ("reference", dict(causal=False)), ("composed", {})):
+    for backend, flags in (
+        ("reference", dict(window=4, softcap=2.0)),
+        ("reference", dict(causal=False)),
+        ("composed", {}),
+    ):
         torch.autograd.gradcheck(
-            lambda q, k, v, pk, pv, s: prefix_attention(q, k, v, pk, pv, seq, sinks=s, backend=backend, **flags)[0], inputs
+            lambda q, k, v, pk, pv, s: prefix_attention(q, k, v, pk, pv, seq, sinks=s, backend=backend, **flags)[0],
+            inputs,
         )
 
 
@@ -194,13 +223,18 @@ def test_gradcheck():
 @pytest.mark.parametrize("with_prefix", [True, False])
 def test_opcheck(backend, with_prefix):
     seq, _ = layout([3, 1, 4], "packed", 2 if with_prefix else 0, 3, seed=0, mixed=with_prefix)
-    q, k, v, prefix_k, prefix_v, sinks = tensors(seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True)
+    q, k, v, prefix_k, prefix_v, sinks = tensors(
+        seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True
+    )
     options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, backend)
     arguments = (q, k, v, prefix_k, prefix_v, sinks)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
     needs = [True, True, False, True, True, True]
-    torch.library.opcheck(torch.ops.fastprompt.prefix_attention_backward.default, (torch.randn_like(out), *arguments, out, lse, *options, needs))
+    torch.library.opcheck(
+        torch.ops.fastprompt.prefix_attention_backward.default,
+        (torch.randn_like(out), *arguments, out, lse, *options, needs),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -279,8 +313,14 @@ def test_auto_takes_what_can_run_and_an_explicit_backend_says_why_not():
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    arguments = dict(q=torch.zeros(10, 4, 8), k=torch.zeros(10, 2, 8), v=torch.zeros(10, 2, 8), prefix_k=torch.zeros(1, 3, 2, 8),
-                     prefix_v=torch.zeros(1, 3, 2, 8), seq=Sequences.packed([0, 4, 10]))
+    arguments = dict(
+        q=torch.zeros(10, 4, 8),
+        k=torch.zeros(10, 2, 8),
+        v=torch.zeros(10, 2, 8),
+        prefix_k=torch.zeros(1, 3, 2, 8),
+        prefix_v=torch.zeros(1, 3, 2, 8),
+        seq=Sequences.packed([0, 4, 10]),
+    )
     with pytest.raises(error, match=message):
         prefix_attention(**{**arguments, **change})
 

@@ -100,17 +100,41 @@ def test_sequences_longer_than_a_tile_or_a_chunk(cpu_isa, flags, heads, kv_heads
 
 
 @given(
-    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=7).filter(any), prefix_length=st.integers(0, 140),
-    prefixes=st.integers(1, 3), head_dim=st.integers(1, 40), group=st.integers(1, 5), kv_heads=st.integers(1, 3),
-    mixed=st.booleans(), kind=st.sampled_from(["packed", "padded"]), causal=st.booleans(),
-    window=st.none() | st.integers(1, 100), softcap=st.none() | st.floats(0.5, 30), sinks=st.booleans(), seed=st.integers(0, 99),
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=7).filter(any),
+    prefix_length=st.integers(0, 140),
+    prefixes=st.integers(1, 3),
+    head_dim=st.integers(1, 40),
+    group=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    mixed=st.booleans(),
+    kind=st.sampled_from(["packed", "padded"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 100),
+    softcap=st.none() | st.floats(0.5, 30),
+    sinks=st.booleans(),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
-    cpu_isa, lengths, prefix_length, prefixes, head_dim, group, kv_heads, mixed, kind, causal, window, softcap, sinks, seed
+    cpu_isa,
+    lengths,
+    prefix_length,
+    prefixes,
+    head_dim,
+    group,
+    kv_heads,
+    mixed,
+    kind,
+    causal,
+    window,
+    softcap,
+    sinks,
+    seed,
 ):
     seq, described = layout(lengths, kind, prefixes, prefix_length, seed, mixed)
-    inputs = tensors(seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks)
+    inputs = tensors(
+        seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks
+    )
     compare_with_dense(seq, described, inputs, causal=causal, window=window, softcap=softcap)
 
 
@@ -158,7 +182,11 @@ def test_nothing_beside_the_inputs_is_read_and_every_result_is_written(cpu_isa, 
 @pytest.mark.parametrize("prefixes, lengths", [(1, [0, 0]), (2, [3, 1]), (1, [3, 0])])
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_prefixes_that_nobody_reads_have_gradients_of_zero(poisoned, kind, prefixes, lengths):
-    seq = Sequences.packed([0, *itertools.accumulate(lengths)]) if kind == "packed" else Sequences.padded([0, 1], lengths, 5)
+    seq = (
+        Sequences.packed([0, *itertools.accumulate(lengths)])
+        if kind == "packed"
+        else Sequences.padded([0, 1], lengths, 5)
+    )
     inputs = tensors(seq.rows, 4, 2, 8, prefixes, 6, torch.float32)
     grads = run(ours, inputs, random_grad(seq, 4, 8), seq)[5:7]
     for grad in grads:
@@ -256,7 +284,10 @@ def test_opcheck():
     arguments = (*arguments, sinks)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
-    torch.library.opcheck(torch.ops.fastprompt.prefix_attention_backward.default, (torch.randn_like(out), *arguments, out, lse, *options, [True] * 6))
+    torch.library.opcheck(
+        torch.ops.fastprompt.prefix_attention_backward.default,
+        (torch.randn_like(out), *arguments, out, lse, *options, [True] * 6),
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -273,7 +304,9 @@ def test_auto_takes_the_library_where_it_can(monkeypatch):
     inputs = tensors(seq.rows, 2, 2, 8, 1, 3, torch.float32)[:5]
     assert api.select_backend("cpu") == "cpu"
     assert torch.equal(prefix_attention(*inputs, seq, softcap=2.0)[0], ours(*inputs, seq, softcap=2.0)[0])
-    with pytest.raises(RuntimeError, match="'cpu' of prefix_attention cannot run this call: the C.. kernels have no float64"):
+    with pytest.raises(
+        RuntimeError, match="'cpu' of prefix_attention cannot run this call: the C.. kernels have no float64"
+    ):
         ours(*(t.double() for t in inputs), seq)
     monkeypatch.setattr(native, "missing", "it was not compiled")
     assert api.select_backend("cpu") == "composed"
@@ -290,7 +323,10 @@ def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, 
         monkeypatch.setattr(benchmark.Packed, "__call__", lambda self: [x * factor[self.backend] for x in call(self)])
     monkeypatch.setattr(benchmark, "SECONDS", 0.0)
     monkeypatch.setattr(benchmark.Gemm, "size", 16)
-    cases = [benchmark.Case((4, 2, 16), torch.float32, 5, (9, 3)), benchmark.Case((4, 2, 16), torch.bfloat16, 5, (9, 3, 1))]
+    cases = [
+        benchmark.Case((4, 2, 16), torch.float32, 5, (9, 3)),
+        benchmark.Case((4, 2, 16), torch.bfloat16, 5, (9, 3, 1)),
+    ]
     assert benchmark.run(tmp_path, cases=cases[: 1 if wrong else 2]) != wrong
     printed = capsys.readouterr().out
     assert ("WRONG" in printed) == wrong and ("geometric mean" in printed) != wrong

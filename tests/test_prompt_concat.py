@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from budget import assert_sums_rounded_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from budget import assert_sums_rounded_once
 from fastprompt.ops import prompt_concat
 from fastprompt.ops.prompt_concat.api import available_backends, select_backend
 
@@ -48,8 +48,13 @@ def check(backend, dtype, source, table, prompt, scale):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
-    rows=st.integers(0, 40), vocabulary=st.integers(1, 9), prompts=st.integers(0, 9), width=st.integers(0, 40),
-    scale=st.sampled_from([1.0, 24.0]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+    rows=st.integers(0, 40),
+    vocabulary=st.integers(1, 9),
+    prompts=st.integers(0, 9),
+    width=st.integers(0, 40),
+    scale=st.sampled_from([1.0, 24.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
 def test_forward_and_gradients_match_the_definition(backend, rows, vocabulary, prompts, width, scale, dtype, seed):
@@ -122,7 +127,9 @@ def test_non_contiguous_expanded_misaligned_and_int32_inputs(backend):
     every_second = torch.stack([source, torch.full_like(source, 99)], 1)[:, 0]
     assert torch.equal(prompt_concat(every_second, table, prompt, backend=backend), expected)
     one = torch.randn(1, 6, requires_grad=True)
-    prompt_concat(source, table, one.expand(5, 6), backend=backend).sum().backward()  # the incoming gradient is expanded too
+    prompt_concat(
+        source, table, one.expand(5, 6), backend=backend
+    ).sum().backward()  # the incoming gradient is expanded too
     assert one.grad.tolist() == [[float((source < 0).sum())] * 6]
 
 
@@ -142,7 +149,9 @@ def test_backends():
     assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
     assert select_backend("cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
-        with pytest.raises(RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"):
+        with pytest.raises(
+            RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"
+        ):
             prompt_concat(*inputs(), backend="cpu")
 
 

@@ -26,7 +26,12 @@ def nn_lstm(x, weights, *, num_layers, bidirectional, dropout=0.0, training=Fals
     """nn.LSTM itself, run with these weights."""
     with torch.random.fork_rng():  # the initialisation must not move the dropout masks
         lstm = torch.nn.LSTM(
-            x.shape[1], weights[1].shape[1], num_layers, bidirectional=bidirectional, dropout=dropout, dtype=x.dtype,
+            x.shape[1],
+            weights[1].shape[1],
+            num_layers,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            dtype=x.dtype,
             bias=any(w.dim() == 1 for w in weights),
         ).train(training)
     named = dict(zip((name for name, _ in lstm.named_parameters()), weights, strict=True))
@@ -53,8 +58,13 @@ def assert_same(got, expected, rtol=1e-12, atol=1e-12):
 
 @pytest.mark.parametrize("backend", RUNNING)
 @given(
-    steps=st.integers(1, 9), size=st.integers(1, 7), hidden=st.integers(1, 7), layers=st.integers(1, 3),
-    bidirectional=st.booleans(), bias=st.booleans(), seed=st.integers(0, 99),
+    steps=st.integers(1, 9),
+    size=st.integers(1, 7),
+    hidden=st.integers(1, 7),
+    layers=st.integers(1, 3),
+    bidirectional=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_output_and_gradients_are_those_of_nn_lstm(backend, steps, size, hidden, layers, bidirectional, bias, seed):
@@ -271,7 +281,9 @@ def test_compiles_with_dropout():
 def test_auto_takes_the_faster_backend(monkeypatch):
     built = native.missing is None
     assert select_backend("cuda") == "torch" and select_backend("cpu") == ("cpu" if built else "torch")
-    assert {name for name, reason in available_backends().items() if reason is None} == set(RUNNING) | ({"cpu"} if built else set())
+    assert {name for name, reason in available_backends().items() if reason is None} == set(RUNNING) | (
+        {"cpu"} if built else set()
+    )
 
     def used(function, *args, **options):
         names = []
@@ -280,14 +292,18 @@ def test_auto_takes_the_faster_backend(monkeypatch):
         return names[0] if names else "torch"
 
     def of_dtypes(**sizes):
-        calls = [inputs(dtype=dtype, **sizes) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+        calls = [
+            inputs(dtype=dtype, **sizes) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        ]
         return [used(prompt_lstm, x, weights, **options) for x, weights, options in calls]
 
     if built:
         assert of_dtypes() == of_dtypes(steps=0) == ["cpu", "reference", "cpu", "cpu"]
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert select_backend("cpu") == "cpu" and select_backend("cuda") == "reference"
-        with pytest.raises(RuntimeError, match="'cpu' of prompt_lstm cannot run this call: the C.. kernels have no float64"):
+        with pytest.raises(
+            RuntimeError, match="'cpu' of prompt_lstm cannot run this call: the C.. kernels have no float64"
+        ):
             x, weights, options = inputs()
             prompt_lstm(x, weights, backend="cpu", **options)
     monkeypatch.undo()

@@ -76,7 +76,9 @@ def compare_sizes(dtype=torch.float32, dropout=0.0, **sizes):
 
 
 @pytest.mark.parametrize("hidden", [1, 3, 17, 64, 100, 257])
-@pytest.mark.parametrize("layers, bidirectional, bias", [(1, False, True), (2, True, True), (3, True, False), (2, False, False)])
+@pytest.mark.parametrize(
+    "layers, bidirectional, bias", [(1, False, True), (2, True, True), (3, True, False), (2, False, False)]
+)
 def test_every_depth_and_direction(cpu_isa, poisoned, hidden, layers, bidirectional, bias):
     compare_sizes(steps=20, size=33, hidden=hidden, layers=layers, bidirectional=bidirectional, bias=bias)
 
@@ -103,14 +105,29 @@ def test_no_inputs(cpu_isa):
 
 
 @given(
-    steps=st.integers(1, 30), size=st.integers(1, 50), hidden=st.integers(1, 50), layers=st.integers(1, 3),
-    bidirectional=st.booleans(), bias=st.booleans(), dtype=st.sampled_from(DTYPES), dropout=st.sampled_from([0.0, 0.4]),
+    steps=st.integers(1, 30),
+    size=st.integers(1, 50),
+    hidden=st.integers(1, 50),
+    layers=st.integers(1, 3),
+    bidirectional=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(cpu_isa, steps, size, hidden, layers, bidirectional, bias, dtype, dropout, seed):
-    compare_sizes(dtype, dropout, steps=steps, size=size, hidden=hidden, layers=layers, bidirectional=bidirectional, bias=bias,
-                  seed=seed)
+    compare_sizes(
+        dtype,
+        dropout,
+        steps=steps,
+        size=size,
+        hidden=hidden,
+        layers=layers,
+        bidirectional=bidirectional,
+        bias=bias,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.3, 1.0])
@@ -148,8 +165,10 @@ def test_nan_is_passed_on(cpu_isa):
     assert torch.equal(out[:4], clean[:4]) and out[4:].isnan().all()
 
 
-@pytest.mark.parametrize("steps, hidden, bidirectional", [(40, 40, True), (40, 100, False), (20, 257, True), (20, 257, False),
-                                                           (3, 730, True)])  # the last too large for both directions at once
+@pytest.mark.parametrize(
+    "steps, hidden, bidirectional",
+    [(40, 40, True), (40, 100, False), (20, 257, True), (20, 257, False), (3, 730, True)],
+)  # the last too large for both directions at once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_with_any_number_of_threads(cpu_isa, steps, hidden, bidirectional, dtype):
     x, weights, options = inputs(steps=steps, size=90, hidden=hidden, bidirectional=bidirectional, dtype=dtype)
@@ -171,7 +190,14 @@ def test_only_wanted_gradients():
     every = gradients(ours, x, weights, grad, **options)[1:]
     _, steps = torch.ops.fastprompt.prompt_lstm(x, weights, [], 2, True, "cpu")
     count = 1 + len(weights)
-    for wanted in [*({at} for at in range(count)), {0, 5}, {2, 13}, {3, 4, 9}, set(range(9, count)), set(range(1, count))]:
+    for wanted in [
+        *({at} for at in range(count)),
+        {0, 5},
+        {2, 13},
+        {3, 4, 9},
+        set(range(9, count)),
+        set(range(1, count)),
+    ]:
         leaves = [t.clone().requires_grad_(at in wanted) for at, t in enumerate((x, *weights))]
         ours(leaves[0], leaves[1:], **options).backward(grad)
         needs = [at in wanted for at in range(count)]
@@ -194,8 +220,13 @@ def test_strided_inputs_and_expanded_gradients(cpu_isa):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     x = x[:1]  # expanded: its gradients are added up by autograd
     got = gradients(lambda x, w, **o: ours(x.expand(7, 33), w, **o), x, weights, torch.ones(7, 40), **options)
-    exact = gradients(lambda x, w, **o: reference(x.expand(7, 33), w, **o), x.double(), [w.double() for w in weights],
-                      torch.ones(7, 40).double(), **options)
+    exact = gradients(
+        lambda x, w, **o: reference(x.expand(7, 33), w, **o),
+        x.double(),
+        [w.double() for w in weights],
+        torch.ones(7, 40).double(),
+        **options,
+    )
     plain = gradients(lambda x, w, **o: reference(x.expand(7, 33), w, **o), x, weights, torch.ones(7, 40), **options)
     assert_near(got, plain, exact)
 

@@ -17,8 +17,14 @@ pytestmark = pytest.mark.skipif(not lstm_plan.COMPILER, reason="there is no C++ 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of the enum
 
 
-CHIPS = {"A100": Chip(108, 163 * 1024, 0), "H100": Chip(132, 227 * 1024, 16), "H100, clusters of 8": Chip(132, 227 * 1024, 8),
-         "B200": Chip(148, 227 * 1024, 16), "RTX 5090": Chip(170, 99 * 1024, 8), "RTX 3060": Chip(28, 99 * 1024, 0)}
+CHIPS = {
+    "A100": Chip(108, 163 * 1024, 0),
+    "H100": Chip(132, 227 * 1024, 16),
+    "H100, clusters of 8": Chip(132, 227 * 1024, 8),
+    "B200": Chip(148, 227 * 1024, 16),
+    "RTX 5090": Chip(170, 99 * 1024, 8),
+    "RTX 3060": Chip(28, 99 * 1024, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ class Emulation:
     def __init__(self):
         self.ops = torch.library.Library("fastprompt", "FRAGMENT")
         if native.missing_cuda:
-            self.ops.define("prompt_lstm_recurrence_cuda(Tensor[] matrices, Tensor input, Tensor(a!) steps, Tensor(b!) output, "
-                            "Tensor(c!) words, bool backward) -> ()")
+            self.ops.define(
+                "prompt_lstm_recurrence_cuda(Tensor[] matrices, Tensor input, Tensor(a!) steps, Tensor(b!) output, "
+                "Tensor(c!) words, bool backward) -> ()"
+            )
         self.ops.impl("prompt_lstm_recurrence_cuda", self.recurrence, "CPU")
 
     def use(self, library, variant, seed=0):
@@ -86,10 +94,19 @@ class Emulation:
         problem = Problem(hidden, directions, matrices[0].element_size(), backward)
         pointers = [t.data_ptr() for t in tensors]
         for matrix in matrices:
-            assert matrix.shape == (hidden if backward else 4 * hidden, lstm_plan.chunks(problem) * 16 // problem.element)
+            assert matrix.shape == (
+                hidden if backward else 4 * hidden,
+                lstm_plan.chunks(problem) * 16 // problem.element,
+            )
             assert matrix.data_ptr() % 16 == 0
-        args = Args((POINTER * 2)(*pointers[:directions]), *pointers[directions:], count, hidden, directions,
-                    plan=self.variant.plan(self.library, problem))
+        args = Args(
+            (POINTER * 2)(*pointers[:directions]),
+            *pointers[directions:],
+            count,
+            hidden,
+            directions,
+            plan=self.variant.plan(self.library, problem),
+        )
         dtype = DTYPES.index(matrices[0].dtype)
         error = self.library.run_emulated(ctypes.byref(args), dtype, backward, ctypes.c_uint64(self.seed))
         if error:
@@ -159,8 +176,10 @@ def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("flag, variant", [("-DEMULATION_WITHOUT_CLUSTER_SYNC", "cluster, registers"),
-                                           ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")])
+@pytest.mark.parametrize(
+    "flag, variant",
+    [("-DEMULATION_WITHOUT_CLUSTER_SYNC", "cluster, registers"), ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")],
+)
 def test_a_missing_barrier_is_found(flag, variant, folder, library, emulation):
     """The same sources without a barrier: in every order of the threads the result is another one, or the kernel fails."""
     given = inputs(20, 4, 2, torch.float32)
@@ -230,7 +249,9 @@ def test_large_numbers_and_nan(variant, library, emulation):
     x[1], x[3] = 1e4, -1e4
     check(x, weights, grad, options)
     x[2, 0] = torch.nan
-    for got, expected in zip(run("cuda", x, weights, grad, options), run("reference", x, weights, grad, options), strict=True):
+    for got, expected in zip(
+        run("cuda", x, weights, grad, options), run("reference", x, weights, grad, options), strict=True
+    ):
         assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().any()
 
 
@@ -280,7 +301,9 @@ def test_the_ranges_that_are_written_down(chip, element, library):
 
     def both(holds, hidden):
         problems = [Problem(hidden, 2, element, backward) for backward in (False, True)]
-        return all(holds(lstm_plan.choose(library, CHIPS[chip], problem), lstm_plan.chunks(problem)) for problem in problems)
+        return all(
+            holds(lstm_plan.choose(library, CHIPS[chip], problem), lstm_plan.chunks(problem)) for problem in problems
+        )
 
     rules = [lambda plan, chunks: plan.exchange == CLUSTER, lambda plan, chunks: plan.held + plan.kept == chunks]
     for holds, end in zip(rules, RANGES[chip, element], strict=True):
@@ -301,7 +324,9 @@ ptxas info    : Used {} registers, used 1 barriers
     text = "".join(log.format(kernel, *found) for kernel in names for found in ((0, 0, 255), (8, 4, 257)))
     rows = cuda_matrix.records(text)
     assert [tuple(row.values())[1:7] for row in rows[::2]] == [
-        ("backward", "fp32", "grid", "sm_80", 256, 255), ("forward", "fp16", "grid", "sm_80", 256, 255)]
+        ("backward", "fp32", "grid", "sm_80", 256, 255),
+        ("forward", "fp16", "grid", "sm_80", 256, 255),
+    ]
     wrong = "spills 4 bytes; has a stack of 8 bytes; needs 257 registers a thread"
     assert [row["verdict"] for row in rows] == ["ok", wrong, "ok", wrong]
     with pytest.raises(ValueError, match="unknown kernel"):

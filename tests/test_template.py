@@ -54,7 +54,10 @@ def test_the_head_of_a_template_is_run_once_and_gives_the_same():
     [
         (lambda: Template("{x}", Words()), r"template must hold \[P\] and a \{field\}, got '\{x\}'"),
         (lambda: Template("[P]", Words()), r"template must hold \[P\] and a \{field\}"),
-        (lambda: Template("[P]{x}", Words()).encode(y="1"), r"values must be given for the fields \['x'\], got \['y'\]"),
+        (
+            lambda: Template("[P]{x}", Words()).encode(y="1"),
+            r"values must be given for the fields \['x'\], got \['y'\]",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(call, message):

@@ -45,7 +45,10 @@ METHODS = {
     "prefix-tuning zero": {"method": "prefix-tuning", "init": "zero"},
     "prefix-tuning text": {"method": "prefix-tuning", "init": "text", "init_text": "Word: cat"},
     "prefix-tuning projection": {
-        "method": "prefix-tuning", "init": "random", "projection": True, "encoder_hidden_size": 8,
+        "method": "prefix-tuning",
+        "init": "random",
+        "projection": True,
+        "encoder_hidden_size": 8,
     },
     "prefix-tuning projection zero": {"method": "prefix-tuning", "init": "zero", "projection": True},
     "p-tuning lstm": {"method": "p-tuning", "init": "random", "encoder_hidden_size": 8},
@@ -383,7 +386,9 @@ def test_a_loss_of_ones_own(config, tmp_path):
     assert steps == list(range(6)) and losses(history)[0] == pytest.approx(2 * losses(train(config))[0])
 
 
-@pytest.mark.parametrize(("schedule", "rates"), [("linear", [0, 1, 0.5]), ("constant", [0, 1, 1]), ("cosine", [0, 1, 0.5])])
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("linear", [0, 1, 0.5]), ("constant", [0, 1, 1]), ("cosine", [0, 1, 0.5])]
+)
 def test_schedule_and_warmup(config, schedule, rates):
     history = train(dataclasses.replace(config, schedule=schedule, warmup=1, steps=3, lr=0.1))
     assert [entry["learning_rate"] / 0.1 for entry in history] == pytest.approx(rates)
@@ -467,7 +472,9 @@ def test_trained_adapter_evaluates_what_the_run_held_out(config, changes):
     history = train(dataclasses.replace(config, **changes, eval_fraction=0.25))
     adapter = TrainedAdapter(config.output)
     result = adapter.evaluate()
-    assert {f"eval_{name}": value for name, value in result.items()} == {k: v for k, v in history[-1].items() if k != "step"}
+    assert {f"eval_{name}": value for name, value in result.items()} == {
+        k: v for k, v in history[-1].items() if k != "step"
+    }
     assert adapter.evaluate(config.data)["rows"] == 64
 
 
@@ -572,7 +579,9 @@ def test_killed_and_resumed_gives_the_same_bits(config, tmp_path, call, complete
 
     history = train(dataclasses.replace(config, resume=True))
     assert history == uninterrupted
-    assert torch.equal(adapter_of(config), load_file(tmp_path / "uninterrupted/adapter_model.safetensors")["prompt_embeddings"])
+    assert torch.equal(
+        adapter_of(config), load_file(tmp_path / "uninterrupted/adapter_model.safetensors")["prompt_embeddings"]
+    )
     assert not (out / ".incomplete").exists()
 
 
@@ -650,7 +659,11 @@ def test_unusable_configurations_are_named(config, changes, argument, said):
         ({"model": "./nowhere"}, "model", "'./nowhere' is not a folder"),
         ({"gguf_file": "no.gguf"}, "gguf_file", "holds no file 'no.gguf'"),
         ({"data": "no.csv"}, "data", "is not a file"),
-        ({"text_column": "body"}, "text_column", r"row 1 of data has no column 'body'; expected one of \['text', 'label'"),
+        (
+            {"text_column": "body"},
+            "text_column",
+            r"row 1 of data has no column 'body'; expected one of \['text', 'label'",
+        ),
         ({"verbaliser": {"A": "animal"}}, "verbaliser", "has label 'P'"),
         ({"template": "{text}" * 30}, "max_length", "with 4 virtual ones; the model takes 64"),
         ({"num_virtual_tokens": 63}, "max_length", "with 63 virtual ones; the model takes 64"),

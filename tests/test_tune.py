@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastprompt.kernels import launch
+from fastprompt.kernels.prefix_attention import config, tuned
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.chips import CHIPS
-from fastprompt.kernels import launch
-from fastprompt.kernels.prefix_attention import config, tuned
 
 TARGET = GPUTarget("cuda", 90, 32)
 RULE = tune.entry_of(config.forward_tiles(128, 2, TARGET), "forward")

@@ -65,9 +65,16 @@ def inspect(compiled):
     """The :class:`Contents` of a ``CompiledKernel`` for NVIDIA or AMD."""
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
     dots = Counter("half" if kind in ("f16", "bf16") else "float" for kind in _DOT.findall(compiled.asm["ttir"]))
-    scalar = sum("tt.dot " in line and "-> tensor" in line and "#blocked" in line for line in compiled.asm["ttgir"].splitlines())
-    return Contents(**read(compiled), shared=compiled.metadata.shared,
-                    half_dots=dots["half"], float_dots=dots["float"], scalar_dots=scalar)
+    scalar = sum(
+        "tt.dot " in line and "-> tensor" in line and "#blocked" in line for line in compiled.asm["ttgir"].splitlines()
+    )
+    return Contents(
+        **read(compiled),
+        shared=compiled.metadata.shared,
+        half_dots=dots["half"],
+        float_dots=dots["float"],
+        scalar_dots=scalar,
+    )
 
 
 def _read_cubin(compiled):
@@ -78,22 +85,41 @@ def _read_cubin(compiled):
         names = Counter(_INSTRUCTION.findall(_run("nvdisasm", "-c", file.name)))
     resources = {name: int(value) for name, value in _RESOURCES.findall(usage)}
     spilling = _count(names, lambda n: n.split(".")[0] in ("LDL", "STL"))
-    return _counts(names, {
-        "registers": resources["REG"], "spills": max(resources["STACK"] + resources["LOCAL"], spilling), "lanes": 0,
-        "fma": _count(names, lambda n: n.startswith("FFMA")), "code": 16 * names.total(),
-    }, loads=("LDG.", "LDGSTS.", "UBLKCP", "UTMALDG"), stores=("STG.", "UTMASTG"),
-        wide=lambda n: ".128" in n or ".ENL2.256" in n or n.startswith(_BULK))
+    return _counts(
+        names,
+        {
+            "registers": resources["REG"],
+            "spills": max(resources["STACK"] + resources["LOCAL"], spilling),
+            "lanes": 0,
+            "fma": _count(names, lambda n: n.startswith("FFMA")),
+            "code": 16 * names.total(),
+        },
+        loads=("LDG.", "LDGSTS.", "UBLKCP", "UTMALDG"),
+        stores=("STG.", "UTMASTG"),
+        wide=lambda n: ".128" in n or ".ENL2.256" in n or n.startswith(_BULK),
+    )
 
 
 def _read_amdgcn(compiled):
     text = compiled.asm["amdgcn"]
-    names, metadata = Counter(_AMD_INSTRUCTION.findall(text)), {name: int(value) for name, value in _METADATA.findall(text)}
+    names, metadata = (
+        Counter(_AMD_INSTRUCTION.findall(text)),
+        {name: int(value) for name, value in _METADATA.findall(text)},
+    )
     length = re.search(r"codeLenInByte = (\d+)", text)
-    return _counts(names, {
-        "registers": metadata["vgpr_count"],  # accumulation registers are counted among them
-        "spills": metadata["private_segment_fixed_size"], "lanes": metadata["sgpr_spill_count"],
-        "fma": _count(names, lambda n: re.match(r"v_(pk_)?fma(c|_f32|k)", n)), "code": int(length[1]) if length else 0,
-    }, loads=("global_load", "buffer_load"), stores=("global_store", "buffer_store"), wide=lambda n: n.endswith("dwordx4"))
+    return _counts(
+        names,
+        {
+            "registers": metadata["vgpr_count"],  # accumulation registers are counted among them
+            "spills": metadata["private_segment_fixed_size"],
+            "lanes": metadata["sgpr_spill_count"],
+            "fma": _count(names, lambda n: re.match(r"v_(pk_)?fma(c|_f32|k)", n)),
+            "code": int(length[1]) if length else 0,
+        },
+        loads=("global_load", "buffer_load"),
+        stores=("global_store", "buffer_store"),
+        wide=lambda n: n.endswith("dwordx4"),
+    )
 
 
 def _counts(names, known, *, loads, stores, wide):

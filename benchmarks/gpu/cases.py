@@ -3,9 +3,9 @@
 A case runs an operator's own launching code on tensors without storage, so what is compiled is what would be launched.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
 
 import torch
 
@@ -109,18 +109,38 @@ def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=Fal
     ]  # fmt: skip
 
 
-def _run_attention(direction, dtype, head_dim, heads, kv_heads, *, needs, causal=True, window=None, softcap=None, sinks=False,
-                   layout="packed", prefix=100, prefixes=1, strided=False, even=False):
+def _run_attention(
+    direction,
+    dtype,
+    head_dim,
+    heads,
+    kv_heads,
+    *,
+    needs,
+    causal=True,
+    window=None,
+    softcap=None,
+    sinks=False,
+    layout="packed",
+    prefix=100,
+    prefixes=1,
+    strided=False,
+    even=False,
+):
     from fastprompt.ops.prefix_attention import triton as launcher
 
     new = partial(torch.empty, dtype=dtype, device="meta")
     lengths = (*LENGTHS[:-1], LENGTHS[-1] + 7) if even else LENGTHS
     batch = len(lengths)
-    bank = dict(prefix_ids=[b % (prefixes + 1) - 1 for b in range(batch)], prefix_lens=[prefix - p for p in range(prefixes)])
+    bank = dict(
+        prefix_ids=[b % (prefixes + 1) - 1 for b in range(batch)], prefix_lens=[prefix - p for p in range(prefixes)]
+    )
     if direction == "decode":
         seq = Sequences.decode(lengths, **(bank if prefixes > 1 else {}))
     elif layout == "padded":
-        seq = Sequences.padded([max(lengths) - n for n in lengths], lengths, max(lengths), **(bank if prefixes > 1 else {}))
+        seq = Sequences.padded(
+            [max(lengths) - n for n in lengths], lengths, max(lengths), **(bank if prefixes > 1 else {})
+        )
     else:
         seq = Sequences.packed([sum(lengths[:b]) for b in range(batch + 1)], **(bank if prefixes > 1 else {}))
 
@@ -130,7 +150,9 @@ def _run_attention(direction, dtype, head_dim, heads, kv_heads, *, needs, causal
     q = rows(heads)
     k, v = (new(batch, kv_heads, max(lengths), head_dim) if direction == "decode" else rows(kv_heads) for _ in range(2))
     prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, head_dim) if prefix else None for _ in range(2))
-    options = dict(causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5)
+    options = dict(
+        causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5
+    )
     if direction != "backward":
         launcher.forward(q, k, v, prefix_k, prefix_v, seq, **options)
         return
@@ -139,9 +161,16 @@ def _run_attention(direction, dtype, head_dim, heads, kv_heads, *, needs, causal
 
 
 def _concat(dtype, width, everywhere=False):
-    return [Case("prompt_concat", direction, f"{dtype} D={width}",
-                 partial(_run_concat, direction, DTYPES[dtype], width), everywhere)
-            for direction in ("forward", "backward")]
+    return [
+        Case(
+            "prompt_concat",
+            direction,
+            f"{dtype} D={width}",
+            partial(_run_concat, direction, DTYPES[dtype], width),
+            everywhere,
+        )
+        for direction in ("forward", "backward")
+    ]
 
 
 def _run_concat(direction, dtype, width):
@@ -156,16 +185,28 @@ def _run_concat(direction, dtype, width):
 
 
 def _multitask(dtype, width, rank, everywhere=False):
-    return [Case("multitask_prompt", direction, f"{dtype} D={width} rank={rank}",
-                 partial(_run_multitask, direction, DTYPES[dtype], width, rank), everywhere)
-            for direction in ("forward", "backward")]
+    return [
+        Case(
+            "multitask_prompt",
+            direction,
+            f"{dtype} D={width} rank={rank}",
+            partial(_run_multitask, direction, DTYPES[dtype], width, rank),
+            everywhere,
+        )
+        for direction in ("forward", "backward")
+    ]
 
 
 def _run_multitask(direction, dtype, width, rank, prompt=100, tasks=8, distinct=3):
     from fastprompt.ops.multitask_prompt import triton as launcher
 
     new = partial(torch.empty, dtype=dtype, device="meta")
-    inputs = new(prompt, width), new(tasks, prompt, rank), new(tasks, rank, width), torch.arange(distinct, device="meta")
+    inputs = (
+        new(prompt, width),
+        new(tasks, prompt, rank),
+        new(tasks, rank, width),
+        torch.arange(distinct, device="meta"),
+    )
     if direction == "forward":
         launcher.forward(*inputs)
     else:

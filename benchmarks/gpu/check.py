@@ -78,6 +78,7 @@ def check_against(run, reference, inputs, grad):
 
 def seconds(call, device, rounds=7, calls=10):
     """Seconds of one call, a value a round. Calls follow one another without a wait, as in training."""
+
     def wait():
         if device != "cpu":
             torch.cuda.synchronize()
@@ -122,9 +123,21 @@ def compare(section, case, functions, reference, inputs, grad, device, **timing)
                     run(*inputs)
 
             for kind, call in {"forward": forward, "forward + backward": both}.items():
-                rows.append(Row(section, f"{case}, {kind}", name, error, [1e3 * s for s in seconds(call, device, **timing)],
-                                peak_mib(call, device)))
-        except (RuntimeError, NotImplementedError, ImportError) as problem:  # a rival that cannot run here is no failure of ours
+                rows.append(
+                    Row(
+                        section,
+                        f"{case}, {kind}",
+                        name,
+                        error,
+                        [1e3 * s for s in seconds(call, device, **timing)],
+                        peak_mib(call, device),
+                    )
+                )
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ImportError,
+        ) as problem:  # a rival that cannot run here is no failure of ours
             if name == "fastprompt":
                 raise
             rows.append(Row(section, case, name, note=f"does not run: {str(problem).splitlines()[0][:120]}"))
@@ -136,19 +149,36 @@ def attention(device, problems=None, chosen=providers, **timing):
     rows = []
     for problem in problems or _attention_problems(device):
         inputs, grad = problem.tensors()
-        rows += compare("attention", f"{problem.name}, {str(problem.dtype)[6:]}", chosen(problem), ours(problem, "reference"),
-                        inputs, grad, device, **timing)
+        rows += compare(
+            "attention",
+            f"{problem.name}, {str(problem.dtype)[6:]}",
+            chosen(problem),
+            ours(problem, "reference"),
+            inputs,
+            grad,
+            device,
+            **timing,
+        )
     return rows
 
 
 def _attention_problems(device):
     base = Attention(32, 8, 128, 100, uneven(8192), torch.bfloat16, device)
     small = replace(base, heads=9, kv_heads=3, head_dim=64)
-    return [base, replace(base, lengths=(512,) * 16), replace(base, prefix=20), replace(base, prefix=500), small,
-            replace(small, dtype=torch.float16), replace(small, dtype=torch.float32, lengths=uneven(2048))]
+    return [
+        base,
+        replace(base, lengths=(512,) * 16),
+        replace(base, prefix=20),
+        replace(base, prefix=500),
+        small,
+        replace(small, dtype=torch.float16),
+        replace(small, dtype=torch.float32, lengths=uneven(2048)),
+    ]
 
 
-def decoding(device, batch=64, room=1024, heads=32, kv_heads=8, head_dim=128, prefix=100, dtype=torch.bfloat16, **timing):
+def decoding(
+    device, batch=64, room=1024, heads=32, kv_heads=8, head_dim=128, prefix=100, dtype=torch.bfloat16, **timing
+):
     """Rows of one token a sequence, against SDPA over caches that hold the prefix too, padded, and masked."""
     generator = torch.Generator(device).manual_seed(0)
     new = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
@@ -169,9 +199,17 @@ def decoding(device, batch=64, room=1024, heads=32, kv_heads=8, head_dim=128, pr
 
     exact = run("reference", q.double(), k.double(), v.double(), [x.double() for x in bank])
     low = run("reference")
-    return [Row("decode", f"{heads}/{kv_heads} heads of {head_dim}, P = {prefix}, {batch} caches of up to {room}", name,
-                over_budget(call(), low, exact), [1e3 * s for s in seconds(call, device, **timing)], peak_mib(call, device))
-            for name, call in {"fastprompt": run, "SDPA": sdpa}.items()]
+    return [
+        Row(
+            "decode",
+            f"{heads}/{kv_heads} heads of {head_dim}, P = {prefix}, {batch} caches of up to {room}",
+            name,
+            over_budget(call(), low, exact),
+            [1e3 * s for s in seconds(call, device, **timing)],
+            peak_mib(call, device),
+        )
+        for name, call in {"fastprompt": run, "SDPA": sdpa}.items()
+    ]
 
 
 def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=100, dtype=torch.bfloat16, **timing):
@@ -188,9 +226,16 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def plain(learned):
         return torch.cat([learned, nn.functional.embedding(ids, table.to(learned.dtype))])
 
-    rows = compare("prompt_concat", f"{prompt} + {tokens} rows of {width}",
-                   {"fastprompt": concat("auto"), "cat + embedding": plain},
-                   concat("reference"), [learned], new(prompt + tokens, width), device, **timing)
+    rows = compare(
+        "prompt_concat",
+        f"{prompt} + {tokens} rows of {width}",
+        {"fastprompt": concat("auto"), "cat + embedding": plain},
+        concat("reference"),
+        [learned],
+        new(prompt + tokens, width),
+        device,
+        **timing,
+    )
 
     tasks = torch.arange(4, device=device)
     shared, left, right = new(prompt, width), new(8, prompt, 4), new(8, 4, width)
@@ -201,9 +246,16 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def matmul(shared, left, right):
         return shared * (left[tasks] @ right[tasks])
 
-    return rows + compare("multitask_prompt", f"4 of 8 tasks, {prompt} x {width}, rank 4",
-                          {"fastprompt": multitask("auto"), "matmul": matmul},
-                          multitask("reference"), [shared, left, right], new(4, prompt, width), device, **timing)
+    return rows + compare(
+        "multitask_prompt",
+        f"4 of 8 tasks, {prompt} x {width}, rank 4",
+        {"fastprompt": multitask("auto"), "matmul": matmul},
+        multitask("reference"),
+        [shared, left, right],
+        new(4, prompt, width),
+        device,
+        **timing,
+    )
 
 
 def lstm(device, widths=(128, 256, 512, 1024), lengths=(20, 100), dtype=torch.float32, **timing):
@@ -211,7 +263,10 @@ def lstm(device, widths=(128, 256, 512, 1024), lengths=(20, 100), dtype=torch.fl
     bf16."""
     rows = []
     for width, length in itertools.product(widths, lengths):
-        for backend, kind in (("auto", dtype), *((("cuda", dtype), ("cuda", torch.bfloat16)) if has_cuda_kernels(device) else ())):
+        for backend, kind in (
+            ("auto", dtype),
+            *((("cuda", dtype), ("cuda", torch.bfloat16)) if has_cuda_kernels(device) else ()),
+        ):
             torch.manual_seed(0)
             module = nn.LSTM(width, width, num_layers=2, bidirectional=True).to(device, kind)
             weights = [w.detach() for w in module.parameters()]
@@ -220,9 +275,19 @@ def lstm(device, widths=(128, 256, 512, 1024), lengths=(20, 100), dtype=torch.fl
             def fused(backend):
                 return lambda x, *weights: fastprompt.prompt_lstm(x, list(weights), num_layers=2, backend=backend)
 
-            case = f"{length} steps of {width}, two layers" + (f", CUDA kernels, {str(kind)[6:]}" if backend == "cuda" else "")
-            rows += compare("prompt_lstm", case, {"fastprompt": fused(backend), "nn.LSTM": fused("torch")},
-                            fused("reference"), [x, *weights], grad, device, **timing)
+            case = f"{length} steps of {width}, two layers" + (
+                f", CUDA kernels, {str(kind)[6:]}" if backend == "cuda" else ""
+            )
+            rows += compare(
+                "prompt_lstm",
+                case,
+                {"fastprompt": fused(backend), "nn.LSTM": fused("torch")},
+                fused("reference"),
+                [x, *weights],
+                grad,
+                device,
+                **timing,
+            )
     return rows
 
 
@@ -252,8 +317,14 @@ class _Synchronised:
         return loss
 
 
-def steps(device, workloads=None, sizes=STEP_SIZES, methods=("Prompt Tuning", "Prefix-Tuning"),
-          dtypes=(torch.float32, torch.bfloat16), rounds=5):
+def steps(
+    device,
+    workloads=None,
+    sizes=STEP_SIZES,
+    methods=("Prompt Tuning", "Prefix-Tuning"),
+    dtypes=(torch.float32, torch.bfloat16),
+    rounds=5,
+):
     """Rows of whole training steps: PEFT, accelerated, LoRA, the floor.
 
     Checked against PEFT's own step in fp32: fp32 by the limits of :mod:`benchmarks.step`, lower precisions may be twice as far
@@ -265,7 +336,10 @@ def steps(device, workloads=None, sizes=STEP_SIZES, methods=("Prompt Tuning", "P
         for workload in workloads or usual:
             workload, exact = replace(workload, prompts=prompts), None
             for dtype in dtypes:
-                built = {name: _Synchronised(one, device, dtype) for name, one in step.providers(workload, sizes, method).items()}
+                built = {
+                    name: _Synchronised(one, device, dtype)
+                    for name, one in step.providers(workload, sizes, method).items()
+                }
                 found = {name: (float(built[name]()), built[name].gradient) for name in ("PEFT", "fastprompt")}
                 exact = exact or found["PEFT"]
                 errors = {name: _step_errors(got, exact) for name, got in found.items()}
@@ -290,12 +364,19 @@ def _step_errors(got, exact):
 def outside(name, command, timeout):
     """One row for a program that checks: its exit status, and the last line it wrote."""
     try:
-        done = subprocess.run(command, cwd=HERE.parents[1], timeout=timeout, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=HERE.parents[1], timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     except subprocess.TimeoutExpired:
         return Row("checks", name, "fastprompt", float("inf"), note=f"not finished after {timeout} s")
     lines = done.stdout.strip().splitlines()
-    return Row("checks", name, "fastprompt", 0.0 if done.returncode == 0 else float("inf"), note=lines[-1][:160] if lines else "")
+    return Row(
+        "checks",
+        name,
+        "fastprompt",
+        0.0 if done.returncode == 0 else float("inf"),
+        note=lines[-1][:160] if lines else "",
+    )
 
 
 def programs():
@@ -303,7 +384,17 @@ def programs():
     rows = [outside("Triton tests", [sys.executable, "-m", "pytest", "-q", "tests/gpu"], 180)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
-            command = [tool, "--tool", kind, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.gpu.check", "--small"]
+            command = [
+                tool,
+                "--tool",
+                kind,
+                "--error-exitcode",
+                "1",
+                sys.executable,
+                "-m",
+                "benchmarks.gpu.check",
+                "--small",
+            ]
             rows.append(outside(f"compute-sanitizer {kind}", command, 90))
     else:
         rows.append(Row("checks", "compute-sanitizer", "fastprompt", note="not installed, not run"))
@@ -314,8 +405,12 @@ def small(device, chosen=providers):
     """Every operator at sizes that are done in a moment: what the sanitizer and the CPU tests run."""
     timing = dict(rounds=1, calls=1)
     problem = Attention(4, 2, 16, 5, (7, 3, 12), torch.float32, device)
-    return [*attention(device, [problem], chosen, **timing), *decoding(device, 4, 16, 4, 2, 16, 5, torch.float32, **timing),
-            *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing), *lstm(device, (8,), (5,), **timing)]
+    return [
+        *attention(device, [problem], chosen, **timing),
+        *decoding(device, 4, 16, 4, 2, 16, 5, torch.float32, **timing),
+        *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing),
+        *lstm(device, (8,), (5,), **timing),
+    ]
 
 
 def speed_ups(rows):
@@ -325,10 +420,17 @@ def speed_ups(rows):
     for row in rows:
         if row.provider != "fastprompt" or not row.right or not row.ms:
             continue
-        others = [r for r in rows if (r.section, r.case) == (row.section, row.case) and r is not row and r.ms
-                  and (r.right and r.provider not in ("floor", "LoRA"))]
+        others = [
+            r
+            for r in rows
+            if (r.section, r.case) == (row.section, row.case)
+            and r is not row
+            and r.ms
+            and (r.right and r.provider not in ("floor", "LoRA"))
+        ]
         chosen = next((r for r in others if r.provider == OPPONENT.get(row.section)), None) or min(
-            others, key=lambda r: median(r.ms), default=None)
+            others, key=lambda r: median(r.ms), default=None
+        )
         if chosen:
             found[row.section, row.case] = chosen.provider, median(chosen.ms) / median(row.ms)
     return found
@@ -341,11 +443,17 @@ def failures(rows):
 
 def markdown(rows, header):
     faster = speed_ups(rows)
-    lines = [f"# {header['device']}", "", ", ".join(f"{name} {value}" for name, value in header.items() if name != "device"), "",
-             "Error: of output and gradients against float64, over the budget; at most 1 is right. "
-             "Speed-ups only where both are right.", "",
-             "| section | case | provider | error / budget | ms (min to max) | peak MiB | speed-up |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"# {header['device']}",
+        "",
+        ", ".join(f"{name} {value}" for name, value in header.items() if name != "device"),
+        "",
+        "Error: of output and gradients against float64, over the budget; at most 1 is right. "
+        "Speed-ups only where both are right.",
+        "",
+        "| section | case | provider | error / budget | ms (min to max) | peak MiB | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         ms = f"{median(row.ms):.3f} ({min(row.ms):.3f} to {max(row.ms):.3f})" if row.ms else row.note
         error = "not checked" if row.error is None else f"{row.error:.2f}" if row.right else f"WRONG {row.error:.2g}"
@@ -379,13 +487,17 @@ def write(rows, header, out):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.check", description="Correctness and speed on a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.check", description="Correctness and speed on a GPU."
+    )
     parser.add_argument("--small", action="store_true", help="only small calls of every operator, nothing is written")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("This check needs a GPU that torch can use, and there is none here. Without one: make gpu-evidence.",
-              file=sys.stderr)
+        print(
+            "This check needs a GPU that torch can use, and there is none here. Without one: make gpu-evidence.",
+            file=sys.stderr,
+        )
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with float64
     if options.small:
@@ -396,8 +508,13 @@ def main(arguments=None):
         for part in (programs, *(lambda f=f: f("cuda") for f in (attention, decoding, rows_and_prompts, lstm, steps))):
             rows += part()
             print(f"{len(rows)} results after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        header = {"device": torch.cuda.get_device_name(), **versions(), "CUDA": torch.version.cuda,
-                  "host": report.header().splitlines()[0], "took": f"{time.perf_counter() - start:.0f} s"}
+        header = {
+            "device": torch.cuda.get_device_name(),
+            **versions(),
+            "CUDA": torch.version.cuda,
+            "host": report.header().splitlines()[0],
+            "took": f"{time.perf_counter() - start:.0f} s",
+        }
         print(write(rows, header, options.out))
     for row in failures(rows):
         print(f"FAILED {row.section}: {row.case}, error {row.error:.2g} of its budget {row.note}", file=sys.stderr)

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from fastprompt.kernels import launch
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
-
-from fastprompt.kernels import launch
 
 from . import binary, cases, output
 from .chips import CHIPS, KIB
@@ -90,7 +89,9 @@ def select(all_cases, chips, everywhere=True):
 def compile_job(job):
     """Compile and inspect; a failure of the compiler is a result too."""
     took = []
-    triton.knobs.compilation.listener = lambda *, times, cache_hit, **_: took.append(None if cache_hit else times.total / 1e6)
+    triton.knobs.compilation.listener = lambda *, times, cache_hit, **_: took.append(
+        None if cache_hit else times.total / 1e6
+    )
     try:
         contents = binary.inspect(job.launch.compile(CHIPS[job.chip].target))
     except Exception as error:  # whatever a compiler raises: the other variants are compiled all the same
@@ -108,7 +109,9 @@ def compile_all(jobs, processes, console):
     _jobs = jobs  # inherited by the forked workers: a kernel holds a compiled function and cannot be sent
     results = [None] * len(jobs)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        running = {pool.submit(_compile_number, i): i for i in range(len(jobs))}  # forks, before Progress starts a thread
+        running = {
+            pool.submit(_compile_number, i): i for i in range(len(jobs))
+        }  # forks, before Progress starts a thread
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("compiling", total=len(jobs))
             for future in as_completed(running):
@@ -128,18 +131,43 @@ def record(job, result):
     if c is not None:
         bad = problems(c, chip, job.case.native)
         row |= {
-            "registers": c.registers, "shared KiB": f"{c.shared / KIB:.1f}", "spills": c.spills, "lanes": c.lanes,
+            "registers": c.registers,
+            "shared KiB": f"{c.shared / KIB:.1f}",
+            "spills": c.spills,
+            "lanes": c.lanes,
             "resident": chip.resident(c.registers, c.shared, one.options.num_warps),
-            "matrix": " ".join(f"{family}:{count}" for family, count in c.matrix.items()) or "-", "FMA": c.fma,
-            "wide loads": f"{c.wide_loads}/{c.loads}", "wide stores": f"{c.wide_stores}/{c.stores}",
-            "code KiB": f"{c.code / KIB:.1f}", "seconds": "cached" if result.seconds is None else f"{result.seconds:.1f}",
+            "matrix": " ".join(f"{family}:{count}" for family, count in c.matrix.items()) or "-",
+            "FMA": c.fma,
+            "wide loads": f"{c.wide_loads}/{c.loads}",
+            "wide stores": f"{c.wide_stores}/{c.stores}",
+            "code KiB": f"{c.code / KIB:.1f}",
+            "seconds": "cached" if result.seconds is None else f"{result.seconds:.1f}",
         }
     else:
         bad = [result.error]
-        row |= dict.fromkeys(("registers", "shared KiB", "spills", "lanes", "resident", "matrix", "FMA", "wide loads", "wide stores",
-                              "code KiB", "seconds"), "")
-    return row | {"warps": one.options.num_warps, "stages": one.options.num_stages, "aligned": "yes" if one.aligned else "no",
-                  "constants": job.constants, "verdict": "; ".join(bad) or "ok"}
+        row |= dict.fromkeys(
+            (
+                "registers",
+                "shared KiB",
+                "spills",
+                "lanes",
+                "resident",
+                "matrix",
+                "FMA",
+                "wide loads",
+                "wide stores",
+                "code KiB",
+                "seconds",
+            ),
+            "",
+        )
+    return row | {
+        "warps": one.options.num_warps,
+        "stages": one.options.num_stages,
+        "aligned": "yes" if one.aligned else "no",
+        "constants": job.constants,
+        "verdict": "; ".join(bad) or "ok",
+    }
 
 
 def show(records, console):
@@ -147,22 +175,35 @@ def show(records, console):
     columns = [name for name in records[0] if name not in hidden]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("kernel", "target", "case", "matrix") else "right",
-                         overflow="fold", no_wrap=name != "case")
+        table.add_column(
+            name,
+            justify="left" if name in ("kernel", "target", "case", "matrix") else "right",
+            overflow="fold",
+            no_wrap=name != "case",
+        )
     for row in records:
         table.add_row(*(str(row[name]) for name in columns), style=None if row["verdict"] == "ok" else "red")
     console.print(table)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile_matrix",
-                                     description="Compile every kernel variant for every target. Needs no GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.compile_matrix",
+        description="Compile every kernel variant for every target. Needs no GPU.",
+    )
     parser.add_argument("--complete", action="store_true", help="every head dim, dtype and flag, not a sample")
     parser.add_argument("--op", help="only this operator")
     parser.add_argument("--direction", help="only forward, backward or decode")
-    parser.add_argument("--match", default="", type=re.compile, metavar="REGEX",
-                        help="only cases in whose label this regular expression is found, such as bf16 or 'x(64|128)( |$)'")
-    parser.add_argument("--target", nargs="+", default=list(CHIPS), metavar="T", help="of " + ", ".join(CHIPS) + "; 90 for sm_90")
+    parser.add_argument(
+        "--match",
+        default="",
+        type=re.compile,
+        metavar="REGEX",
+        help="only cases in whose label this regular expression is found, such as bf16 or 'x(64|128)( |$)'",
+    )
+    parser.add_argument(
+        "--target", nargs="+", default=list(CHIPS), metavar="T", help="of " + ", ".join(CHIPS) + "; 90 for sm_90"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help=f"CSV; {OUT.name} beside this module, if nothing is left out")
     options = parser.parse_args(arguments)
@@ -171,8 +212,13 @@ def main(arguments=None):
     chips = [name if name in CHIPS else f"sm_{name}" for name in options.target]
     if unknown := set(chips) - set(CHIPS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(CHIPS)}")
-    chosen = [case for case in (cases.complete() if options.complete else cases.sample())
-              if options.op in (None, case.op) and options.direction in (None, case.direction) and options.match.search(case.label)]
+    chosen = [
+        case
+        for case in (cases.complete() if options.complete else cases.sample())
+        if options.op in (None, case.op)
+        and options.direction in (None, case.direction)
+        and options.match.search(case.label)
+    ]
     if not chosen:
         parser.error("no case is left")
     filtered = chips != list(CHIPS) or options.op or options.direction or options.match.pattern
@@ -181,21 +227,31 @@ def main(arguments=None):
     start = time.perf_counter()
     jobs = select(chosen, chips, everywhere=options.complete or filtered)
     results = compile_all(jobs, options.jobs, console)
-    records = sorted((record(job, result) for job, result in zip(jobs, results)),
-                     key=lambda row: (row["op"], row["kernel"], row["case"], list(CHIPS).index(row["target"])))
+    records = sorted(
+        (record(job, result) for job, result in zip(jobs, results)),
+        key=lambda row: (row["op"], row["kernel"], row["case"], list(CHIPS).index(row["target"])),
+    )
     show(records, console)
     if file := options.out or (None if filtered else OUT):
-        output.write_csv(file, records, [
-            f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
-            "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
-            "spills: bytes of local memory; lanes: scalars in lanes of vector registers (AMD), which take no memory.",
-            "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
-        ])
+        output.write_csv(
+            file,
+            records,
+            [
+                f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
+                "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
+                "spills: bytes of local memory; lanes: scalars in lanes of vector registers (AMD), which take no memory.",
+                "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
+            ],
+        )
     wrong = [(job, row) for job, result in zip(jobs, results) if (row := record(job, result))["verdict"] != "ok"]
     for job, row in wrong:
-        console.print(f"FAILED {job.name}: {row['verdict']} ({row['constants']})", style="red", markup=False, soft_wrap=True)
-    console.print(f"{len(jobs)} variants of {len(chosen)} cases for {', '.join(chips)}, {len(wrong)} failed, "
-                  f"{time.perf_counter() - start:.0f} s")
+        console.print(
+            f"FAILED {job.name}: {row['verdict']} ({row['constants']})", style="red", markup=False, soft_wrap=True
+        )
+    console.print(
+        f"{len(jobs)} variants of {len(chosen)} cases for {', '.join(chips)}, {len(wrong)} failed, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
     return 1 if wrong else 0
 
 

@@ -6,9 +6,9 @@ from functools import cache, partial
 from unittest import mock
 
 import torch
+from fastprompt.kernels import launch as kernel_launch
 
 from fastprompt import Sequences
-from fastprompt.kernels import launch as kernel_launch
 
 from . import binary
 from .chips import CHIPS
@@ -117,7 +117,12 @@ class _Counter:
         """Touches of rows ``[start, stop)`` of some neighbouring heads of a tensor."""
         size = size or self.row * heads
         return [
-            Touch((name, head, block), ROWS * size, (min(stop, block * ROWS + ROWS) - max(start, block * ROWS)) * size, write)
+            Touch(
+                (name, head, block),
+                ROWS * size,
+                (min(stop, block * ROWS + ROWS) - max(start, block * ROWS)) * size,
+                write,
+            )
             for block in range(start // ROWS, -(-stop // ROWS))
         ]
 
@@ -186,8 +191,12 @@ class _Counter:
             for start in range(0, self.w.prefix, rows):
                 first, last, _ = blocks[start // block]
                 stop, at = min(start + rows, self.w.prefix), start % block
-                touches = [touch for slot in range(first, last) for name in "kv"
-                           for touch in self.rows(f"partial_{name}", (slot, head), at, at + stop - start, size=2 * self.row)]
+                touches = [
+                    touch
+                    for slot in range(first, last)
+                    for name in "kv"
+                    for touch in self.rows(f"partial_{name}", (slot, head), at, at + stop - start, size=2 * self.row)
+                ]
                 for name in "kv":
                     touches += self.rows(f"dprefix_{name}", head, start, stop, write=True)
                 programs.append(Program(touches))

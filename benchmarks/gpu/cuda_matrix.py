@@ -28,10 +28,14 @@ THREADS = 256  # of a block, csrc/cuda/prompt_lstm.h
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for '(?P<target>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)", re.DOTALL)
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
 _DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
-_NAME = re.compile(r"10recurrenceI.*?(?P<pass>Forward|Backward)E(?P<dtype>f|13__nv_bfloat16|6__half)"
-                   r"NS\w+?(?P<exchange>Cluster|Grid)Exchange")
+_NAME = re.compile(
+    r"10recurrenceI.*?(?P<pass>Forward|Backward)E(?P<dtype>f|13__nv_bfloat16|6__half)"
+    r"NS\w+?(?P<exchange>Cluster|Grid)Exchange"
+)
 
 
 def compiled():
@@ -39,7 +43,9 @@ def compiled():
     flags = (CUDA / "nvcc.txt").read_text().split()
     targets = [flag for flag in flags if flag.startswith("-gencode")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return "".join(pool.map(compile_for, [[flag for flag in flags if flag not in targets or flag == one] for one in targets]))
+        return "".join(
+            pool.map(compile_for, [[flag for flag in flags if flag not in targets or flag == one] for one in targets])
+        )
 
 
 def compile_for(flags):
@@ -90,8 +96,10 @@ def show(rows, console):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.cuda_matrix",
-                                     description="Compile the CUDA kernels for every target. Needs nvcc, no GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.cuda_matrix",
+        description="Compile the CUDA kernels for every target. Needs nvcc, no GPU.",
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="CSV")
     options = parser.parse_args(arguments)
     if not shutil.which("nvcc"):
@@ -99,17 +107,25 @@ def main(arguments=None):
         return 0
     start = time.perf_counter()
     rows = records(compiled())
-    version = re.search(r"release [\d.]+, V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
-    output.write_csv(options.out, rows, [
-        f"nvcc {version[1]}, compiled without a GPU: no kernel ran.",
-        "The cluster kernels of sm_80 are empty of clusters and never chosen. Dynamic shared memory depends on the hidden size:",
-        "lstm_predictions.csv has it.",
-    ])
+    version = re.search(
+        r"release [\d.]+, V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )
+    output.write_csv(
+        options.out,
+        rows,
+        [
+            f"nvcc {version[1]}, compiled without a GPU: no kernel ran.",
+            "The cluster kernels of sm_80 are empty of clusters and never chosen. Dynamic shared memory depends on the hidden size:",
+            "lstm_predictions.csv has it.",
+        ],
+    )
     console = Console(width=None if sys.stdout.isatty() else 120)
     show(rows, console)
     wrong = [row for row in rows if row["verdict"] != "ok"]
     for row in wrong:
-        console.print(f"FAILED {' '.join(str(value) for value in list(row.values())[:5])}: {row['verdict']}", style="red")
+        console.print(
+            f"FAILED {' '.join(str(value) for value in list(row.values())[:5])}: {row['verdict']}", style="red"
+        )
     console.print(f"{len(rows)} kernels, {len(wrong)} failed, {time.perf_counter() - start:.0f} s")
     return 1 if wrong or not rows else 0
 

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 import triton
+from fastprompt.kernels import launch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +27,6 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from fastprompt import Sequences
-from fastprompt.kernels import launch
 
 from .. import report
 from . import output
@@ -71,8 +71,11 @@ class _Driver:
 def stubbed():
     """Within it kernels compile for sm_90, and a launch of them counts and does nothing."""
     stub = _Driver()
-    with mock.patch.object(driver, "_active", stub), mock.patch.object(torch.cuda, "current_device", lambda: None), \
-            mock.patch.object(nvidia, "PyKernelArg", lambda **fields: None):
+    with (
+        mock.patch.object(driver, "_active", stub),
+        mock.patch.object(torch.cuda, "current_device", lambda: None),
+        mock.patch.object(nvidia, "PyKernelArg", lambda **fields: None),
+    ):
         yield stub
 
 
@@ -125,7 +128,9 @@ def measure(rounds=9, calls=2000):
     def add(what, arguments, call):
         times = seconds(call, rounds, calls)
         spread = {"us": median(times), "min us": min(times), "max us": max(times)}
-        rows.append({"call": what, "arguments": arguments} | {name: f"{value * 1e6:.2f}" for name, value in spread.items()})
+        rows.append(
+            {"call": what, "arguments": arguments} | {name: f"{value * 1e6:.2f}" for name, value in spread.items()}
+        )
 
     with stubbed():
         for direction in ("forward", "backward"):
@@ -134,14 +139,19 @@ def measure(rounds=9, calls=2000):
                 name, count = kernel.name.strip("_"), len(kernel.arguments) + len(kernel.constants)
                 add(f"{name}: fastprompt's Kernel", count, partial(kernel, *arguments, **constants))
                 if direction == "forward":  # Triton types an integer by its value, and the backward needs int64 strides
-                    add(f"{name}: Triton's function[grid]", count, partial(through_triton, kernel, *arguments, **constants))
+                    add(
+                        f"{name}: Triton's function[grid]",
+                        count,
+                        partial(through_triton, kernel, *arguments, **constants),
+                    )
             add(f"prefix_attention {direction}: the operator's launcher, whole", "", whole)
     return rows
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.launch_cost",
-                                     description="Host cost of a launch. Needs no GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.launch_cost", description="Host cost of a launch. Needs no GPU."
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="CSV")
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:

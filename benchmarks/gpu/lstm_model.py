@@ -146,21 +146,39 @@ def predict(library, device_name, hidden, count):
                 "us": f"{(inner + around + others) * 1e6:.0f}",
             })  # fmt: skip
         inner = LAYERS * cudnn_seconds(device_name, hidden, count)
-        rows.append(base | {"implementation": "cuDNN", "chosen": ""} | blank | {
-            "steps us": f"{inner * 1e6:.0f}", "products us": f"{around * 1e6:.0f}", "others us": "0", "us": f"{(inner + around) * 1e6:.0f}"})
+        rows.append(
+            base
+            | {"implementation": "cuDNN", "chosen": ""}
+            | blank
+            | {
+                "steps us": f"{inner * 1e6:.0f}",
+                "products us": f"{around * 1e6:.0f}",
+                "others us": "0",
+                "us": f"{(inner + around) * 1e6:.0f}",
+            }
+        )
     return rows
 
 
 def predict_all():
     with tempfile.TemporaryDirectory() as folder:
         library = lstm_plan.build(Path(folder, "plan.so"), "plan.cpp")
-        return [row for device in DEVICES for hidden in (128, 256, 512, 1024) for count in (20, 100)
-                for row in predict(library, device, hidden, count)]
+        return [
+            row
+            for device in DEVICES
+            for hidden in (128, 256, 512, 1024)
+            for count in (20, 100)
+            for row in predict(library, device, hidden, count)
+        ]
 
 
 def show(rows, console):
-    table = Table(title=f"{PREDICTION}: us of forward + backward, two layers, two directions, fp32; all in {OUT.name}", box=None,
-                  header_style="bold", pad_edge=False)
+    table = Table(
+        title=f"{PREDICTION}: us of forward + backward, two layers, two directions, fp32; all in {OUT.name}",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
     for name in ("device", "H", "P", *VARIANTS, "cuDNN", "cuDNN / chosen"):
         table.add_column(name, justify="left" if name == "device" else "right")
     cells = {}
@@ -178,19 +196,25 @@ def show(rows, console):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.lstm_model",
-                                     description="Predicted time of the prompt encoder's LSTM. No GPU runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.lstm_model",
+        description="Predicted time of the prompt encoder's LSTM. No GPU runs.",
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="CSV")
     options = parser.parse_args(arguments)
     if not lstm_plan.COMPILER:
         print("The LSTM is not predicted: there is no C++ compiler for the rule that picks its kernels.")
         return 0
     rows = predict_all()
-    output.write_csv(options.out, rows, [
-        f"{PREDICTION}. Two layers, two directions, fp32; see benchmarks/gpu/lstm_model.py for the figures it assumes.",
-        "chosen: what the rule picks for this device; blocks: of a direction; where the parts of the weights stand, streamed: in the L2 cache.",
-        "us = steps us (the recurrence) + products us (matrix products around it, the same for all) + others us (small launches)",
-    ])
+    output.write_csv(
+        options.out,
+        rows,
+        [
+            f"{PREDICTION}. Two layers, two directions, fp32; see benchmarks/gpu/lstm_model.py for the figures it assumes.",
+            "chosen: what the rule picks for this device; blocks: of a direction; where the parts of the weights stand, streamed: in the L2 cache.",
+            "us = steps us (the recurrence) + products us (matrix products around it, the same for all) + others us (small launches)",
+        ],
+    )
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     return 0
 

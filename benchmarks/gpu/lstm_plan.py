@@ -20,8 +20,18 @@ INT, POINTER = ctypes.c_int, ctypes.c_void_p
 Problem = _structure("Problem", hidden=INT, directions=INT, element=INT, backward=ctypes.c_bool)
 Chip = _structure("Chip", processors=INT, shared=INT, cluster=INT)
 Plan = _structure("Plan", exchange=INT, blocks=INT, tiles=INT, warps=INT, held=INT, kept=INT, shared=INT)
-Args = _structure("Args", matrix=POINTER * 2, input=POINTER, steps=POINTER, output=POINTER, words=POINTER, count=INT,
-                  hidden=INT, directions=INT, plan=Plan)
+Args = _structure(
+    "Args",
+    matrix=POINTER * 2,
+    input=POINTER,
+    steps=POINTER,
+    output=POINTER,
+    words=POINTER,
+    count=INT,
+    hidden=INT,
+    directions=INT,
+    plan=Plan,
+)
 
 
 def build(library, *sources, flags=()):

@@ -43,10 +43,17 @@ OURS, PEFT = "fastprompt", "PEFT + SDPA"
 
 
 def workloads(direction):
-    batches = {"decode 64": tuple(128 + 14 * i for i in range(64))} if direction == "decode" else {
-        "uneven 10-64": uneven(8192), "equal 512": (512,) * 16}
-    return [Workload(name, *sizes, prefix, lengths) for sizes in ((9, 3, 64), (32, 8, 128)) for prefix in (20, 100, 500)
-            for name, lengths in batches.items()]
+    batches = (
+        {"decode 64": tuple(128 + 14 * i for i in range(64))}
+        if direction == "decode"
+        else {"uneven 10-64": uneven(8192), "equal 512": (512,) * 16}
+    )
+    return [
+        Workload(name, *sizes, prefix, lengths)
+        for sizes in ((9, 3, 64), (32, 8, 128))
+        for prefix in (20, 100, 500)
+        for name, lengths in batches.items()
+    ]
 
 
 def predict(name, workload, direction, device_name):
@@ -68,23 +75,35 @@ def predict(name, workload, direction, device_name):
 
 
 def predict_all(progress=True):
-    jobs = [(name, w, direction, device) for device in DEVICES for direction in ("forward", "backward", "decode")
-            for w in workloads(direction) for name in IMPLEMENTATIONS
-            if direction != "decode" or not name.startswith("FlexAttention")]
+    jobs = [
+        (name, w, direction, device)
+        for device in DEVICES
+        for direction in ("forward", "backward", "decode")
+        for w in workloads(direction)
+        for name in IMPLEMENTATIONS
+        if direction != "decode" or not name.startswith("FlexAttention")
+    ]
     return [predict(*job) for job in track(jobs, "counting", transient=True, disable=not progress)]
 
 
 def bar(rows):
     """Our backward at P = 100 on 8192 packed rows on every device, and whether bytes and launches are within the bar."""
-    return [(r, float(r["memory / floor"]) <= BAR and r["launches"] <= 4) for r in rows
-            if (r["direction"], r["P"], r["batch"], r["implementation"]) == ("backward", 100, "uneven 10-64", OURS)]
+    return [
+        (r, float(r["memory / floor"]) <= BAR and r["launches"] <= 4)
+        for r in rows
+        if (r["direction"], r["P"], r["batch"], r["implementation"]) == ("backward", 100, "uneven 10-64", OURS)
+    ]
 
 
 def show(rows, console):
-    table = Table(title=f"{PREDICTION}: P = 100, H100 SXM; all in {OUT.name}", box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        title=f"{PREDICTION}: P = 100, H100 SXM; all in {OUT.name}", box=None, header_style="bold", pad_edge=False
+    )
     names = [name for name in rows[0] if name not in ("device", "P")]
     for name in names:
-        table.add_column(name, justify="left" if name in ("direction", "batch", "implementation") else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("direction", "batch", "implementation") else "right", no_wrap=True
+        )
     previous = None
     for row in rows:
         if row["P"] == 100 and row["device"] == "H100 SXM":
@@ -96,11 +115,15 @@ def show(rows, console):
     for row, met in bar(rows):
         same = ("device", "direction", "Dh", "P", "batch")
         rival = next(r for r in rows if r["implementation"] == PEFT and all(r[x] == row[x] for x in same))
-        console.print(f"{PREDICTION}: backward, P = 100, 8192 packed rows, {row['H']}/{row['Hkv']} heads of {row['Dh']}, "
-                      f"{row['device']}: {row['memory / floor']} times the bytes of inputs, saved tensors and outputs "
-                      f"(bar {BAR}), {row['launches']} launches (bar 4), {'met' if met else 'NOT MET'}; "
-                      f"{PEFT}: {rival['memory / floor']} times, {rival['launches']} launches",
-                      soft_wrap=True, highlight=False, style=None if met else "red")
+        console.print(
+            f"{PREDICTION}: backward, P = 100, 8192 packed rows, {row['H']}/{row['Hkv']} heads of {row['Dh']}, "
+            f"{row['device']}: {row['memory / floor']} times the bytes of inputs, saved tensors and outputs "
+            f"(bar {BAR}), {row['launches']} launches (bar 4), {'met' if met else 'NOT MET'}; "
+            f"{PEFT}: {rival['memory / floor']} times, {rival['launches']} launches",
+            soft_wrap=True,
+            highlight=False,
+            style=None if met else "red",
+        )
 
 
 def plot(rows, file):
@@ -112,8 +135,17 @@ def plot(rows, file):
     panels = figure.subplots(1, len(DEVICES), sharey=True)
     for axes, device in zip(panels, DEVICES):
         for i, name in enumerate(IMPLEMENTATIONS):
-            times = [sum(float(r["us"]) for r in rows if r["implementation"] == name and r["device"] == device and r["P"] == 100
-                         and (r["H"], r["Dh"], r["batch"]) == group) for group in groups]
+            times = [
+                sum(
+                    float(r["us"])
+                    for r in rows
+                    if r["implementation"] == name
+                    and r["device"] == device
+                    and r["P"] == 100
+                    and (r["H"], r["Dh"], r["batch"]) == group
+                )
+                for group in groups
+            ]
             bars = axes.bar([x + (i - 2) * 0.17 for x in range(len(groups))], times, 0.16, label=name)
             axes.bar_label(bars, fmt="%.0f", fontsize=6)
         axes.set_xticks(range(len(groups)), [f"{h} heads of {d}\n{batch}" for h, d, batch in groups], fontsize=7)
@@ -125,17 +157,22 @@ def plot(rows, file):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.model",
-                                     description="Predicted cost of prefix attention. No GPU runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.model", description="Predicted cost of prefix attention. No GPU runs."
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="CSV; a picture is written beside it")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = predict_all()
-    output.write_csv(options.out, rows, [
-        f"{PREDICTION}. Counted bytes, FLOPs and launches; see benchmarks/gpu/model.py. bf16, one layer.",
-        "time of a launch = the slower of memory bytes / bandwidth and FLOPs / peak (less what the last wave and long programs"
-        f" leave idle), + {LAUNCH_SECONDS * 1e6:.0f} us; waves and balance are those of the longest launch",
-    ])
+    output.write_csv(
+        options.out,
+        rows,
+        [
+            f"{PREDICTION}. Counted bytes, FLOPs and launches; see benchmarks/gpu/model.py. bf16, one layer.",
+            "time of a launch = the slower of memory bytes / bandwidth and FLOPs / peak (less what the last wave and long programs"
+            f" leave idle), + {LAUNCH_SECONDS * 1e6:.0f} us; waves and balance are those of the longest launch",
+        ],
+    )
     plot(rows, options.out.with_suffix(".png"))
     show(rows, console)
     return 0 if all(met for _, met in bar(rows)) else 1

@@ -40,8 +40,10 @@ class Attention:
 
     @property
     def name(self):
-        return (f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, P = {self.prefix}, "
-                f"{len(self.lengths)} sequences, {self.rows} rows")
+        return (
+            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, P = {self.prefix}, "
+            f"{len(self.lengths)} sequences, {self.rows} rows"
+        )
 
     @cached_property
     def cu_seqlens(self):
@@ -82,11 +84,15 @@ def sdpa(problem):
     group = problem.heads // problem.kv_heads
 
     def padded(rows):  # [T, heads, Dh] -> [B, heads, S, Dh]
-        return rows.new_zeros(batch, longest, *rows.shape[1:]).masked_scatter(real[:, :, None, None], rows).transpose(1, 2)
+        return (
+            rows.new_zeros(batch, longest, *rows.shape[1:]).masked_scatter(real[:, :, None, None], rows).transpose(1, 2)
+        )
 
     def run(q, k, v, prefix_k, prefix_v):
-        k, v = (torch.cat([shared.transpose(0, 1).expand(batch, -1, -1, -1), padded(rows)], 2).repeat_interleave(group, 1)
-                for shared, rows in ((prefix_k, k), (prefix_v, v)))
+        k, v = (
+            torch.cat([shared.transpose(0, 1).expand(batch, -1, -1, -1), padded(rows)], 2).repeat_interleave(group, 1)
+            for shared, rows in ((prefix_k, k), (prefix_v, v))
+        )
         return scaled_dot_product_attention(padded(q), k, v, attn_mask=mask).transpose(1, 2)[real]
 
     return run

@@ -66,7 +66,9 @@ def costs(launches, device, launch_seconds):
         span = _makespan([program.flops for program in launch.programs], slots)
         ideal = launch.flops / slots
         seconds = max(memory / device.bandwidth, span * slots / device.flops) + launch_seconds
-        result.append(Cost(l2, memory, launch.flops, len(launch.programs) / slots, ideal / span if span else 1.0, seconds))
+        result.append(
+            Cost(l2, memory, launch.flops, len(launch.programs) / slots, ideal / span if span else 1.0, seconds)
+        )
     return result
 
 

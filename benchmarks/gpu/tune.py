@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,17 +18,16 @@ from itertools import accumulate, product
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Callable
 from unittest import mock
 
 import torch
+from fastprompt.kernels import launch
+from fastprompt.kernels.prefix_attention import config, tuned
 from tqdm import tqdm
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from fastprompt import Sequences
-from fastprompt.kernels import launch
-from fastprompt.kernels.prefix_attention import config, tuned
 from fastprompt.ops.prefix_attention import reference
 from fastprompt.ops.prefix_attention import triton as launcher
 
@@ -63,7 +63,9 @@ def calls(role, head_dim, dtype, device="cuda", rows=8192):
     return [new(32, 8, short), new(16, 16, long), new(8, 2, short[: len(short) // 2], **flags)]
 
 
-def _call(role, head_dim, dtype, device, heads, kv_heads, lengths, *, prefixes=1, window=None, softcap=None, sinks=False):
+def _call(
+    role, head_dim, dtype, device, heads, kv_heads, lengths, *, prefixes=1, window=None, softcap=None, sinks=False
+):
     bank = {}
     if prefixes > 1:
         ids = [b % (prefixes + 1) - 1 for b in range(len(lengths))]
@@ -73,7 +75,13 @@ def _call(role, head_dim, dtype, device, heads, kv_heads, lengths, *, prefixes=1
         seq, own = Sequences.decode(lengths, **bank), (len(lengths), kv_heads, max(lengths), head_dim)
     new = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     q, grad = (new(seq.rows, heads, head_dim) for _ in range(2))
-    given = [q, new(own), new(own), *(new(prefixes, PREFIX, kv_heads, head_dim) for _ in range(2)), new(heads) if sinks else None]
+    given = [
+        q,
+        new(own),
+        new(own),
+        *(new(prefixes, PREFIX, kv_heads, head_dim) for _ in range(2)),
+        new(heads) if sinks else None,
+    ]
     options = dict(causal=True, window=window, softcap=softcap, scale=head_dim**-0.5)
 
     def prepared(module, grad, *inputs, sinks):
@@ -184,7 +192,9 @@ def climb(role, rule, calls, unfit, timer, rounds=7, show=iter):
 def save(file, device, key, entry):
     """Put an entry into the table of a device, or take it out where it is None."""
     devices = tuned.read(file)
-    table = {name: old for name, old in devices.get(device, {}).items() if name != key} | ({key: entry} if entry else {})
+    table = {name: old for name, old in devices.get(device, {}).items() if name != key} | (
+        {key: entry} if entry else {}
+    )
     devices = {name: old for name, old in devices.items() if name != device} | ({device: table} if table else {})
     if devices or file.exists():
         temporary = file.with_suffix(".tmp")
@@ -215,15 +225,24 @@ def brief(entry):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description="Tune the tiles of prefix_attention.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.tune", description="Tune the tiles of prefix_attention."
+    )
     parser.add_argument("--role", nargs="+", choices=tuned.FIELDS, default=list(tuned.FIELDS))
     parser.add_argument("--bits", nargs="+", type=int, choices=DTYPES, default=[16], help="of an element")
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="N")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timings of each candidate, whose median counts")
-    parser.add_argument("--out", type=Path, default=tuned.FILE, metavar="FILE", help="the table; by default the one that is used")
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="timings of each candidate, whose median counts"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=tuned.FILE, metavar="FILE", help="the table; by default the one that is used"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() or launch.INTERPRETED:
-        print("Tuning needs a GPU that torch can use, and Triton not interpreted. Without one the rule holds.", file=sys.stderr)
+        print(
+            "Tuning needs a GPU that torch can use, and Triton not interpreted. Without one the rule holds.",
+            file=sys.stderr,
+        )
         return 1
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is compared with float64
     device, chip, rows = torch.cuda.get_device_name(), this_chip(), []

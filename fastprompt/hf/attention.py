@@ -39,9 +39,26 @@ _NAMES = {before: name for name, before in _BEFORE.items()}
 # Keyword arguments that models hand to every attention function and that do not change what attention computes.
 # sliding_window is among them because the mask already carries the window.
 _WITHOUT_EFFECT = {
-    "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
-    "output_router_logits", "return_dict", "num_items_in_batch", "shift_labels", "labels", "cache_position", "layer_idx",
-    "position_embeddings", "deterministic", "target_dtype", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "is_causal",
+    "sliding_window",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "num_items_in_batch",
+    "shift_labels",
+    "labels",
+    "cache_position",
+    "layer_idx",
+    "position_embeddings",
+    "deterministic",
+    "target_dtype",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
 }
 
 
@@ -95,7 +112,9 @@ class PaddedBatch:
         self.prefix, self.prefix_ids = prefix, prefix_ids
         self.asked = False  # did the model ask for a mask at all?
 
-    def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, local_size=None, **other):
+    def mask(
+        self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, local_size=None, **other
+    ):
         self.asked = True
         device = other.get("device", "cpu")
         sees = partial(mask_function, torch.arange(batch_size, device=device)[:, None], 0)
@@ -108,8 +127,16 @@ class PaddedBatch:
                 ids = None if self.prefix_ids is None else self._ids(batch_size)[starts // q_length]
                 seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
                 return MaskPlan(seq, window, causal=not ahead, prefix=self.prefix)
-        return self._dense(before, batch_size=batch_size, q_length=q_length, kv_length=kv_length,
-                           mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **other)
+        return self._dense(
+            before,
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **other,
+        )
 
     def _dense(self, before, **arguments):
         original = ALL_MASK_ATTENTION_FUNCTIONS[before]
@@ -136,7 +163,9 @@ def _runs(sees, batch, width, attention_mask, device):
     first = torch.ones(batch, 1, dtype=torch.bool, device=device)
     position = torch.arange(1, width, device=device)
     joined = _as_mask(sees(position, position - 1), batch, width - 1, device)  # does a token see the one before it?
-    real = torch.ones(batch, width, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
+    real = (
+        torch.ones(batch, width, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
+    )
     opens = real & torch.cat([first, ~joined | ~real[:, :-1]], 1)
     closes = real & torch.cat([~joined | ~real[:, 1:], first], 1)
     starts, ends = opens.reshape(-1).nonzero()[:, 0], closes.reshape(-1).nonzero()[:, 0]
@@ -268,8 +297,19 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     seq = plan.seq if plan.seq.starts.device == q.device else plan.seq.to(q.device)
     prefix_k, prefix_v = (_bank(learned, x, plan.shared) for learned, x in zip(prefix or (None, None), (k, v)))
-    out, _ = prefix_attention(q, k, v, prefix_k, prefix_v, seq, causal=plan.causal, window=plan.window, softcap=softcap,
-                              sinks=None if s_aux is None else s_aux.to(q.dtype), scale=scaling)
+    out, _ = prefix_attention(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        seq,
+        causal=plan.causal,
+        window=plan.window,
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.to(q.dtype),
+        scale=scaling,
+    )
     return out.view(batch, width, heads, out.shape[-1])
 
 

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import torch
 from peft import (
-    MultitaskPromptTuningConfig, PeftConfig, PeftType, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PeftType,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
 )
 from peft.utils import load_peft_weights
 from safetensors import safe_open
@@ -49,8 +54,12 @@ def save(directory, method, config, task_type="CAUSAL_LM", head=None):
         raise TypeError(f"method must be {expected}, got {type(method).__name__}")
     directory, text = Path(directory), config.get_text_config()
     common = dict(
-        task_type=task_type, num_virtual_tokens=method.num_virtual_tokens, num_transformer_submodules=1,
-        num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
+        task_type=task_type,
+        num_virtual_tokens=method.num_virtual_tokens,
+        num_transformer_submodules=1,
+        num_attention_heads=text.num_attention_heads,
+        num_layers=text.num_hidden_layers,
+        inference_mode=True,
         base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
     )
     head = {f"{_HEAD}{name}": x.detach() for name, x in (head or {}).items()}
@@ -63,7 +72,9 @@ def save(directory, method, config, task_type="CAUSAL_LM", head=None):
             peft_config, adapters, encoder, notes = *_to_peft(method, common), {}
     for index, tensors in enumerate(adapters):
         folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
-        _write(folder, peft_config, {name: x.cpu().contiguous() for name, x in (tensors | head).items()}, encoder, notes)
+        _write(
+            folder, peft_config, {name: x.cpu().contiguous() for name, x in (tensors | head).items()}, encoder, notes
+        )
     if len(adapters) > 1:  # what an earlier save left must not be read for one of these
         for stale in (directory, directory / f"prompt_{len(adapters)}"):
             (stale / _CONFIG).unlink(missing_ok=True)
@@ -130,9 +141,12 @@ def _to_peft(method, common):
         return config, [{"prompt_embeddings": prompt} for prompt in method.prompt], None
     if isinstance(method, PTuning):
         config = PromptEncoderConfig(
-            token_dim=method.token_dim, encoder_reparameterization_type=(method.encoder or "mlp").upper(),
-            encoder_hidden_size=method.hidden_size, encoder_num_layers=method.num_layers,
-            encoder_dropout=method.dropout, **common,
+            token_dim=method.token_dim,
+            encoder_reparameterization_type=(method.encoder or "mlp").upper(),
+            encoder_hidden_size=method.hidden_size,
+            encoder_num_layers=method.num_layers,
+            encoder_dropout=method.dropout,
+            **common,
         )
         encoder = None if method.encoder is None else method.state_dict()
         return config, [{"prompt_embeddings": method.encode()}], encoder
@@ -166,7 +180,8 @@ def _prefix_to_peft(method, common, own):
     else:
         config = PrefixTuningConfig(
             encoder_hidden_size=method.projection or common["token_dim"],
-            prefix_projection=method.projection is not None, **common,
+            prefix_projection=method.projection is not None,
+            **common,
         )
     adapters = [{"prompt_embeddings": flat} for flat in prefix.permute(2, 3, 0, 1, 4, 5).flatten(2)]
     return config, adapters, None if method.projection is None else method.state_dict(), notes
@@ -261,6 +276,10 @@ def _written_layers(folder):
 
 
 _READERS = {
-    "PROMPT_TUNING": _read_prompts, "CPT": _read_prompts, "P_TUNING": _read_p_tuning, "PREFIX_TUNING": _read_prefix,
-    "CARTRIDGE": _read_prefix, "MULTITASK_PROMPT_TUNING": _read_multitask,
+    "PROMPT_TUNING": _read_prompts,
+    "CPT": _read_prompts,
+    "P_TUNING": _read_p_tuning,
+    "PREFIX_TUNING": _read_prefix,
+    "CARTRIDGE": _read_prefix,
+    "MULTITASK_PROMPT_TUNING": _read_multitask,
 }

@@ -38,8 +38,14 @@ def _forward(encoder, indices, outputs):
     def encode():
         rows = encoder.embedding(indices[0])
         if lstm is not None:
-            rows = prompt_lstm(rows, list(lstm.parameters()), num_layers=lstm.num_layers, bidirectional=lstm.bidirectional,
-                               dropout=lstm.dropout, training=lstm.training)
+            rows = prompt_lstm(
+                rows,
+                list(lstm.parameters()),
+                num_layers=lstm.num_layers,
+                bidirectional=lstm.bidirectional,
+                dropout=lstm.dropout,
+                training=lstm.training,
+            )
         return encoder.mlp_head(rows)[None]
 
     _, *inside = encoder.modules()
@@ -50,4 +56,6 @@ def _forward(encoder, indices, outputs):
 
 def _is_plain(module):
     """Is the module what its class says: nothing derived, replaced or hooked?"""
-    return type(module) in _KINDS and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return (
+        type(module) in _KINDS and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+    )

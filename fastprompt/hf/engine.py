@@ -170,8 +170,10 @@ class Engine:
                 blocks.pop().__exit__(None, None, None)
             return None if output is None else _unpacked(plan, module, output)
 
-        hooks = [self.backbone.register_forward_pre_hook(enter, with_kwargs=True),
-                 self.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True)]
+        hooks = [
+            self.backbone.register_forward_pre_hook(enter, with_kwargs=True),
+            self.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        ]
         try:
             yield
         finally:
@@ -197,7 +199,9 @@ class Engine:
 
     def _inputs(self, plan, rows, prefix):
         """The keyword arguments of the backbone for ``{argument: [R, ...]}``, and the block it has to run in."""
-        if not is_switched_over(self.backbone.config):  # by another user of the same base model, or by set_attn_implementation
+        if not is_switched_over(
+            self.backbone.config
+        ):  # by another user of the same base model, or by set_attn_implementation
             switch_over(self.root)
         if prefix is not None and any(x.requires_grad for x in _tensors(prefix)) and checkpoints_reentrantly(self.base):
             if "inputs_embeds" not in rows:
@@ -244,7 +248,8 @@ class Engine:
             (module, name)
             for module in (self.base if self.is_lm else self.backbone).modules()
             for name, value in vars(module).items()
-            if type(value) in (int, float) and ("drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout)))
+            if type(value) in (int, float)
+            and ("drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout)))
         ]
 
     @torch.no_grad()
@@ -319,7 +324,9 @@ class Engine:
             mask, ids = probe.right, probe.ids
             if (padding := getattr(self.base.config, "pad_token_id", None)) is not None:
                 ids = ids.masked_fill(mask == 0, padding)  # by it some heads find a row's last token
-            plan = plan_padded_input(*mask.shape, 0, attention_mask=mask, prefix_length=prefix_length(prefix), layout=self.layout)
+            plan = plan_padded_input(
+                *mask.shape, 0, attention_mask=mask, prefix_length=prefix_length(prefix), layout=self.layout
+            )
             rows = plan.token_ids(ids)
             try:
                 padded = primary(forward(input_ids=ids, attention_mask=mask))
@@ -349,6 +356,7 @@ class Engine:
 
     def _with_change(self, probe, column):
         """The output on the probe's rows with the hidden states of a column changed."""
+
         def change(module, args, output):
             if column is not None:
                 output.last_hidden_state = output.last_hidden_state.clone()
@@ -382,7 +390,9 @@ class Engine:
         finally:
             hook.remove()
         expected = head(large)
-        return bool(torch.allclose(logits, expected.to(logits.dtype), rtol=1e-5, atol=1e-5 * float(expected.abs().max())))
+        return bool(
+            torch.allclose(logits, expected.to(logits.dtype), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        )
 
 
 def _unpacked(plan, backbone, output):

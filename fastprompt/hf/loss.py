@@ -36,7 +36,9 @@ class SummedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros(())
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
-            total += _block_of_rows(hidden[part], weight, bias, labels[part], None if grad is None else grad[part], block)
+            total += _block_of_rows(
+                hidden[part], weight, bias, labels[part], None if grad is None else grad[part], block
+            )
         ctx.save_for_backward(grad)
         return total
 

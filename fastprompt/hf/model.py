@@ -40,7 +40,9 @@ class SoftPromptModel(nn.Module):
         if not self._is_prefix:
             width = base.get_input_embeddings().weight.shape[1]
             if method.token_dim != width:
-                raise ValueError(f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}")
+                raise ValueError(
+                    f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
+                )
         elif base.config.is_encoder_decoder:
             raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
         for name, parameter in base.named_parameters():
@@ -54,8 +56,20 @@ class SoftPromptModel(nn.Module):
         if (reason := self._engine.refusal or self._prefix_reason) is not None:
             self._warn(reason)
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, *, inputs_embeds=None, prompt_ids=None,
-                virtual_tokens=None, cu_seqlens=None, keep_logits=False, num_items_in_batch=None, **options):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        *,
+        inputs_embeds=None,
+        prompt_ids=None,
+        virtual_tokens=None,
+        cu_seqlens=None,
+        keep_logits=False,
+        num_items_in_batch=None,
+        **options,
+    ):
         """The model's output for a batch; with targets its loss too.
 
         Args:
@@ -87,8 +101,13 @@ class SoftPromptModel(nn.Module):
         if self.config.is_encoder_decoder:
             return self._encoder_decoder(self._embed(tokens), attention_mask, prompt, ids, labels, options)
         arguments = dict(
-            labels=labels if is_lm else None, prompt_ids=ids, virtual_tokens=virtual_tokens, prefix_length=prefix_length(prefix),
-            token_ids=input_ids if by_ids and (prefix is None or None not in prefix) and "token_type_ids" not in options else None,
+            labels=labels if is_lm else None,
+            prompt_ids=ids,
+            virtual_tokens=virtual_tokens,
+            prefix_length=prefix_length(prefix),
+            token_ids=input_ids
+            if by_ids and (prefix is None or None not in prefix) and "token_type_ids" not in options
+            else None,
         )
         plan, reason = self._plan(tokens, attention_mask, cu_seqlens, arguments)
         if plan is None:
@@ -135,7 +154,9 @@ class SoftPromptModel(nn.Module):
             return result
         if isinstance(result, torch.Tensor):
             return torch.cat([input_ids.repeat_interleave(len(result) // batch, 0), result], 1)
-        result.sequences = torch.cat([input_ids.repeat_interleave(len(result.sequences) // batch, 0), result.sequences], 1)
+        result.sequences = torch.cat(
+            [input_ids.repeat_interleave(len(result.sequences) // batch, 0), result.sequences], 1
+        )
         return result
 
     def save_pretrained(self, directory):
@@ -149,7 +170,9 @@ class SoftPromptModel(nn.Module):
         method, head = checkpoint.load(directory), checkpoint.load_head(directory)
         unknown = sorted(head.keys() - dict(base.named_parameters()).keys())
         if unknown:
-            raise ValueError(f"base must have the parameters {unknown} of the head that was saved, but has none of that name")
+            raise ValueError(
+                f"base must have the parameters {unknown} of the head that was saved, but has none of that name"
+            )
         with torch.no_grad():
             for name, value in head.items():
                 base.get_parameter(name).copy_(value)
@@ -167,7 +190,9 @@ class SoftPromptModel(nn.Module):
         if prompt_ids is not None and prompt_ids.numel():
             low, high = int(prompt_ids.min()), int(prompt_ids.max())
             if low < 0 or high >= self.method.num_prompts:
-                raise ValueError(f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}")
+                raise ValueError(
+                    f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}"
+                )
         if self._is_prefix and virtual_tokens is not None:
             raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
         if cu_seqlens is not None and attention_mask is not None:
@@ -175,7 +200,11 @@ class SoftPromptModel(nn.Module):
         if self._engine.is_lm and not self.config.is_encoder_decoder:
             known = set()
         else:
-            known = set(options) if self.config.is_encoder_decoder else {"token_type_ids", "start_positions", "end_positions"}
+            known = (
+                set(options)
+                if self.config.is_encoder_decoder
+                else {"token_type_ids", "start_positions", "end_positions"}
+            )
             for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
                 if value is not None:
                     raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
@@ -192,12 +221,21 @@ class SoftPromptModel(nn.Module):
         if cu_seqlens is not None:
             if (reason := self._engine.why_not() or self._prefix_reason) is not None:
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}")
-            flat = {name: x.reshape(-1) if name in _LIKE_TOKENS and x is not None else x for name, x in arguments.items()}
+            flat = {
+                name: x.reshape(-1) if name in _LIKE_TOKENS and x is not None else x for name, x in arguments.items()
+            }
             return plan_packed_input(cu_seqlens, length, **flat), None
         if self._prefix_reason is not None:
             return None, self._prefix_reason
-        return plan_or_reason(self._engine, *tokens.shape[:2], length, attention_mask=attention_mask, device=tokens.device,
-                              finds_last=True, **arguments)
+        return plan_or_reason(
+            self._engine,
+            *tokens.shape[:2],
+            length,
+            attention_mask=attention_mask,
+            device=tokens.device,
+            finds_last=True,
+            **arguments,
+        )
 
     def _prompts(self, prompt_ids):
         """The prompts a batch uses: ``[N * P, D]`` or None, a prefix or None, and the batch's ids among them or None."""
@@ -208,7 +246,11 @@ class SoftPromptModel(nn.Module):
             prefix = method()[:, :, :1] if used is None else method()[:, :, used]
             return None, layers_of_tensor(prefix, self.config, method.layers), ids
         if isinstance(method, MultitaskPromptTuning):
-            return method(torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used), None, ids
+            return (
+                method(torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used),
+                None,
+                ids,
+            )
         if used is None:
             return method()[: method.num_virtual_tokens], None, None
         return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
@@ -243,10 +285,18 @@ class SoftPromptModel(nn.Module):
             raise ValueError(f"attention_mask must have shape [B, S], got {list(attention_mask.shape)}")
         inputs = {"inputs_embeds": rows, "return_dict": True}
         if attention_mask is not None:
-            inputs["attention_mask"] = torch.cat([attention_mask.new_ones(batch, front + prefix_length(prefix)), attention_mask], 1)
+            inputs["attention_mask"] = torch.cat(
+                [attention_mask.new_ones(batch, front + prefix_length(prefix)), attention_mask], 1
+            )
         if prefix is not None:
-            ids = torch.zeros(batch, dtype=torch.int64, device=rows.device) if planned["prompt_ids"] is None else planned["prompt_ids"]
-            inputs["past_key_values"] = cache_of_layers([x and tuple(y.to(rows.dtype) for y in x) for x in prefix], ids, self.config)
+            ids = (
+                torch.zeros(batch, dtype=torch.int64, device=rows.device)
+                if planned["prompt_ids"] is None
+                else planned["prompt_ids"]
+            )
+            inputs["past_key_values"] = cache_of_layers(
+                [x and tuple(y.to(rows.dtype) for y in x) for x in prefix], ids, self.config
+            )
         if self._engine.is_lm:
             if labels is not None:
                 inputs["labels"] = torch.cat([labels.new_full((batch, front), IGNORE), labels], 1)
@@ -266,19 +316,29 @@ class SoftPromptModel(nn.Module):
         prompt = prompt.expand(batch, -1, -1) if ids is None else prompt[ids]
         mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
         mask = torch.cat([mask.new_ones(batch, length), mask], 1)
-        return self.base(inputs_embeds=torch.cat([prompt, embeds], 1), attention_mask=mask, labels=labels, return_dict=True, **options)
+        return self.base(
+            inputs_embeds=torch.cat([prompt, embeds], 1),
+            attention_mask=mask,
+            labels=labels,
+            return_dict=True,
+            **options,
+        )
 
     @torch.no_grad()
     def _why_no_prefix(self):
         """None if the method's prefix can run packed, else why not. Raises ValueError if it fits no way."""
         config = self.config.get_text_config()
         if self.method.layers[-1] >= config.num_hidden_layers:
-            raise ValueError(f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {self.method.layers[-1]}")
+            raise ValueError(
+                f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {self.method.layers[-1]}"
+            )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         found = self.method.num_kv_heads, self.method.head_dim
         if found != (heads, width) and not hasattr(config, "global_head_dim"):  # which differs from layer to layer
-            raise ValueError(f"method must have {heads} key heads of width {width} like the model, got {found[0]} of width {found[1]}")
+            raise ValueError(
+                f"method must have {heads} key heads of width {width} like the model, got {found[0]} of width {found[1]}"
+            )
         prefix = self._prompts(None)[1]
 
         def padded(input_ids, attention_mask):
@@ -302,7 +362,11 @@ class SoftPromptModel(nn.Module):
 
 
 _HEADS = {"score", "classifier", "qa_outputs"}
-_TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+_TASK_TYPES = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
 _LIKE_TOKENS = ("labels", "virtual_tokens", "token_ids")
 
 

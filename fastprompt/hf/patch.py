@@ -1,6 +1,5 @@
 """patch_attention: an ordinary Hugging Face model on prefix_attention, with a learned prefix or without, without PEFT."""
 
-
 import torch
 
 from ..checks import FLOATS, check_tensor
@@ -46,7 +45,9 @@ def patch_attention(model, prefix=None):
     try:
         error = relative_error(_probe(model), before)
         reason = None if error <= tolerance(before.dtype) else f"its result differs by {error:.1e}"
-    except Exception as failure:  # a model can fail in any way on a mask it was not written for; the reason is passed on
+    except (
+        Exception
+    ) as failure:  # a model can fail in any way on a mask it was not written for; the reason is passed on
         reason = f"{type(failure).__name__}: {failure}"
     if reason is None and not patch.reached:
         reason = "it does not ask the attention interface for a mask"

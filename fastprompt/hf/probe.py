@@ -59,7 +59,9 @@ class Probe:
         """The model's output on ``[2, 8]`` padded rows."""
         inputs = torch.cat([self.prompt.expand(len(mask), -1, -1), self.embeds], 1)
         options = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
-        return primary(self.model(inputs_embeds=inputs, attention_mask=self.real(mask).long(), return_dict=True, **options))
+        return primary(
+            self.model(inputs_embeds=inputs, attention_mask=self.real(mask).long(), return_dict=True, **options)
+        )
 
 
 def primary(output):

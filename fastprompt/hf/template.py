@@ -72,11 +72,15 @@ class Template:
         for index, example in enumerate(examples):
             ids, virtual = self.encode(**example)
             target = self.tokenizer(labels[index], add_special_tokens=False)["input_ids"] if labels is not None else []
-            rows.append((ids + target, virtual + [-1] * len(target), [-100] * len(ids) + target, [1] * (len(ids) + len(target))))
+            rows.append(
+                (ids + target, virtual + [-1] * len(target), [-100] * len(ids) + target, [1] * (len(ids) + len(target)))
+            )
         width = max((len(ids) for ids, *_ in rows), default=0)
         fills = {"input_ids": self._padding, "virtual_tokens": -1, "labels": -100, "attention_mask": 0}
         batch = {
-            name: torch.tensor([row[i] + [fill] * (width - len(row[i])) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+            name: torch.tensor([row[i] + [fill] * (width - len(row[i])) for row in rows], dtype=torch.int64).reshape(
+                len(rows), width
+            )
             for i, (name, fill) in enumerate(fills.items())
         }
         if labels is None:

@@ -100,7 +100,9 @@ def measure(batch):
             leads = leads & (batch.prompts[:, None] == batch.prompts)
         leader = leads.expand(batch.size, -1).int().argmax(1)  # [B]
         agree = ((code == code[leader]) & real & real[leader]).long().cumprod(1).sum(1)
-    return torch.stack([length, first, holes, labels, orphans, strangers, agree, none if batch.prompts is None else batch.prompts])
+    return torch.stack(
+        [length, first, holes, labels, orphans, strangers, agree, none if batch.prompts is None else batch.prompts]
+    )
 
 
 def fill(batch, table, rows, labels, everywhere=False):

@@ -62,8 +62,21 @@ class RowPlan:
         return cells.masked_fill(missing, fill)
 
 
-def plan_padded_input(batch, width, num_virtual_tokens, *, attention_mask=None, labels=None, prompt_ids=None,
-                      virtual_tokens=None, token_ids=None, prefix_length=0, layout="shared", device=None, backend="auto"):
+def plan_padded_input(
+    batch,
+    width,
+    num_virtual_tokens,
+    *,
+    attention_mask=None,
+    labels=None,
+    prompt_ids=None,
+    virtual_tokens=None,
+    token_ids=None,
+    prefix_length=0,
+    layout="shared",
+    device=None,
+    backend="auto",
+):
     """Plan a ``[B, S]`` batch.
 
     Args:
@@ -98,8 +111,18 @@ def plan_padded_input(batch, width, num_virtual_tokens, *, attention_mask=None, 
     return _plan(cells.Batch(batch, width, device, None, None, real, *tokens, *prompts), layout, backend)
 
 
-def plan_packed_input(cu_seqlens, num_virtual_tokens, *, labels=None, prompt_ids=None, virtual_tokens=None,
-                      token_ids=None, prefix_length=0, layout="shared", backend="auto"):
+def plan_packed_input(
+    cu_seqlens,
+    num_virtual_tokens,
+    *,
+    labels=None,
+    prompt_ids=None,
+    virtual_tokens=None,
+    token_ids=None,
+    prefix_length=0,
+    layout="shared",
+    backend="auto",
+):
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
 
     Args:
@@ -164,7 +187,9 @@ def _plan(batch, layout, backend):
         if stats.holes.any():
             raise CannotPack("the attention mask has holes")
         if stats.strangers.any():
-            raise ValueError(f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}")
+            raise ValueError(
+                f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}"
+            )
     stats.first[stats.length == 0] = 0
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
     if layout != "padded" and stats.orphans.any():
@@ -177,7 +202,9 @@ def _plan(batch, layout, backend):
     if sequences is not None:
         sequences = sequences.to(batch.device)
     filled = on_device.fill(batch, *move([table], batch.device), rows, labels, everywhere=layout == "padded")
-    return RowPlan(layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels)
+    return RowPlan(
+        layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels
+    )
 
 
 class _Stats(namedtuple("_Stats", cells.STATS)):
@@ -215,7 +242,9 @@ def _shared_rows(batch, stats):
     writes[batch.size :] = 1
     prompt = torch.cat([prompt, torch.tensor(unused, dtype=torch.int64)])
     own_column = stats.first + taken
-    entries = dict(prompt_row=starts[prompt], own_row=ends - own - own_column, own_column=own_column, prompt=prompt, writes=writes)
+    entries = dict(
+        prompt_row=starts[prompt], own_row=ends - own - own_column, own_column=own_column, prompt=prompt, writes=writes
+    )
     if not start:
         sequences = Sequences.packed(torch.cat([ends.new_zeros(1), ends]), stats.prompt, gaps=stats.gaps)
         return int(own.sum()), entries, sequences, ()
@@ -247,7 +276,11 @@ def _padded_rows(batch, stats):
     total, sequences = batch.front + batch.width, None
     if not (stats.holes.any() or batch.front and stats.first.any()):
         sequences = Sequences.padded(stats.first, batch.front + stats.length, total)
-    return *_one_by_one(batch, stats, torch.full_like(stats.length, batch.width), torch.zeros_like(stats.first)), sequences, ()
+    return (
+        *_one_by_one(batch, stats, torch.full_like(stats.length, batch.width), torch.zeros_like(stats.first)),
+        sequences,
+        (),
+    )
 
 
 def _one_by_one(batch, stats, lengths, first):

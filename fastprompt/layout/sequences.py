@@ -62,9 +62,13 @@ class Sequences:
         starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
         if starts.shape != lengths.shape:
             raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
-        if len(starts) and not (0 <= int(starts.min()) and 0 <= int(lengths.min()) and int((starts + lengths).max()) <= max_len):
-            raise ValueError(f"starts and lengths must stay within the {max_len} columns of a row, "
-                             f"got starts {_brief(starts.tolist())}, lengths {_brief(lengths.tolist())}")
+        if len(starts) and not (
+            0 <= int(starts.min()) and 0 <= int(lengths.min()) and int((starts + lengths).max()) <= max_len
+        ):
+            raise ValueError(
+                f"starts and lengths must stay within the {max_len} columns of a row, "
+                f"got starts {_brief(starts.tolist())}, lengths {_brief(lengths.tolist())}"
+            )
         first = torch.arange(len(starts), device=starts.device) * max_len + starts
         return cls._make("padded", first, lengths, len(starts) * max_len, prefix_ids, prefix_lens, gaps)
 
@@ -98,14 +102,22 @@ class Sequences:
             return None if value is None else _index(name, value, size).to(starts.device)
 
         batch = len(starts)
-        return cls(kind, starts, lengths, optional("prefix_ids", prefix_ids, batch),
-                   optional("prefix_lens", prefix_lens, "N"), optional("gaps", gaps, batch), rows)
+        return cls(
+            kind,
+            starts,
+            lengths,
+            optional("prefix_ids", prefix_ids, batch),
+            optional("prefix_lens", prefix_lens, "N"),
+            optional("gaps", gaps, batch),
+            rows,
+        )
 
     def tensors(self):
         """``[starts, lengths, prefix_ids, prefix_lens, gaps]`` with empty tensors for None: what crosses an operator."""
         empty = self.starts.new_empty(0)
-        return [empty if t is None else t
-                for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)]
+        return [
+            empty if t is None else t for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)
+        ]
 
     @classmethod
     def from_tensors(cls, kind, rows, tensors):

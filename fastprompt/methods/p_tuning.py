@@ -43,8 +43,9 @@ class PTuning(nn.Module):
 
     num_prompts = 1
 
-    def __init__(self, num_virtual_tokens, token_dim, *, encoder="lstm", hidden_size=None, num_layers=2, dropout=0.0,
-                 init=None):
+    def __init__(
+        self, num_virtual_tokens, token_dim, *, encoder="lstm", hidden_size=None, num_layers=2, dropout=0.0, init=None
+    ):
         super().__init__()
         hidden = token_dim if hidden_size is None else hidden_size
         check_sizes(

@@ -39,11 +39,27 @@ class PrefixTuning(nn.Module):
         ValueError: a size out of range, an ``init`` of another shape, or arguments that ``projection`` excludes.
     """
 
-    def __init__(self, num_virtual_tokens, num_layers, num_kv_heads, head_dim, *, num_prompts=1, init=None,
-                 projection=None, frozen_tokens=0, layers=None):
+    def __init__(
+        self,
+        num_virtual_tokens,
+        num_layers,
+        num_kv_heads,
+        head_dim,
+        *,
+        num_prompts=1,
+        init=None,
+        projection=None,
+        frozen_tokens=0,
+        layers=None,
+    ):
         super().__init__()
-        check_sizes(num_virtual_tokens=num_virtual_tokens, num_layers=num_layers, num_kv_heads=num_kv_heads,
-                    head_dim=head_dim, num_prompts=num_prompts)
+        check_sizes(
+            num_virtual_tokens=num_virtual_tokens,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_prompts=num_prompts,
+        )
         if not isinstance(frozen_tokens, int) or not 0 <= frozen_tokens <= num_virtual_tokens:
             raise ValueError(f"frozen_tokens must be an int in [0, {num_virtual_tokens}], got {frozen_tokens!r}")
         self.num_virtual_tokens, self.num_prompts, self.frozen_tokens = num_virtual_tokens, num_prompts, frozen_tokens

@@ -29,7 +29,9 @@ def available(op, device_type, dtype, *shape):
 
 def available_here(op, *shape):
     """:func:`available` for float32 on what this machine has: its GPU if there is one, and for the C++ kernels its CPU."""
-    return available(op, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, *shape) | {"cpu": native.missing}
+    return available(op, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, *shape) | {
+        "cpu": native.missing
+    }
 
 
 def choose(op, requested, device_type, dtype):

@@ -59,7 +59,9 @@ def _read_jsonl(file: Path, argument: str) -> list[dict[str, str]]:
             except json.JSONDecodeError as error:
                 raise InputError(argument, f"{str(file)!r}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise InputError(argument, f"{str(file)!r}, line {number}: expected an object, got {line.strip()[:40]!r}")
+                raise InputError(
+                    argument, f"{str(file)!r}, line {number}: expected an object, got {line.strip()[:40]!r}"
+                )
             rows.append({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items() if v is not None})
     return rows
 

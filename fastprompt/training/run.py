@@ -133,7 +133,9 @@ class TrainingRun:
         if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
             return
         if not (folder / RUN_FILE).is_file():
-            raise InputError("output", f"{str(folder)!r} holds other files; expected an empty folder or a run to resume")
+            raise InputError(
+                "output", f"{str(folder)!r} holds other files; expected an empty folder or a run to resume"
+            )
         if not self.config.resume:
             raise InputError("output", f"{str(folder)!r} already holds a run; expected another folder, or resume")
         before = read_record(folder)

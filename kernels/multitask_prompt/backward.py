@@ -70,7 +70,9 @@ def sum_rows(
                 new = ()
                 for i in tl.static_range(BK):
                     last = tl.minimum(k + i, rank - 1)  # what is past the last is computed again and not stored
-                    right = tl.load(cols + (task * rank + last) * WIDTH + column, mask=column < WIDTH, other=0.0)  # [1, BD]
+                    right = tl.load(
+                        cols + (task * rank + last) * WIDTH + column, mask=column < WIDTH, other=0.0
+                    )  # [1, BD]
                     new += (totals[i] + inner * right.to(tl.float32),)
                 totals = new
     for i in tl.static_range(BK):
@@ -101,7 +103,9 @@ def sum_cols(
                 new = ()
                 for i in tl.static_range(BK):
                     last = tl.minimum(k + i, rank - 1)
-                    left = tl.load(rows + (task * length + token) * rank + last, mask=token < length, other=0.0)  # [BP, 1]
+                    left = tl.load(
+                        rows + (task * length + token) * rank + last, mask=token < length, other=0.0
+                    )  # [BP, 1]
                     new += (totals[i] + left.to(tl.float32) * inner,)
                 totals = new
     for i in tl.static_range(BK):

@@ -38,7 +38,9 @@ def dscores(weight, dweight, delta, capped, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def dq_of_block(dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+def dq_of_block(
+    dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr
+):
     score, capped = cap(product(b_q, tl.trans(b_k), UPCAST), scale, softcap, SOFTCAP)  # [BM, BN]
     weight = tl.where(seen, tl.exp2((score - b_lse[:, None]) * LOG2_E), 0.0)
     dweight = product(b_do, tl.trans(b_v), UPCAST)
@@ -88,8 +90,12 @@ def _backward(
         for start in range(k0, k1, BN):
             key = start + n
             at = rows_of(key, key < k1, key_rows, GATHER or CACHE)
-            b_k = load_rows(k + kv_head * stride_kh, key_offsets(at, room, stride_kb, stride_kr, CACHE), key < k1, DH, BD)
-            b_v = load_rows(v + kv_head * stride_vh, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD)
+            b_k = load_rows(
+                k + kv_head * stride_kh, key_offsets(at, room, stride_kb, stride_kr, CACHE), key < k1, DH, BD
+            )
+            b_v = load_rows(
+                v + kv_head * stride_vh, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD
+            )
             seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
             b_dq = dq_of_block(b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP, UPCAST)
         if dq is not None:
@@ -101,7 +107,10 @@ def _backward(
         real = key < k1
         keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
         at = rows_of(key, key < tl.where(role == KEYS, k1, k0), key_rows, GATHER or CACHE)  # not of prefix keys
-        k_at, v_at = key_offsets(at, room, stride_kb, stride_kr, CACHE), key_offsets(at, room, stride_vb, stride_vr, CACHE)
+        k_at, v_at = (
+            key_offsets(at, room, stride_kb, stride_kr, CACHE),
+            key_offsets(at, room, stride_vb, stride_vr, CACHE),
+        )
         if prefix_k is not None:
             if role == PREFIX:
                 keys_of = prefix_k + (prefix * stride_pkn + kv_head * stride_pkh)

@@ -87,7 +87,9 @@ def product(a, b, UPCAST: tl.constexpr):
 def tanh(x):
     """tanh to about 1e-7: the series near zero, where 1 - 2 / (exp(2 x) + 1) would cancel."""
     y = x * x
-    near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 + y * (-1382 / 155925 + y * (21844 / 6081075))))))
+    near = 1 + y * (
+        -1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 + y * (-1382 / 155925 + y * (21844 / 6081075)))))
+    )
     small = tl.exp(-2 * tl.abs(x))
     far = 1 - 2 * small / (1 + small)
     return tl.where(tl.abs(x) < 0.5, x * near, tl.where(x < 0, -far, far))

@@ -3,7 +3,6 @@
 An item is a tile of queries that share a prefix and a split of its keys, or one query and a split of its own cache.
 """
 
-import triton
 import triton.language as tl
 
 from ..launch import Kernel

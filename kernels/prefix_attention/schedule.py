@@ -134,7 +134,17 @@ def backward_items(batch, *, query_rows, key_block, chunk_rows, dq, dkv, dprefix
                 slots[prefix, block] = count, count + len(chunks), length
                 slot = np.arange(count, count + len(chunks))
                 count += len(chunks)
-                parts.append(_table(PREFIX, chunks, np.minimum(chunks + chunk_rows, b), p0, min(p0 + key_block, length), prefix, slot))
+                parts.append(
+                    _table(
+                        PREFIX,
+                        chunks,
+                        np.minimum(chunks + chunk_rows, b),
+                        p0,
+                        min(p0 + key_block, length),
+                        prefix,
+                        slot,
+                    )
+                )
     items = np.concatenate(parts)
     return items[np.lexsort((items[:, 0], items[:, 1] // chunk_rows))], slots, count
 
@@ -163,7 +173,9 @@ def decode_items(batch, *, rows, prefix_split, own_split):
     query = np.repeat(np.arange(batch.queries), splits)
     number = np.arange(splits.sum()) - np.repeat(np.cumsum(splits) - splits, splits)
     k0 = batch.low[query] + number * own_split
-    tables.append(_table(query, query + 1, k0, np.minimum(k0 + own_split, batch.high[query]), -1, counts[query] + number))
+    tables.append(
+        _table(query, query + 1, k0, np.minimum(k0 + own_split, batch.high[query]), -1, counts[query] + number)
+    )
     return np.concatenate(tables), np.concatenate([[0], np.cumsum(counts + splits)])
 
 

@@ -101,4 +101,6 @@ def expected(name, value):
     if name == "num_stages":
         return None if is_int and 1 <= value <= 8 else "from 1 to 8"
     low, high = (1, 16) if name == "num_warps" else (16, 256)  # a matrix instruction takes 16 rows
-    return None if is_int and low <= value <= high and value & (value - 1) == 0 else f"a power of two from {low} to {high}"
+    return (
+        None if is_int and low <= value <= high and value & (value - 1) == 0 else f"a power of two from {low} to {high}"
+    )

@@ -10,7 +10,9 @@ import triton.language as tl
 
 from ..launch import Kernel
 
-CHUNK = 64  # 2 CHUNK rows at the ends of a row's readers and R / CHUNK partial sums are what one program may have to add
+CHUNK = (
+    64  # 2 CHUNK rows at the ends of a row's readers and R / CHUNK partial sums are what one program may have to add
+)
 
 
 @triton.jit

@@ -17,8 +17,12 @@ def gather(
     live = (row < count)[:, None] & (column < WIDTH)
     # A row has one of the two sources, the loads of the other are masked off. A choice between the addresses instead would
     # hide from the compiler that they are aligned.
-    token = tl.load(table + index * stride_table + column.to(tl.int64) * TABLE_STEP, mask=live & (index >= 0), other=0.0)  # [BR, BD]
-    virtual = tl.load(prompt + (-1 - index) * stride_prompt + column.to(tl.int64) * PROMPT_STEP, mask=live & (index < 0), other=0.0)
+    token = tl.load(
+        table + index * stride_table + column.to(tl.int64) * TABLE_STEP, mask=live & (index >= 0), other=0.0
+    )  # [BR, BD]
+    virtual = tl.load(
+        prompt + (-1 - index) * stride_prompt + column.to(tl.int64) * PROMPT_STEP, mask=live & (index < 0), other=0.0
+    )
     if SCALED:
         token = (token.to(tl.float32) * scale).to(token.dtype)
     tl.store(rows + row.to(tl.int64)[:, None] * WIDTH + column, tl.where(index >= 0, token, virtual), mask=live)

@@ -90,8 +90,12 @@ def compare(real, virtual, token_ids, starts, lengths, stats, batch, width, BC: 
     agree = tl.full([BC], width, tl.int32)
     for start in range(0, width, BC):
         column = start + c
-        same = are_real(real, begin + column, column < columns) & are_real(real, begin_leader + column, column < columns_leader)
-        alike = tl.load(token_ids + begin + column, mask=same, other=0) == tl.load(token_ids + begin_leader + column, mask=same, other=0)
+        same = are_real(real, begin + column, column < columns) & are_real(
+            real, begin_leader + column, column < columns_leader
+        )
+        alike = tl.load(token_ids + begin + column, mask=same, other=0) == tl.load(
+            token_ids + begin_leader + column, mask=same, other=0
+        )
         if virtual is not None:
             own = tl.load(virtual + begin + column, mask=same, other=-1)
             theirs = tl.load(virtual + begin_leader + column, mask=same, other=-1)
@@ -110,7 +114,11 @@ def fill(
     b, c = tl.program_id(0), tl.arange(0, BC)
     entry = table + b
     prompt_row, own_row, own_column = tl.load(entry), tl.load(entry + entries), tl.load(entry + 2 * entries)
-    first_label, prompt, writes = tl.load(entry + 3 * entries), tl.load(entry + 4 * entries), tl.load(entry + 5 * entries) != 0
+    first_label, prompt, writes = (
+        tl.load(entry + 3 * entries),
+        tl.load(entry + 4 * entries),
+        tl.load(entry + 5 * entries) != 0,
+    )
     is_sequence = b < batch  # or a prompt that none has
     cells = grid + b.to(tl.int64) * (front + width)
     for start in range(0, front, BC):

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import triton.language as tl
+from fastprompt.kernels.launch import INTERPRETED
 from triton.runtime import interpreter
 from triton.runtime.interpreter import interpreter_builder
-
-from fastprompt.kernels.launch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
@@ -65,7 +64,9 @@ def guards():
     if INTERPRETED:
         load, convert = interpreter_builder.create_masked_load, interpreter._convert_float
         interpreter._convert_float = _rounding(convert)
-        interpreter_builder.create_masked_load = lambda place, mask, *rest: _check_reads(place, mask) or load(place, mask, *rest)
+        interpreter_builder.create_masked_load = lambda place, mask, *rest: (
+            _check_reads(place, mask) or load(place, mask, *rest)
+        )
     try:
         yield
         check_guards()

@@ -4,10 +4,9 @@ import pytest
 import torch
 import triton.language as tl
 from budget import assert_sums_rounded_once, assert_within_budget
+from fastprompt.kernels.launch import INTERPRETED, Kernel, Options
 from guard import DEVICE, check_guards, guarded, guards
 from triton.runtime.errors import InterpreterError
-
-from fastprompt.kernels.launch import INTERPRETED, Kernel, Options
 
 
 @Kernel

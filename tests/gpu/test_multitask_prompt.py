@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 from budget import assert_sums_rounded_once
+from fastprompt.kernels.launch import INTERPRETED
 from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.kernels.launch import INTERPRETED
 from fastprompt.ops.multitask_prompt.api import MultitaskPrompt, available_backends, multitask_prompt, select_backend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,7 +141,9 @@ def test_strided_ids_and_expanded_gradient():
 @EVERY_DTYPE
 @pytest.mark.parametrize("which", range(5), ids=["shared", "rows", "cols", "task_ids", "grad"])
 def test_misaligned(dtype, which):
-    tensors = [guarded(x, offset=int(i == which)) for i, x in enumerate(inputs(ids=(1,), tasks=2, width=48, dtype=dtype))]
+    tensors = [
+        guarded(x, offset=int(i == which)) for i, x in enumerate(inputs(ids=(1,), tasks=2, width=48, dtype=dtype))
+    ]
     assert tensors[which].data_ptr() % 16
     check(*tensors)
 
@@ -173,7 +175,9 @@ def test_any_shape(ids, length, width, rank, seed, dtype):
     check(*map(guarded, inputs(ids, length, width, 3, rank, dtype, seed)))
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
 def test_opcheck(needs):
     *tensors, grad = (x.to(DEVICE) for x in inputs())
     torch.library.opcheck(torch.ops.fastprompt.multitask_prompt.default, (*tensors, "triton"))
@@ -221,7 +225,9 @@ def test_backends():
     double = [x.double() for x in (shared, rows, cols)]
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):
         multitask_prompt(*double, task_ids, backend="triton")
-    torch.testing.assert_close(multitask_prompt(*double, task_ids).float(), multitask_prompt(shared, rows, cols, task_ids))
+    torch.testing.assert_close(
+        multitask_prompt(*double, task_ids).float(), multitask_prompt(shared, rows, cols, task_ids)
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of the CPU")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
+from fastprompt.kernels.launch import Options
+from fastprompt.kernels.prefix_attention import config, schedule
 from guard import DEVICE, guarded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastprompt import Sequences, prefix_attention
-from fastprompt.kernels.launch import Options
-from fastprompt.kernels.prefix_attention import config, schedule
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["packed", "padded", "decode"]
@@ -24,7 +24,9 @@ def small_tiles(monkeypatch, queries=16, keys=16):
     tiles = config.Tiles(queries, keys, Options(4, 2), key_queries=keys, key_keys=queries)
     for name in ("forward_tiles", "backward_tiles"):
         monkeypatch.setattr(config, name, lambda *_, **__: tiles)
-    monkeypatch.setattr(config, "decode_tiles", lambda *_, fold, **__: tiles if fold <= queries else config.Tiles(64, keys, Options()))
+    monkeypatch.setattr(
+        config, "decode_tiles", lambda *_, fold, **__: tiles if fold <= queries else config.Tiles(64, keys, Options())
+    )
     monkeypatch.setattr(config, "chunk_rows", lambda *_: 11)
     monkeypatch.setattr(config, "decode_split", lambda *_: 16)
 
@@ -170,7 +172,9 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
             patch.setattr(schedule, "query_tiles", lambda *a: shuffled.permutation(tiles(*a)))
             patch.setattr(schedule, "backward_items", lambda *a, **o: _shuffle_first(shuffled, backward(*a, **o)))
             patch.setattr(schedule, "decode_items", lambda *a, **o: _shuffle_first(shuffled, decode(*a, **o)))
-            results.append(run([x if x is None else x.to(DEVICE) for x in tensors], sequences(kind, LENGTHS, 3, 21), "triton"))
+            results.append(
+                run([x if x is None else x.to(DEVICE) for x in tensors], sequences(kind, LENGTHS, 3, 21), "triton")
+            )
     for result in results[1:]:
         torch.testing.assert_close(result[0], results[0][0], rtol=0, atol=0)
         for a, b in zip(result[2:], results[0][2:]):
@@ -181,7 +185,9 @@ def _shuffle_first(generator, results):
     return generator.permutation(results[0]), *results[1:]
 
 
-@pytest.mark.parametrize("needs", [(i == 0, i == 1, i == 2, i == 3, i == 4, i == 5) for i in range(6)] + [(False,) * 6], ids=str)
+@pytest.mark.parametrize(
+    "needs", [(i == 0, i == 1, i == 2, i == 3, i == 4, i == 5) for i in range(6)] + [(False,) * 6], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_asked_for(kind, needs):
     seq = sequences(kind, [3, 20, 1], 2, 5)
@@ -259,8 +265,25 @@ def test_second_backward_raises(kind):
 
 def test_opcheck():
     seq = sequences("packed", [3, 20, 1], 2, 5)
-    q, k, v, prefix_k, prefix_v, sinks, _ = (x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True))
-    arguments = (q, k, v, prefix_k, prefix_v, sinks, seq.tensors(), seq.kind, seq.rows, True, None, None, 0.25, "triton")
+    q, k, v, prefix_k, prefix_v, sinks, _ = (
+        x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True)
+    )
+    arguments = (
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        sinks,
+        seq.tensors(),
+        seq.kind,
+        seq.rows,
+        True,
+        None,
+        None,
+        0.25,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, arguments)
 
 

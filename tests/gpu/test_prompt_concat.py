@@ -5,12 +5,12 @@ from itertools import product
 import pytest
 import torch
 from budget import assert_sums_rounded_once
+from fastprompt.kernels.launch import INTERPRETED
+from fastprompt.kernels.prompt_concat.backward import CHUNK
 from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.kernels.launch import INTERPRETED
-from fastprompt.kernels.prompt_concat.backward import CHUNK
 from fastprompt.ops.prompt_concat.api import PromptConcat, available_backends, prompt_concat, select_backend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -100,7 +100,9 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_many_readers_of_one_row(name, shuffle):
     prompts, table = READERS[name]
-    source = torch.tensor(sum([[-1 - j] * n for j, n in enumerate(prompts)] + [[v] * n for v, n in enumerate(table)], []))
+    source = torch.tensor(
+        sum([[-1 - j] * n for j, n in enumerate(prompts)] + [[v] * n for v, n in enumerate(table)], [])
+    )
     if shuffle:
         source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(0))]
     _, *tensors = inputs(len(source), len(table), len(prompts), width=3)
@@ -144,7 +146,14 @@ def strided(tensor, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["transposed", "every other column", "part of wider rows", "every other row", "one row expanded", "one column expanded"],
+    [
+        "transposed",
+        "every other column",
+        "part of wider rows",
+        "every other row",
+        "one row expanded",
+        "one column expanded",
+    ],
 )
 @pytest.mark.parametrize("which", range(3), ids=["table", "prompt", "grad"])
 def test_strides(how, which):
@@ -209,7 +218,9 @@ def test_opcheck(needs):
 
 def test_compiles_without_a_graph_break():
     source, table, prompt, grad = (x.to(DEVICE) for x in inputs())
-    compiled = torch.compile(lambda *a: prompt_concat(*a, 2.0, backend="triton") * 3, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: prompt_concat(*a, 2.0, backend="triton") * 3, fullgraph=True, backend="aot_eager"
+    )
     leaf = prompt.clone().requires_grad_()
     out = compiled(source, table, leaf)
     out.backward(grad)

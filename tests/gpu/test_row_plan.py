@@ -109,20 +109,30 @@ def test_what_is_shared_is_written_once():
     """Two prompts, the second without a token in its first row, and one between them that no sequence has."""
     ids = torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9], [5, 6, 0, 0], [5, 6, 7, 0], [1, 2, 4, 4]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
-    plan = check(plan_padded_input, 5, 4, 3, attention_mask=mask, token_ids=ids, prompt_ids=torch.tensor([0, 2, 2, 2, 0]))
+    plan = check(
+        plan_padded_input, 5, 4, 3, attention_mask=mask, token_ids=ids, prompt_ids=torch.tensor([0, 2, 2, 2, 0])
+    )
     assert plan["shared"] == ((0, 5), (5, 3), (8, 5))
     assert plan["source"] == [-1, -2, -3, 0, 1, -4, -5, -6, -7, -8, -9, 8, 9, 2, 3, 14, 18]
 
 
 def test_a_batch_without_sequences():
     check(plan_packed_input, [0], 3, labels=torch.empty(0, dtype=torch.int64))
-    check(plan_packed_input, [0, 0], 3, labels=torch.empty(0, dtype=torch.int64), token_ids=torch.empty(0, dtype=torch.int64))
+    check(
+        plan_packed_input,
+        [0, 0],
+        3,
+        labels=torch.empty(0, dtype=torch.int64),
+        token_ids=torch.empty(0, dtype=torch.int64),
+    )
 
 
 def test_refusals():
     refused = {
         "the attention mask has holes": dict(attention_mask=torch.tensor([[1, 0, 1]])),
-        "a label follows a padding token": dict(attention_mask=torch.tensor([[0, 1, 1]]), labels=torch.tensor([[-100, 4, 4]])),
+        "a label follows a padding token": dict(
+            attention_mask=torch.tensor([[0, 1, 1]]), labels=torch.tensor([[-100, 4, 4]])
+        ),
         "virtual_tokens must be below num_virtual_tokens 2, got 2": dict(virtual_tokens=torch.tensor([[0, 2, 1]])),
     }
     for message, options in refused.items():

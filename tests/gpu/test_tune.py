@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from fastprompt.kernels.prefix_attention import tuned
 from guard import DEVICE
 
 from benchmarks.gpu import tune
-from fastprompt.kernels.prefix_attention import tuned
 
 
 @pytest.mark.parametrize("bits", tune.DTYPES)

@@ -16,7 +16,10 @@ def forward(shared, rows, cols, task_ids):
 
 def backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_cols):
     """Gradients of shared, rows and cols; an empty tensor stands for one that nobody asked for."""
-    grads = [x.new_zeros(x.shape) if need else None for x, need in ((shared, need_shared), (rows, need_rows), (cols, need_cols))]
+    grads = [
+        x.new_zeros(x.shape) if need else None
+        for x, need in ((shared, need_shared), (rows, need_rows), (cols, need_cols))
+    ]
     inputs = [x.contiguous() for x in (grad, shared, rows, cols)]
     if not torch.ops.fastprompt.multitask_prompt_backward_cpu(*inputs, task_ids, *grads):
         check_range("task_ids", task_ids, 0, rows.shape[0])

@@ -27,7 +27,8 @@ def backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_co
     numbers = len(task_ids), length, rank, *grad.stride()[:2]
     constants = dict(STEP=grad.stride(2), WIDTH=width)
     dshared, drows, dcols = (
-        shared.new_empty(x.shape if need else 0) for x, need in ((shared, need_shared), (rows, need_rows), (cols, need_cols))
+        shared.new_empty(x.shape if need else 0)
+        for x, need in ((shared, need_shared), (rows, need_rows), (cols, need_cols))
     )
     if need_shared:
         tile = row_tile(width, size, loads=1)

@@ -21,8 +21,9 @@ def select_backend(device_type):
     return "reference" if launcher("prefix_attention", "triton")[1] else "triton"
 
 
-def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None,
-                     scale=None, backend="auto"):
+def prefix_attention(
+    q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None, scale=None, backend="auto"
+):
     """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
 
     Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
@@ -55,7 +56,18 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=No
     _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return PrefixAttention.apply(
-        q, k, v, prefix_k, prefix_v, sinks, seq, bool(causal), window, None if softcap is None else float(softcap), scale, backend
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        sinks,
+        seq,
+        bool(causal),
+        window,
+        None if softcap is None else float(softcap),
+        scale,
+        backend,
     )
 
 

@@ -43,13 +43,20 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     lse = q.new_full((q.shape[0], heads), -torch.inf, dtype=accumulator(q.dtype))
     blocks, readers = _schedule(seq, causal, prefix_k)
     for block in blocks:
-        part, part_lse = _flash(block.read(q), *_read_keys(block, k, v, heads), 0.0, block.causal,
-                                attn_mask=_mask(block, q), scale=scale)
+        part, part_lse = _flash(
+            block.read(q), *_read_keys(block, k, v, heads), 0.0, block.causal, attn_mask=_mask(block, q), scale=scale
+        )
         block.write(out, part)
         block.write(lse, part_lse)
     for reader in readers:
-        part, part_lse = _flash(reader.fold(q, kv_heads), reader.prefix(prefix_k, heads), reader.prefix(prefix_v, heads),
-                                0.0, False, scale=scale)
+        part, part_lse = _flash(
+            reader.fold(q, kv_heads),
+            reader.prefix(prefix_k, heads),
+            reader.prefix(prefix_v, heads),
+            0.0,
+            False,
+            scale=scale,
+        )
         part, part_lse = part.permute(2, 1, 0, 3), part_lse.permute(2, 1, 0)  # [Rn, Hkv, G, Dh], [Rn, Hkv, G]
         own, own_lse = (reader.read(x).unflatten(1, (kv_heads, -1)) for x in (out, lse))
         weight = torch.sigmoid(part_lse - own_lse).unsqueeze(-1)
@@ -67,24 +74,44 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     lse = lse.t()  # [Rq, H]
     whole = seq.kind == "packed"
-    dq, dk, dv = ((torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (
+        (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
     dprefix_k, dprefix_v = (None if t is None else torch.zeros_like(t) for t in (prefix_k, prefix_v))
     blocks, readers = _schedule(seq, causal, prefix_k)
     for block in blocks:
         part_q, part_k, part_v = _flash_backward(
-            block.read(grad), block.read(q), *_read_keys(block, k, v, heads), block.read(out), block.read_lse(lse),
-            0.0, block.causal, attn_mask=_mask(block, q), scale=scale)
+            block.read(grad),
+            block.read(q),
+            *_read_keys(block, k, v, heads),
+            block.read(out),
+            block.read_lse(lse),
+            0.0,
+            block.causal,
+            attn_mask=_mask(block, q),
+            scale=scale,
+        )
         block.write(dq, part_q)
         for total, part in ((dk, part_k), (dv, part_v)):
             block.write(total, part.unflatten(1, (kv_heads, -1)).sum(2))
     for reader in readers:
         folded = [reader.fold(t, kv_heads) for t in (grad, q, out)]
         part_q, part_k, part_v = _flash_backward(
-            folded[0], folded[1], reader.prefix(prefix_k, heads), reader.prefix(prefix_v, heads), folded[2],
-            reader.fold(lse.unsqueeze(-1), kv_heads).squeeze(-1), 0.0, False, scale=scale)
+            folded[0],
+            folded[1],
+            reader.prefix(prefix_k, heads),
+            reader.prefix(prefix_v, heads),
+            folded[2],
+            reader.fold(lse.unsqueeze(-1), kv_heads).squeeze(-1),
+            0.0,
+            False,
+            scale=scale,
+        )
         reader.add(dq, part_q.permute(2, 1, 0, 3).flatten(1, 2))
         for total, part in ((dprefix_k, part_k), (dprefix_v, part_v)):
-            total[reader.prefix_id, : reader.length] = part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1).to(total.dtype)
+            total[reader.prefix_id, : reader.length] = (
+                part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1).to(total.dtype)
+            )
     dsinks = None
     if sinks is not None:
         delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [Rq, H]
@@ -210,7 +237,9 @@ class _Reader(_Rows):
 def _schedule(seq, causal, prefix_k):
     """Blocks of own keys and readers of prefixes; worked out once a batch, all layers share it."""
     room = None if prefix_k is None else prefix_k.shape[1]
-    return seq.cached(("composed", causal, room), lambda: (_blocks(seq, causal), [] if room is None else _readers(seq, room)))
+    return seq.cached(
+        ("composed", causal, room), lambda: (_blocks(seq, causal), [] if room is None else _readers(seq, room))
+    )
 
 
 def _blocks(seq, causal):

@@ -14,8 +14,20 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     if not whole:
         lse.fill_(-torch.inf)
     torch.ops.fastprompt.prefix_attention_cpu.default(
-        q, k, v, prefix_k, prefix_v, _fp32(sinks), _plan(q, k, prefix_k, seq, causal, window), causal, window, softcap, scale,
-        out, lse)
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        _fp32(sinks),
+        _plan(q, k, prefix_k, seq, causal, window),
+        causal,
+        window,
+        softcap,
+        scale,
+        out,
+        lse,
+    )
     return out, lse
 
 
@@ -25,12 +37,35 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal,
     plan = _plan(q, k, prefix_k, seq, causal, window)
     whole = seq.kind == "packed"
     dq, dk, dv = (_empty_like(t, whole) if need else None for t, need in zip((q, k, v), needs))
-    every_prefix = prefix_k is not None and seq.prefix_lens is None and len(plan[3]) == len(prefix_k)  # is read to its end
-    dprefix_k, dprefix_v = (_empty_like(t, every_prefix) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:]))
+    every_prefix = (
+        prefix_k is not None and seq.prefix_lens is None and len(plan[3]) == len(prefix_k)
+    )  # is read to its end
+    dprefix_k, dprefix_v = (
+        _empty_like(t, every_prefix) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:])
+    )
     sink_parts = lse.new_zeros(len(plan[2]), q.shape[1]) if needs[5] else None
     torch.ops.fastprompt.prefix_attention_backward_cpu.default(
-        grad, q, k, v, prefix_k, prefix_v, _fp32(sinks), out, lse.contiguous(), plan, causal, window, softcap, scale,
-        dq, dk, dv, dprefix_k, dprefix_v, sink_parts)
+        grad,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        _fp32(sinks),
+        out,
+        lse.contiguous(),
+        plan,
+        causal,
+        window,
+        softcap,
+        scale,
+        dq,
+        dk,
+        dv,
+        dprefix_k,
+        dprefix_v,
+        sink_parts,
+    )
     return dq, dk, dv, dprefix_k, dprefix_v, None if sink_parts is None else sink_parts.sum(0).to(sinks.dtype)
 
 

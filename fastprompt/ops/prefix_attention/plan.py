@@ -22,6 +22,7 @@ def plan_of(seq, *, causal, window, room, heads, kv_heads):
         room: P, 0 without a prefix.
         heads, kv_heads: H and Hkv.
     """
+
     def make():
         limit = None if window is None or window >= seq.span(room) else window
         return _Planner(seq, causal, limit, room, heads // kv_heads, kv_heads).tensors()
@@ -136,7 +137,9 @@ class _Planner:
             begin, end = self._keys(sequence, span_first, span_end)
             row = start if self.decode else start + first
             load, store = first == span_first, first + queries == span_end
-            self.segments.append((row, queries, first, self._base(sequence), begin, end, slot, gap, load, store, place[sequence]))
+            self.segments.append(
+                (row, queries, first, self._base(sequence), begin, end, slot, gap, load, store, place[sequence])
+            )
             slot += _aligned(end - begin)
         self.tiles.append((begun, len(self.segments)))
         self.rows, self.slots = max(self.rows, _rows(tile)), max(self.slots, slot)

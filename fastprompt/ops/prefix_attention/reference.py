@@ -28,7 +28,9 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window
     """
     acc = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (q, k, v))
-    dprefix_k, dprefix_v = (None if t is None else torch.zeros(t.shape, dtype=acc, device=t.device) for t in (prefix_k, prefix_v))
+    dprefix_k, dprefix_v = (
+        None if t is None else torch.zeros(t.shape, dtype=acc, device=t.device) for t in (prefix_k, prefix_v)
+    )
     groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, Dh] and the decode cache [B, Hkv, Lmax, Dh] alike
     delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
     for part in _parts(seq, q, k, v, prefix_k, prefix_v):

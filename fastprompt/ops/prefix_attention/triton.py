@@ -31,7 +31,9 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     return out, lse
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=(True,) * 6):
+def backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=(True,) * 6
+):
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
     call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
@@ -77,7 +79,9 @@ class _Call:
             SOFTCAP=softcap is not None, GATHER=not self.plan.batch.in_order,
             UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
-        stride_k, stride_v = (x.stride()[:-1] if self.cache else (0, x.stride(0), x.stride(1)) for x in (self.k, self.v))
+        stride_k, stride_v = (
+            x.stride()[:-1] if self.cache else (0, x.stride(0), x.stride(1)) for x in (self.k, self.v)
+        )
         if self.cache:  # [B, Hkv, Lmax, Dh] -> batch, place, head
             stride_k, stride_v = ((b, place, head) for b, head, place in (stride_k, stride_v))
         prefix = (0,) * 6 if prefix_k is None else (*self.prefix_k.stride()[:-1], *self.prefix_v.stride()[:-1])
@@ -123,7 +127,11 @@ class _Call:
 
     def backward(self, grad, out, lse, needs):
         q, k, kv_heads = self.q, self.k, self.kv_heads
-        need_q, need_kv, need_prefix = needs[0], needs[1] or needs[2], self.prefix_k is not None and (needs[3] or needs[4])
+        need_q, need_kv, need_prefix = (
+            needs[0],
+            needs[1] or needs[2],
+            self.prefix_k is not None and (needs[3] or needs[4]),
+        )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
         tiles = config.backward_tiles(*self.tiled_by, group=self.group)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)

@@ -9,7 +9,9 @@ from ..columns import columns_together
 def forward(source, table, prompt, scale):
     """The rows ``[R, D]``; ValueError if ``source`` is out of range, which shows while they are copied."""
     rows = table.new_empty(source.shape[0], table.shape[1])
-    if not torch.ops.fastprompt.prompt_concat_cpu(source, columns_together(table), columns_together(prompt), scale, rows):
+    if not torch.ops.fastprompt.prompt_concat_cpu(
+        source, columns_together(table), columns_together(prompt), scale, rows
+    ):
         _raise(source, table.shape[0], prompt.shape[0])
     return rows
 

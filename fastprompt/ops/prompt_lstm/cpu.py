@@ -20,5 +20,6 @@ def backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs):
     grads = [t.new_empty(t.shape if need else 0) for t, need in zip((x, *weights), needs)]
     weights, keep = ([t.contiguous() for t in tensors] for tensors in (weights, keep))
     torch.ops.fastprompt.prompt_lstm_backward_cpu(
-        grad.contiguous(), x.contiguous(), weights, keep, steps, num_layers, bidirectional, grads)
+        grad.contiguous(), x.contiguous(), weights, keep, steps, num_layers, bidirectional, grads
+    )
     return grads
