@@ -12,10 +12,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..checks import check_range
 from ..layout import CannotPack, plan_padded_input
 from ..ops import prompt_concat
-from .attention import PackedRows, is_switched_over, prefix_length, running, switch_back, switch_over
+from .attention import is_switched_over, switch_back, switch_over
 from .loss import ROWS, SummedCrossEntropy
-from .mlp import keep_all, keep_less
-from .prefix import checkpoints_reentrantly, through_reentrant_checkpoints
+from .masks import PackedRows, running
+from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .prefix import checkpoints_reentrantly, prefix_length, through_reentrant_checkpoints
 from .probe import Probe, primary, quiet, relative_error, tolerance
 
 
@@ -41,7 +42,7 @@ class Engine:
             self.backbone = base.get_decoder() if self.is_lm else base.base_model
             switch_over(self.root)
             with quiet(self.base):
-                keep_less(self.base)
+                patch_gated_mlps(self.base)
             self._probe()
         except Exception as error:  # a model can fail in any way on rows it was not written for; the reason is kept
             self.refusal = self._reason(error)
@@ -49,7 +50,7 @@ class Engine:
             self.detach()
 
     def _reason(self, error):
-        if "MaskPlan" in str(error):  # what stands in place of the mask met code that wants a tensor
+        if "PackedMask" in str(error):  # what stands in place of the mask met code that wants a tensor
             return f"{type(self.base).__name__} computes attention in code of its own"
         return f"{type(error).__name__}: {error}"
 
@@ -60,7 +61,7 @@ class Engine:
     def detach(self):
         """Give the model its own attention and MLPs back."""
         switch_back(self.root)
-        keep_all(self.base)
+        unpatch_gated_mlps(self.base)
 
     def why_not(self, attention_mask=None, finds_last=False):
         """The reason why this call has to take the padded path, or None. Costs a look at a few flags.
@@ -148,7 +149,7 @@ class Engine:
             plan: a RowPlan.
             inputs: ``{argument: rows}``, ``[R, D]`` ``inputs_embeds`` or ``[R]`` ``input_ids`` and others; or a function
                 that makes it from the arguments the backbone is called with.
-            prefix: see MaskPlan.
+            prefix: see PackedMask.
         """
         signature = inspect.signature(self.backbone.forward)
         blocks = []
@@ -314,7 +315,7 @@ class Engine:
         """None if learned keys and values give the same packed as in ``forward``, the padded way, else what differs.
 
         Args:
-            prefix: see MaskPlan.
+            prefix: see PackedMask.
             forward: takes ``input_ids`` and ``attention_mask`` and returns the model's output behind the prefix.
         """
         if self.refusal is not None:

@@ -38,8 +38,8 @@ class GatedActivation(torch.autograd.Function):
 
 
 @torch.no_grad()
-def keep_less(model):
-    """Let the model's gated MLPs keep less; :func:`keep_all` undoes it.
+def patch_gated_mlps(model):
+    """Let the model's gated MLPs keep less; :func:`unpatch_gated_mlps` undoes it.
 
     A class is taken on after one of its modules gave the same both ways, bit for bit.
     """
@@ -54,8 +54,8 @@ def keep_less(model):
             module.forward = types.MethodType(_forward, module)
 
 
-def keep_all(model):
-    """Undo :func:`keep_less`."""
+def unpatch_gated_mlps(model):
+    """Undo :func:`patch_gated_mlps`."""
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is _forward:
             del module.forward

@@ -10,10 +10,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import IGNORE, CannotPack, plan_packed_input, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
 from . import checkpoint
-from .attention import prefix_length
 from .engine import Engine, plan_or_reason
 from .patch import PaddedCalls
-from .prefix import cache_of_layers, layers_of_tensor
+from .prefix import cache_of_layers, layers_of_tensor, prefix_length
 
 
 class SoftPromptModel(nn.Module):

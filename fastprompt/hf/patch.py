@@ -3,16 +3,9 @@
 import torch
 
 from ..checks import FLOATS, check_tensor
-from .attention import (
-    PaddedBatch,
-    UnsupportedAttention,
-    packed_rows_run,
-    prefix_length,
-    running,
-    switch_back,
-    switch_over,
-)
-from .prefix import layers_of_tensor
+from .attention import switch_back, switch_over
+from .masks import PaddedBatch, UnsupportedAttention, packed_rows_run, running
+from .prefix import layers_of_tensor, prefix_length
 from .probe import primary, quiet, relative_error, tolerance
 
 

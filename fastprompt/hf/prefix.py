@@ -5,6 +5,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 
+def prefix_length(prefix):
+    """P of the layers' learned keys and values; 0 without any."""
+    return next((layer[0].shape[1] for layer in prefix or () if layer is not None), 0)
+
+
 def layers_of_tensor(prefix, config=None, layers=None):
     """Learned keys and values in one tensor -> for each layer ``(keys, values)``, ``[N, P, Hkv, Dh]`` views, or None.
 
