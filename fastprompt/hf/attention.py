@@ -10,8 +10,9 @@ mask without a word.
 """
 
 import copy
+import inspect
 import sys
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
-from .masks import PackedMask, PackedRows, UnsupportedAttention, active, make_mask
+from .masks import DenseMask, PackedMask, PackedRows, UnsupportedAttention, active, make_mask
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 _BEFORE = {
@@ -31,6 +32,24 @@ _BEFORE = {
     "fastprompt_fa4": "flash_attention_4",
 }
 _NAMES = {before: name for name, before in _BEFORE.items()}
+
+# Of these the ones that compute what the mask says, whatever ``is_causal`` says.
+_BLIND_TO_CAUSALITY = {"eager", "flex_attention"}
+
+# What the forward of a module takes that attends to its own states, beside these states.
+_OF_SELF_ATTENTION = {
+    "attention_mask",
+    "past_key_values",
+    "layer_past",
+    "position_embeddings",
+    "position_ids",
+    "cache_position",
+    "layer_idx",
+    "output_attentions",
+    "use_cache",
+    "cu_seqlens",
+    "max_seqlen",
+}
 
 # Keyword arguments that models hand to every attention function and that do not change what attention computes.
 # sliding_window is among them because the mask already carries the window.
@@ -65,7 +84,7 @@ def switch_over(model):
     change.
 
     Raises:
-        UnsupportedAttention: the model's present attention is not one that can be handed back to, or sees chunks.
+        UnsupportedAttention: the model's present attention is not one that can be handed back to.
     """
     copies = {}
     copy.deepcopy(model.config, copies)
@@ -75,8 +94,6 @@ def switch_over(model):
         if config is not None and id(config) in copies:
             module.config = own[id(config)] = copies[id(config)]
     configs = list({id(c): c for c in own.values()}.values())
-    if any("chunked_attention" in (getattr(c, "layer_types", None) or ()) for c in configs):
-        raise UnsupportedAttention("attention in chunks is not a sliding window")
     before = [c._attn_implementation for c in configs]
     for implementation in before:
         if implementation not in _NAMES and implementation not in _BEFORE:
@@ -101,20 +118,53 @@ def switch_back(model):
 
 
 def _attention(before, module, query, key, value, attention_mask, **arguments):
-    if not isinstance(attention_mask, PackedMask):
+    if not isinstance(attention_mask, PackedMask | DenseMask):
         batch = active()
         if isinstance(batch, PackedRows) or getattr(batch, "prefix", None) is not None:
             given = "no mask" if attention_mask is None else f"a ready-made mask of shape {list(attention_mask.shape)}"
             raise UnsupportedAttention(f"{type(module).__name__} handed {given} to attention instead of asking for one")
         return _original(before, module)(module, query, key, value, attention_mask, **arguments)
-    plan = attention_mask
-    prefix = None if plan.prefix is None else _of_layer(module, plan.prefix, key)
-    if plan.dense is not None:
-        keys, values = (
-            torch.cat([p.transpose(1, 2).expand(x.shape[0], -1, -1, -1), x], 2) for p, x in zip(prefix, (key, value))
-        )  # [B, Hkv, P + S, Dh]
-        return _original(before, module)(module, query, keys, values, plan.dense, **arguments)
-    return _run(module, query, key, value, plan, prefix, **arguments), None
+    mask = attention_mask
+    prefix = None if mask.prefix is None else _of_layer(module, mask.prefix, key)
+    if isinstance(mask, PackedMask):
+        reason = _why_not(before, module, mask, arguments.get("is_causal"))
+        if reason is None:
+            return _run(module, query, key, value, mask, prefix, **arguments), None
+        if mask.dense is None or prefix is not None:
+            raise UnsupportedAttention(reason)
+        mask = mask.dense
+    return _original(before, module)(module, query, *_behind(mask, prefix, key, value), **arguments)
+
+
+def _why_not(before, module, mask, is_causal):
+    """None if the mask says all that ``module`` would do with the implementation before, else what it does not say."""
+    name = type(module).__name__
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)  # as transformers does
+    if before not in _BLIND_TO_CAUSALITY and bool(is_causal) != mask.causal:
+        return f"{name}.is_causal is {is_causal} under a mask that is {'' if mask.causal else 'not '}causal"
+    # The mask of padding is one of keys. It is one of queries too unless they are other rows than the keys.
+    one_sided = mask.prefix is not None or mask.seq.gaps is not None
+    if one_sided and not mask.causal and mask.dense is not None and _takes_other_states(type(module)):
+        return f"{name} may attend to the states of another sequence"
+    return None
+
+
+@cache
+def _takes_other_states(attention_class):
+    """May a module of this class compute its keys of other states than its queries?"""
+    parameters = list(inspect.signature(attention_class.forward).parameters.values())[2:]  # behind self and its states
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return not named <= _OF_SELF_ATTENTION
+
+
+def _behind(mask, prefix, key, value):
+    """Keys and values behind a layer's prefix, ``[B, Hkv, P + S, Dh]``, and the mask over them."""
+    if prefix is None:
+        return key, value, mask.behind_nothing
+    rows = [x if mask.prefix_ids is None else x[mask.prefix_ids] for x in prefix]
+    in_front = [x.transpose(1, 2).expand(key.shape[0], -1, -1, -1) for x in rows]
+    return torch.cat([in_front[0], key], 2), torch.cat([in_front[1], value], 2), mask.behind_prefix
 
 
 def _of_layer(module, prefix, key):
@@ -129,7 +179,7 @@ def _of_layer(module, prefix, key):
     return tuple(x.to(key.device, key.dtype) for x in prefix[layer])
 
 
-def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
+def _run(module, query, key, value, mask, prefix, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
     if dropout:
         raise UnsupportedAttention(
             f"{type(module).__name__} asks for attention dropout {dropout}, which prefix_attention does not have: "
@@ -144,8 +194,8 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
         prefix = prefix and tuple(x.to(dtype) for x in prefix)
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
-    seq = plan.seq if plan.seq.starts.device == q.device else plan.seq.to(q.device)
-    prefix_k, prefix_v = (_bank(learned, x, plan.shared) for learned, x in zip(prefix or (None, None), (k, v)))
+    seq = mask.seq if mask.seq.starts.device == q.device else mask.seq.to(q.device)
+    prefix_k, prefix_v = (_bank(learned, x, mask.shared) for learned, x in zip(prefix or (None, None), (k, v)))
     out, _ = prefix_attention(
         q,
         k,
@@ -153,8 +203,8 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
         prefix_k,
         prefix_v,
         seq,
-        causal=plan.causal,
-        window=plan.window,
+        causal=mask.causal,
+        window=mask.window,
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,

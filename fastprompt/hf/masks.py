@@ -7,13 +7,15 @@ through the layers, gradient checkpointing included, to the attention function, 
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..layout import Sequences
-from .prefix import prefix_length
+from ..layout import RowPlan, Sequences
+from .mask_patterns import find_pattern, name_unread, read_pattern
+from .prefix import Prefix, prefix_length
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -22,115 +24,199 @@ class UnsupportedAttention(NotImplementedError):
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """What stands where a model expects its attention mask.
+    """What stands where a model expects its attention mask, for attention that runs on prefix_attention.
 
     Attributes:
         seq: the sequences among the rows of the batch.
         window: see prefix_attention.
         causal: see prefix_attention.
         shared: the rows whose keys and values other sequences share, as in RowPlan.
-        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: no layer has any.
-        dense: a mask of the implementation before over prefix and own keys, for a batch that ``seq`` cannot describe.
+        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: none has any.
+        dense: the same for the implementation before; None for planned rows, which it cannot run.
     """
 
-    seq: Sequences | None
+    seq: Sequences
     window: int | None = None
     causal: bool = True
     shared: tuple[tuple[int, int], ...] = ()
-    prefix: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] | None = None
-    dense: torch.Tensor | None = None
+    prefix: Prefix | None = None
+    dense: "DenseMask | None" = None
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, **kwargs) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
         return self
 
 
-class PackedRows:
-    """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1."""
+@dataclass(frozen=True, eq=False)
+class DenseMask:
+    """What stands where a model expects its attention mask, for attention that runs on the implementation before.
 
-    def __init__(self, plan, causal=True, prefix=None):
+    Attributes:
+        before: its name.
+        arguments: what the model asked its mask function for.
+        prefix: see :class:`PackedMask`.
+        prefix_ids: ``[B]``, the one of the N in front of each row; None: the first.
+    """
+
+    before: str
+    arguments: dict[str, Any]
+    prefix: Prefix | None = None
+    prefix_ids: torch.Tensor | None = None
+
+    def to(self, *args, **kwargs) -> "DenseMask":
+        """As :meth:`PackedMask.to`."""
+        return self
+
+    @cached_property
+    def behind_nothing(self) -> torch.Tensor | None:
+        """The mask over own keys."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**self.arguments)
+
+    @cached_property
+    def behind_prefix(self) -> torch.Tensor | None:
+        """The mask over the prefix's keys and own keys."""
+        length, arguments = prefix_length(self.prefix), dict(self.arguments)
+        arguments["kv_length"] += length
+        arguments["q_offset"] = arguments.get("q_offset", 0) + length
+        arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+        real = arguments.get("attention_mask")
+        if real is not None:
+            arguments["attention_mask"] = torch.cat([real.new_ones(real.shape[0], length), real], 1)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**arguments)
+
+
+class PackedRows:
+    """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1.
+
+    Args:
+        plan: a RowPlan.
+        causal: is the plan one for causal attention only? (It is if rows are shared.)
+        prefix: see :class:`PackedMask`.
+    """
+
+    def __init__(self, plan: RowPlan, causal: bool = True, prefix: Prefix | None = None):
         self.plan, self.causal, self.prefix = plan, causal, prefix
 
-    def mask(self, before, *, local_size=None, **_):
-        window = local_size if self.causal or local_size is None else local_size + 1  # bidirectional: inclusive
-        return PackedMask(self.plan.sequences, window, self.causal, self.plan.shared, self.prefix)
+    def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
+        """The mask of the plan's sequences.
+
+        Raises:
+            UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
+                sliding window, one with padding or sequences of its own, or one of other rows.
+        """
+        rows = self.plan.sequences.rows
+        if (batch_size, q_length, kv_length) != (1, rows, rows):
+            raise UnsupportedAttention(
+                f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
+            )
+        pattern = read_pattern(mask_function)
+        if pattern is None or not pattern.is_expressible:
+            raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
+        if self.causal and not pattern.causal:
+            raise UnsupportedAttention("its attention is not causal")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise UnsupportedAttention("it masks some of the packed rows")
+        if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
+            raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
+        return PackedMask(self.plan.sequences, pattern.window, pattern.causal, self.plan.shared, self.prefix)
+
+    def _splits_a_sequence(self, segments):
+        splits = segments[0].diff(prepend=segments[0, :1]) != 0
+        splits[self.plan.sequences.starts.to(splits.device)] = False
+        return bool(splits.any())
 
 
 class PaddedBatch:
     """A batch as users pass it: padded, packed by its position ids, or decoding, with learned prefixes or without.
 
-    ``prefix_ids [B]`` says which of the N stands in front of each row, or of each B-th part of them (beams); None: the first.
+    Args:
+        prefix: see :class:`PackedMask`.
+        prefix_ids: ``[B]``, which of the N stands in front of each row, or of each B-th part of them (beams); None: the
+            first.
+
+    Attributes:
+        asked: did the model ask for a mask at all?
     """
 
-    def __init__(self, prefix=None, prefix_ids=None):
+    def __init__(self, prefix: Prefix | None = None, prefix_ids: torch.Tensor | None = None):
         self.prefix, self.prefix_ids = prefix, prefix_ids
-        self.asked = False  # did the model ask for a mask at all?
+        self.asked = False
 
-    def mask(
-        self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, local_size=None, **other
-    ):
+    def mask(self, before, **arguments):
+        """A :class:`PackedMask` where one says the same on all pairs of real tokens, else the mask there was before.
+
+        Raises:
+            UnsupportedAttention: a mask that a learned prefix has no place under.
+        """
         self.asked = True
-        device = other.get("device", "cpu")
-        sees = partial(mask_function, torch.arange(batch_size, device=device)[:, None], 0)
-        if q_length == kv_length:
-            starts, lengths, gaps, whole = _runs(sees, batch_size, q_length, attention_mask, device)
-            if whole:
-                last = torch.arange(q_length - 1, device=device)
-                ahead = q_length > 1 and bool(_as_mask(sees(last, last + 1), batch_size, q_length - 1, device).any())
-                window = local_size + 1 if local_size is not None and ahead else local_size  # bidirectional: inclusive
-                ids = None if self.prefix_ids is None else self._ids(batch_size)[starts // q_length]
-                seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
-                return PackedMask(seq, window, causal=not ahead, prefix=self.prefix)
-        return self._dense(
-            before,
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            **other,
-        )
-
-    def _dense(self, before, **arguments):
-        original = ALL_MASK_ATTENTION_FUNCTIONS[before]
+        pattern = read_pattern(arguments["mask_function"])
+        if self.prefix is not None and pattern is None:
+            raise UnsupportedAttention(f"{name_unread(arguments['mask_function'])} leaves no place for a prefix")
+        packed = self._packed(before, pattern, **arguments)
+        if packed is not None:
+            return packed
+        dense = DenseMask(before, arguments, self.prefix, self._ids(arguments["batch_size"]))
         if self.prefix is None:
-            return original(**arguments)
-        length = prefix_length(self.prefix)
-        arguments["kv_length"] += length
-        arguments["q_offset"] = arguments.get("q_offset", 0) + length
-        arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
-        if (real := arguments.get("attention_mask")) is not None:
-            arguments["attention_mask"] = torch.cat([real.new_ones(real.shape[0], length), real], 1)
-        prefix = self.prefix
-        if self.prefix_ids is not None:
-            ids = self._ids(arguments["batch_size"])
-            prefix = tuple(layer and tuple(x[ids] for x in layer) for layer in prefix)  # a row of the batch each
-        return PackedMask(None, prefix=prefix, dense=original(**arguments))
+            return dense.behind_nothing
+        if pattern.segments is not None:
+            raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
+        return dense
+
+    def _packed(
+        self, before, pattern, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **arguments
+    ):
+        if q_length != kv_length or not _starts_at_zero(arguments):
+            return None
+        real = _real(attention_mask, batch_size, q_length, arguments.get("device", "cpu"))
+        runs = _runs(real, None if pattern is None else pattern.segments)
+        if runs is None:
+            return None
+        starts, lengths, gaps = runs
+        if pattern is None:
+            pattern = find_pattern(mask_function, real, use_vmap=arguments.get("use_vmap", False))
+        if pattern is None or not pattern.is_expressible:
+            return None
+        ids = self._ids(batch_size)
+        seq_ids = None if ids is None else ids[starts // q_length]
+        seq = Sequences.runs(starts, lengths, batch_size * q_length, seq_ids, gaps=gaps)
+        arguments |= dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length)
+        arguments |= dict(mask_function=mask_function, attention_mask=attention_mask)
+        dense = DenseMask(before, arguments, self.prefix, ids)
+        return PackedMask(seq, pattern.window, pattern.causal, prefix=self.prefix, dense=dense)
 
     def _ids(self, batch):
+        if self.prefix_ids is None:
+            return None
         return self.prefix_ids.repeat_interleave(batch // max(len(self.prefix_ids), 1))
 
 
-def _runs(sees, batch, width, attention_mask, device):
-    """The runs of real tokens: starts, lengths, gaps, and whether they describe the batch (no holes in the mask)."""
-    first = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    position = torch.arange(1, width, device=device)
-    joined = _as_mask(sees(position, position - 1), batch, width - 1, device)  # does a token see the one before it?
-    real = (
-        torch.ones(batch, width, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
-    )
-    opens = real & torch.cat([first, ~joined | ~real[:, :-1]], 1)
-    closes = real & torch.cat([~joined | ~real[:, 1:], first], 1)
+def _starts_at_zero(arguments):
+    offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
+    return not any(isinstance(offset, torch.Tensor) or offset for offset in offsets)
+
+
+def _real(attention_mask, batch, width, device):
+    """``[B, S]`` booleans: the tokens that are no padding. Behind a short mask all is, as in transformers."""
+    if attention_mask is None:
+        return torch.ones(batch, width, dtype=torch.bool, device=device)
+    real = attention_mask[:, :width].bool()
+    return torch.nn.functional.pad(real, (0, width - real.shape[1]))
+
+
+def _runs(real, segments):
+    """The runs of real tokens of a segment: starts, lengths and gaps; None if padding leaves more than one in a row."""
+    padded = not bool(real.all())
+    first = torch.ones_like(real[:, :1])
+    joined = real[:, :-1] & real[:, 1:]
+    if segments is not None:
+        joined &= segments.diff(dim=1) == 0
+    opens = real & torch.cat([first, ~joined], 1)
+    closes = real & torch.cat([~joined, first], 1)
+    if padded and bool((opens.sum(1) > 1).any()):
+        return None
     starts, ends = opens.reshape(-1).nonzero()[:, 0], closes.reshape(-1).nonzero()[:, 0]
-    whole = attention_mask is None or bool((opens.sum(1) <= 1).all())
-    gaps = None if attention_mask is None else starts % max(width, 1)
-    return starts, ends - starts + 1, gaps, whole
-
-
-def _as_mask(seen, batch, width, device):
-    """A mask function's answer as ``[B, width]``: some answer True or False for all, some without the batch axis."""
-    return torch.as_tensor(seen, device=device).expand(batch, width)
+    gaps = starts % max(real.shape[1], 1) if padded else None
+    return starts, ends - starts + 1, gaps
 
 
 _ACTIVE: ContextVar[PackedRows | PaddedBatch | None] = ContextVar("fastprompt_active", default=None)

@@ -4,8 +4,11 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+# For each layer its learned keys and values, ``[N, P, Hkv, Dh]`` each, or None.
+Prefix = tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
 
-def prefix_length(prefix):
+
+def prefix_length(prefix: Prefix | None) -> int:
     """P of the layers' learned keys and values; 0 without any."""
     return next((layer[0].shape[1] for layer in prefix or () if layer is not None), 0)
 
