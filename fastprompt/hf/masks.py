@@ -13,7 +13,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layout import Sequences
-from .prefix import prefix_length
+from .shared_state import SharedState
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -28,17 +28,17 @@ class PackedMask:
         seq: the sequences among the rows of the batch.
         window: see prefix_attention.
         causal: see prefix_attention.
-        shared: the rows whose keys and values other sequences share, as in RowPlan.
-        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: no layer has any.
+        shared: what stands in front of the sequences.
         dense: a mask of the implementation before over prefix and own keys, for a batch that ``seq`` cannot describe.
+        recorded: where attention leaves each layer's keys and values ``[Hkv, R, Dh]``, by its index; None: nowhere.
     """
 
     seq: Sequences | None
     window: int | None = None
     causal: bool = True
-    shared: tuple[tuple[int, int], ...] = ()
-    prefix: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] | None = None
+    shared: SharedState = SharedState()
     dense: torch.Tensor | None = None
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def to(self, *args, **kwargs):
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -46,24 +46,29 @@ class PackedMask:
 
 
 class PackedRows:
-    """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1."""
+    """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1.
 
-    def __init__(self, plan, causal=True, prefix=None):
-        self.plan, self.causal, self.prefix = plan, causal, prefix
+    Args:
+        plan: a RowPlan.
+        causal: see prefix_attention.
+        shared: the learned keys and values in front of the sequences; None: there are none.
+        recorded: see PackedMask.
+    """
+
+    def __init__(self, plan, causal=True, shared=None, recorded=None):
+        self.plan, self.causal, self.recorded = plan, causal, recorded
+        self.shared = (shared or SharedState()).for_rows(plan.shared)
 
     def mask(self, before, *, local_size=None, **_):
         window = local_size if self.causal or local_size is None else local_size + 1  # bidirectional: inclusive
-        return PackedMask(self.plan.sequences, window, self.causal, self.plan.shared, self.prefix)
+        return PackedMask(self.plan.sequences, window, self.causal, self.shared, recorded=self.recorded)
 
 
 class PaddedBatch:
-    """A batch as users pass it: padded, packed by its position ids, or decoding, with learned prefixes or without.
+    """A batch as users pass it: padded, packed by its position ids, or decoding, behind a shared state or none."""
 
-    ``prefix_ids [B]`` says which of the N stands in front of each row, or of each B-th part of them (beams); None: the first.
-    """
-
-    def __init__(self, prefix=None, prefix_ids=None):
-        self.prefix, self.prefix_ids = prefix, prefix_ids
+    def __init__(self, shared=None):
+        self.shared = shared or SharedState()
         self.asked = False  # did the model ask for a mask at all?
 
     def mask(
@@ -78,9 +83,10 @@ class PaddedBatch:
                 last = torch.arange(q_length - 1, device=device)
                 ahead = q_length > 1 and bool(_as_mask(sees(last, last + 1), batch_size, q_length - 1, device).any())
                 window = local_size + 1 if local_size is not None and ahead else local_size  # bidirectional: inclusive
-                ids = None if self.prefix_ids is None else self._ids(batch_size)[starts // q_length]
+                ids = self.shared.repeated(batch_size)
+                ids = None if ids is None else ids[starts // q_length]
                 seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
-                return PackedMask(seq, window, causal=not ahead, prefix=self.prefix)
+                return PackedMask(seq, window, causal=not ahead, shared=self.shared)
         return self._dense(
             before,
             batch_size=batch_size,
@@ -94,22 +100,16 @@ class PaddedBatch:
 
     def _dense(self, before, **arguments):
         original = ALL_MASK_ATTENTION_FUNCTIONS[before]
-        if self.prefix is None:
+        if not self.shared.learned:
             return original(**arguments)
-        length = prefix_length(self.prefix)
+        length = self.shared.length
         arguments["kv_length"] += length
         arguments["q_offset"] = arguments.get("q_offset", 0) + length
         arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
         if (real := arguments.get("attention_mask")) is not None:
             arguments["attention_mask"] = torch.cat([real.new_ones(real.shape[0], length), real], 1)
-        prefix = self.prefix
-        if self.prefix_ids is not None:
-            ids = self._ids(arguments["batch_size"])
-            prefix = tuple(layer and tuple(x[ids] for x in layer) for layer in prefix)  # a row of the batch each
-        return PackedMask(None, prefix=prefix, dense=original(**arguments))
-
-    def _ids(self, batch):
-        return self.prefix_ids.repeat_interleave(batch // max(len(self.prefix_ids), 1))
+        shared = self.shared.of_each_row(arguments["batch_size"])
+        return PackedMask(None, shared=shared, dense=original(**arguments))
 
 
 def _runs(sees, batch, width, attention_mask, device):
@@ -141,7 +141,7 @@ def running(batch):
     """While the block runs, models that were switched over run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
-        yield
+        yield batch
     finally:
         _ACTIVE.reset(token)
 
