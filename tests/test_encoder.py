@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
-from fastprompt.hf import encoder as module
-from fastprompt.hf.encoder import fast_encoder
+from fastprompt.peft import encoder as module
+from fastprompt.peft.encoder import fast_encoder
 from fastprompt.hf.prefix import layers_of_cache, layers_of_tensor
 from fastprompt.methods import PrefixTuning, PTuning
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layout import RowPlan, Sequences
 from .mask_patterns import find_pattern, name_unread, read_pattern
-from .prefix import Prefix, prefix_length
+from .shared_state import SharedState
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -30,17 +30,17 @@ class PackedMask:
         seq: the sequences among the rows of the batch.
         window: see prefix_attention.
         causal: see prefix_attention.
-        shared: the rows whose keys and values other sequences share, as in RowPlan.
-        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: none has any.
-        dense: the same for the implementation before; None for planned rows, which it cannot run.
+        shared: what stands in front of the sequences.
+        dense: the same mask for the implementation before; None for planned rows, which it cannot run.
+        recorded: where attention leaves each layer's keys and values ``[Hkv, R, Dh]``, by its index; None: nowhere.
     """
 
     seq: Sequences
     window: int | None = None
     causal: bool = True
-    shared: tuple[tuple[int, int], ...] = ()
-    prefix: Prefix | None = None
+    shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def to(self, *args, **kwargs) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -54,28 +54,31 @@ class DenseMask:
     Attributes:
         before: its name.
         arguments: what the model asked its mask function for.
-        prefix: see :class:`PackedMask`.
-        prefix_ids: ``[B]``, the one of the N in front of each row; None: the first.
+        shared: see :class:`PackedMask`.
     """
 
     before: str
     arguments: dict[str, Any]
-    prefix: Prefix | None = None
-    prefix_ids: torch.Tensor | None = None
+    shared: SharedState = SharedState()
 
     def to(self, *args, **kwargs) -> "DenseMask":
         """As :meth:`PackedMask.to`."""
         return self
 
     @cached_property
+    def of_each_row(self) -> SharedState:
+        """``shared`` with an entry for each row of the batch."""
+        return self.shared.of_each_row(self.arguments["batch_size"])
+
+    @cached_property
     def behind_nothing(self) -> torch.Tensor | None:
-        """The mask over own keys."""
+        """The mask over own keys, for a layer without learned ones."""
         return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**self.arguments)
 
     @cached_property
     def behind_prefix(self) -> torch.Tensor | None:
-        """The mask over the prefix's keys and own keys."""
-        length, arguments = prefix_length(self.prefix), dict(self.arguments)
+        """The mask over learned and own keys."""
+        length, arguments = self.shared.length, dict(self.arguments)
         arguments["kv_length"] += length
         arguments["q_offset"] = arguments.get("q_offset", 0) + length
         arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
@@ -91,11 +94,19 @@ class PackedRows:
     Args:
         plan: a RowPlan.
         causal: is the plan one for causal attention only? (It is if rows are shared.)
-        prefix: see :class:`PackedMask`.
+        shared: the learned keys and values in front of the sequences; None: there are none.
+        recorded: see :class:`PackedMask`.
     """
 
-    def __init__(self, plan: RowPlan, causal: bool = True, prefix: Prefix | None = None):
-        self.plan, self.causal, self.prefix = plan, causal, prefix
+    def __init__(
+        self,
+        plan: RowPlan,
+        causal: bool = True,
+        shared: SharedState | None = None,
+        recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ):
+        self.plan, self.causal, self.recorded = plan, causal, recorded
+        self.shared = (shared or SharedState()).for_rows(plan.shared)
 
     def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
         """The mask of the plan's sequences.
@@ -118,7 +129,7 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
-        return PackedMask(self.plan.sequences, pattern.window, pattern.causal, self.plan.shared, self.prefix)
+        return PackedMask(self.plan.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1]) != 0
@@ -127,19 +138,14 @@ class PackedRows:
 
 
 class PaddedBatch:
-    """A batch as users pass it: padded, packed by its position ids, or decoding, with learned prefixes or without.
-
-    Args:
-        prefix: see :class:`PackedMask`.
-        prefix_ids: ``[B]``, which of the N stands in front of each row, or of each B-th part of them (beams); None: the
-            first.
+    """A batch as users pass it: padded, packed by its position ids, or decoding, behind a shared state or none.
 
     Attributes:
         asked: did the model ask for a mask at all?
     """
 
-    def __init__(self, prefix: Prefix | None = None, prefix_ids: torch.Tensor | None = None):
-        self.prefix, self.prefix_ids = prefix, prefix_ids
+    def __init__(self, shared: SharedState | None = None):
+        self.shared = shared or SharedState()
         self.asked = False
 
     def mask(self, before, **arguments):
@@ -150,13 +156,13 @@ class PaddedBatch:
         """
         self.asked = True
         pattern = read_pattern(arguments["mask_function"])
-        if self.prefix is not None and pattern is None:
+        if self.shared.learned and pattern is None:
             raise UnsupportedAttention(f"{name_unread(arguments['mask_function'])} leaves no place for a prefix")
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
             return packed
-        dense = DenseMask(before, arguments, self.prefix, self._ids(arguments["batch_size"]))
-        if self.prefix is None:
+        dense = DenseMask(before, arguments, self.shared)
+        if not self.shared.learned:
             return dense.behind_nothing
         if pattern.segments is not None:
             raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
@@ -176,18 +182,13 @@ class PaddedBatch:
             pattern = find_pattern(mask_function, real, use_vmap=arguments.get("use_vmap", False))
         if pattern is None or not pattern.is_expressible:
             return None
-        ids = self._ids(batch_size)
-        seq_ids = None if ids is None else ids[starts // q_length]
-        seq = Sequences.runs(starts, lengths, batch_size * q_length, seq_ids, gaps=gaps)
+        ids = self.shared.repeated(batch_size)
+        ids = None if ids is None else ids[starts // q_length]
+        seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
         arguments |= dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length)
         arguments |= dict(mask_function=mask_function, attention_mask=attention_mask)
-        dense = DenseMask(before, arguments, self.prefix, ids)
-        return PackedMask(seq, pattern.window, pattern.causal, prefix=self.prefix, dense=dense)
-
-    def _ids(self, batch):
-        if self.prefix_ids is None:
-            return None
-        return self.prefix_ids.repeat_interleave(batch // max(len(self.prefix_ids), 1))
+        dense = DenseMask(before, arguments, self.shared)
+        return PackedMask(seq, pattern.window, pattern.causal, self.shared, dense)
 
 
 def _starts_at_zero(arguments):
@@ -227,7 +228,7 @@ def running(batch):
     """While the block runs, models that were switched over run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
-        yield
+        yield batch
     finally:
         _ACTIVE.reset(token)
 
