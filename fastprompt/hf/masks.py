@@ -243,6 +243,7 @@ def packed_rows_run():
     return isinstance(_ACTIVE.get(), PackedRows)
 
 
+@torch.compiler.disable
 def make_mask(before, **arguments):
     """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
     batch = _ACTIVE.get()
