@@ -1,14 +1,11 @@
-"""How far a result may be from the exact one."""
+"""How far a result may be from the exact one; see :mod:`benchmarks.budget`."""
 
 import torch
 
-from benchmarks.budget import over_budget
 
-
-def assert_within_budget(got, plain, exact, dtype=None):
-    """See :func:`benchmarks.budget.over_budget`. ``dtype``: what was computed in, if results are not all of that dtype."""
-    assert got.shape == plain.shape == exact.shape and (dtype or got.dtype == plain.dtype)
-    ratio = over_budget(got, plain, exact, dtype)
+def assert_within(budget, results):
+    """Every number of every result within its budget."""
+    ratio = budget.ratio(results)
     assert ratio <= 1, f"error {ratio:.3g} times over the budget"  # NaN fails, too
 
 

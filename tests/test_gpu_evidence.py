@@ -14,6 +14,7 @@ import triton.language as tl
 from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.budget import Budget
 from benchmarks.gpu import binary, check, compile_matrix, counts, launch_cost, model, traffic
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.chips import CHIPS, Device
@@ -318,10 +319,10 @@ def test_rivals_compute_the_same_attention(dtype):
     problem = Attention(4, 2, 16, 5, (7, 3, 12), dtype, "cpu")
     inputs = [x.detach() for x in problem.tensors()[0]]  # FlexAttention on a CPU takes none that want gradients
     with torch.no_grad():
-        exact = ours(problem, "reference")(*(x.double() for x in inputs))
-        low = ours(problem, "reference")(*inputs)
+        budget = Budget.of(lambda _: [ours(problem, "reference")(*(x.double() for x in inputs))], dtype)
         for name, run in providers(problem).items():
-            assert check.over_budget(run(*inputs), low, exact) <= 1, name
+            assert budget.ratio([run(*inputs)]) <= 1, name
+            assert budget.ratio([run(inputs[0], inputs[1].roll(1, 0), *inputs[2:])]) > 1, name  # a shifted key
 
 
 def test_steps_are_checked_and_timed():

@@ -24,13 +24,15 @@ from torch import nn
 
 import fastprompt
 from fastprompt import native
+from fastprompt.ops.prefix_attention import reference
 
 from .. import models, report, step
-from ..budget import over_budget
+from ..budget import Budget
 from ..workloads import Workload, uneven_lengths
 from .rivals import Attention, ours, providers, uneven
 
 HERE = Path(__file__).parent
+DRAWS = 2  # for a budget: at these sizes the mean of their squares is known well, and they take time
 OPPONENT = {"attention": "SDPA", "step": "PEFT"}
 # A step of a one-billion-parameter Llama's shape, with half its layers.
 STEP_SIZES = dict(models.SIZES, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=32,
@@ -69,13 +71,6 @@ def results_of(run, inputs, grad):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def check_against(run, reference, inputs, grad):
-    """The worst of output and gradients over its budget; ``reference`` runs in float64 and in the inputs' precision."""
-    exact = results_of(reference, [x.detach().double() for x in inputs], grad.double())
-    low = results_of(reference, inputs, grad)
-    return max(over_budget(*three) for three in zip(results_of(run, inputs, grad), low, exact))
-
-
 def seconds(call, device, rounds=7, calls=10):
     """Seconds of one call, a value a round. Calls follow one another without a wait, as in training."""
 
@@ -107,12 +102,18 @@ def peak_mib(call, device):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(section, case, functions, reference, inputs, grad, device, **timing):
-    """Check and time each provider, forward and forward with backward."""
-    rows = []
+def exactly(reference, inputs, grad):
+    """What :class:`Budget` evaluates: :func:`results_of` of the reference in float64."""
+    inputs, grad = [x.detach().double() for x in inputs], grad.double()
+    return lambda stored: results_of(reference, inputs, grad)
+
+
+def compare(section, case, functions, exactly, inputs, grad, device, **timing):
+    """Check each provider against ``exactly`` (see :class:`Budget`), and time it, forward and forward with backward."""
+    rows, budget = [], Budget.of(exactly, grad.dtype, draws=DRAWS)
     for name, run in functions.items():
         try:
-            error = check_against(run, reference, inputs, grad)
+            error = budget.ratio(results_of(run, inputs, grad))
             inputs = [x.detach().requires_grad_() for x in inputs]
 
             def both(run=run):
@@ -153,13 +154,26 @@ def attention(device, problems=None, chosen=providers, **timing):
             "attention",
             f"{problem.name}, {str(problem.dtype)[6:]}",
             chosen(problem),
-            ours(problem, "reference"),
+            _exact_attention(problem, inputs, grad),
             inputs,
             grad,
             device,
             **timing,
         )
     return rows
+
+
+def _exact_attention(problem, inputs, grad):
+    q, k, v, prefix_k, prefix_v = (x.detach().double() for x in inputs)
+    tensors = q, k, v, prefix_k[None], prefix_v[None]
+    options = dict(causal=True, window=None, softcap=None, sinks=None, scale=problem.head_dim**-0.5)
+
+    def results(stored):
+        out, lse = reference.forward(*tensors, problem.seq, **options)
+        grads = reference.backward(grad.double(), *tensors, stored(out), lse, problem.seq, **options)
+        return [out, *grads[:3], *(x[0] for x in grads[3:5])]
+
+    return results
 
 
 def _attention_problems(device):
@@ -197,14 +211,14 @@ def decoding(
         repeated = (x.repeat_interleave(heads // kv_heads, 1) for x in full)
         return nn.functional.scaled_dot_product_attention(q[:, :, None], *repeated, attn_mask=mask)[:, :, 0]
 
-    exact = run("reference", q.double(), k.double(), v.double(), [x.double() for x in bank])
-    low = run("reference")
+    doubled = q.double(), k.double(), v.double(), [x.double() for x in bank]
+    budget = Budget.of(lambda _: [run("reference", *doubled)], dtype, draws=DRAWS)
     return [
         Row(
             "decode",
             f"{heads}/{kv_heads} heads of {head_dim}, P = {prefix}, {batch} caches of up to {room}",
             name,
-            over_budget(call(), low, exact),
+            budget.ratio([call()]),
             [1e3 * s for s in seconds(call, device, **timing)],
             peak_mib(call, device),
         )
@@ -226,13 +240,14 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def plain(learned):
         return torch.cat([learned, nn.functional.embedding(ids, table.to(learned.dtype))])
 
+    grad_of_rows = new(prompt + tokens, width)
     rows = compare(
         "prompt_concat",
         f"{prompt} + {tokens} rows of {width}",
         {"fastprompt": concat("auto"), "cat + embedding": plain},
-        concat("reference"),
+        exactly(concat("reference"), [learned], grad_of_rows),
         [learned],
-        new(prompt + tokens, width),
+        grad_of_rows,
         device,
         **timing,
     )
@@ -246,13 +261,14 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def matmul(shared, left, right):
         return shared * (left[tasks] @ right[tasks])
 
+    grad = new(4, prompt, width)
     return rows + compare(
         "multitask_prompt",
         f"4 of 8 tasks, {prompt} x {width}, rank 4",
         {"fastprompt": multitask("auto"), "matmul": matmul},
-        multitask("reference"),
+        exactly(multitask("reference"), [shared, left, right], grad),
         [shared, left, right],
-        new(4, prompt, width),
+        grad,
         device,
         **timing,
     )
@@ -282,7 +298,7 @@ def lstm(device, widths=(128, 256, 512, 1024), lengths=(20, 100), dtype=torch.fl
                 "prompt_lstm",
                 case,
                 {"fastprompt": fused(backend), "nn.LSTM": fused("torch")},
-                fused("reference"),
+                exactly(fused("reference"), [x, *weights], grad),
                 [x, *weights],
                 grad,
                 device,
