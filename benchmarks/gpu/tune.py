@@ -1,9 +1,10 @@
-"""``python -m benchmarks.gpu.tune``: tiles of prefix_attention that beat the rule on this GPU, into the table that overrides it.
+"""``python -m benchmarks.gpu.tune``: tiles of prefix_attention that beat the rule on this GPU, into a table.
 
-For each role, precision and head dim it climbs from the rule's tiles: to the fastest neighbour, which differs in one size,
-while that is 3% faster. Neighbours that spill, take more shared memory than there is, or differ from the float64 reference
-by more than the budget are left out. The fastest is timed once more beside the rule, and an entry is written only if it is
-3% faster then. Exits with 1 where there is no GPU. The table is to be made anew after a change to the kernels, or of Triton.
+The table overrides the rule. For each role, precision and head dim it climbs from the rule's tiles: to the fastest
+neighbour, which differs in one size, while that is 3% faster. Neighbours that spill, take more shared memory than there
+is, or differ from the float64 reference by more than the budget are left out. The fastest is timed once more beside the
+rule, and an entry is written only if it is 3% faster then. Exits with 1 where there is no GPU. The table is to be made
+anew after a change to the kernels, or of Triton.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from fastprompt.ops.prefix_attention import reference
 from fastprompt.ops.prefix_attention import triton as launcher
 
 from .. import report
-from . import binary, check, compile_matrix
+from ..budget import over_budget
+from . import binary, compile_matrix
 from .chips import CHIPS
 from .rivals import uneven
 
@@ -51,11 +53,11 @@ class Call:
 
     @property
     def right(self):
-        return all(check.over_budget(*three) <= 1 for three in zip(self.run(), self.low, self.exact))
+        return all(over_budget(*three) <= 1 for three in zip(self.run(), self.low, self.exact))
 
 
 def calls(role, head_dim, dtype, device="cuda", rows=8192):
-    """What tiles are chosen by: short sequences with heads in groups, long ones without, and one with every flag set."""
+    """What tiles are chosen by: short sequences with heads in groups, long ones without, one with every flag set."""
     short, long, flags = uneven(rows), (rows // 16,) * 16, dict(prefixes=3, window=48, softcap=30.0, sinks=True)
     if role == "decode":  # lengths of caches
         short, long = ([max(1, rows // 8 * (i + 8) // (batch + 8)) for i in range(batch)] for batch in (64, 16))
