@@ -6,11 +6,11 @@ on the same right-padded batch with the same labels. Times are medians over the 
 rounds' ratios, so that a machine that is slow for a while does not count for one side only.
 
 The **floor** is the least work that the method leaves: the bare frozen model, forward and gradient of inputs_embeds, on
-R rows (those of every distinct prompt once, none for Prefix-Tuning, and the T real tokens), head and loss on as many rows as there are labels. It runs the R
-rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the model's own attention, b the divisor of R next
-to B (the lengths of the workloads are trimmed so that it is B, except those that are equal by intention). The loss is
-the faster one of torch's. Its rows attend to R / b keys at most, where a real token attends to P more: a bound that
-cannot be reached quite, not an implementation.
+R rows (those of every distinct prompt once, none for Prefix-Tuning, and the T real tokens), head and loss on as many
+rows as there are labels. It runs the R rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the
+model's own attention, b the divisor of R next to B (the lengths of the workloads are trimmed so that it is B, except
+those that are equal by intention). The loss is the faster one of torch's. Its rows attend to R / b keys at most, where
+a real token attends to P more: a bound that cannot be reached quite, not an implementation.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def measure(workload, rounds, steps, progress=None):
     grad_error = float((grads["fastprompt"] - grads["PEFT"]).norm() / grads["PEFT"].norm())
     times = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name in names:
             start = perf_counter()
             steps[name]()

@@ -17,7 +17,10 @@ OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_ls
 # What `fastprompt train` and an accelerated PEFT script import.
 MAIN_JOB = ("fastprompt.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
-COMPILE = "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . (which says why, if it fails again)"
+COMPILE = (
+    "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . "
+    "(which says why, if it fails again)"
+)
 NOT_INSTALLED = "not installed"
 NEEDS = "needs {}, which is not installed"
 

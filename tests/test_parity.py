@@ -119,7 +119,7 @@ def test_models_that_cannot_be_packed_run_peft_itself(name, padding):
     + [(name, m) for name in ("llama", "gpt2", "gemma2") for m in PREFIXES],
 )
 def test_gradient_checkpointing(name, method, reentrant):
-    """PEFT's own Prefix-Tuning refuses checkpointing, or drops the prefix without a word; the reference runs without."""
+    """PEFT's own Prefix-Tuning refuses checkpointing, or drops the prefix unseen; the reference runs without it."""
     model, inputs = peft_model(name, method), batch("right")
     plain = step(model, inputs)
     fastprompt.accelerate(model)

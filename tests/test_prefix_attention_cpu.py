@@ -41,8 +41,8 @@ def random_grad(seq, heads, head_dim, dtype=torch.float32):
 def assert_all_within_budget(got, plain, exact):
     """``got`` and those in ``plain`` against ``exact``, lists in the order of NAMES; lse must be infinite where it is.
 
-    Not the budget of one result (``budget.py``): the error of plain PyTorch is the largest of all its results, each relative
-    to its largest value, since one result of a few numbers may be right by luck.
+    Not the budget of one result (``budget.py``): the error of plain PyTorch is the largest of all its results, each
+    relative to its largest value, since one result of a few numbers may be right by luck.
     """
     results, error = [], 0.0
     for name, x, y, *others in zip(NAMES, got, exact, *plain):

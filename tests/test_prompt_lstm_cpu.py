@@ -15,8 +15,8 @@ from fastprompt import native, prompt_lstm
 pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What the vectors' own exp and tanh may add where numbers are few and PyTorch's are right by luck: they are good to 2e-7, and
-# a gate's way from its sum into a gradient leads through four.
+# What the vectors' own exp and tanh may add where numbers are few and PyTorch's are right by luck: they are good to
+# 2e-7, and a gate's way from its sum into a gradient leads through four.
 FUNCTIONS = 8e-7
 
 
@@ -33,11 +33,11 @@ def largest(x):
 
 
 def assert_near(got, plain, exact, rounded=None):
-    """Twice the error of plain PyTorch in the same precision and one rounding, relative to the largest value of a result.
+    """Twice the error of plain PyTorch in the same precision and one rounding, relative to a result's largest value.
 
-    The error of plain PyTorch is the largest of all its results: one result of a few numbers may be right by luck. Nor can a
-    result be better than its inputs: where sums cancel, ``rounded()``, exact results of inputs that are a rounding of fp32 off, in
-    several ways, say how far it may be off.
+    The error of plain PyTorch is the largest of all its results: one result of a few numbers may be right by luck. Nor
+    can a result be better than its inputs: where sums cancel, ``rounded()``, exact results of inputs that are a
+    rounding of fp32 off, in several ways, say how far it may be off.
     """
     results, error = [], 0.0
     for a, b, x in zip(got, plain, exact, strict=True):

@@ -1,10 +1,10 @@
 """``python -m benchmarks.gpu.launch_cost``: microseconds of Python that a launch costs on the host.
 
-Measured without a GPU. Included: everything from the call of the kernel to the call of Triton's launcher in C, with the real
-signature, arguments and compiled handle. Replaced by stubs that do nothing, and therefore not included: packing the arguments and
-``cuLaunchKernelEx`` in C, ``torch.cuda.current_device`` and the query of the current stream. The tensors are on the CPU.
-Beside it, with the same stubs: Triton's own ``function[grid](...)``, and a whole call of the operator's launcher, allocation of
-outputs included.
+Measured without a GPU. Included: everything from the call of the kernel to the call of Triton's launcher in C, with the
+real signature, arguments and compiled handle. Replaced by stubs that do nothing, and therefore not included: packing
+the arguments and ``cuLaunchKernelEx`` in C, ``torch.cuda.current_device`` and the query of the current stream. The
+tensors are on the CPU. Beside it, with the same stubs: Triton's own ``function[grid](...)``, and a whole call of the
+operator's launcher, allocation of outputs included.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What other implementations of prefix attention do, written down launch by launch, in their favour where there is a choice.
+"""What other implementations of prefix attention do, launch by launch, in their favour where there is a choice.
 
 A tensor's block is what one sequence has of it in one head.
 """
@@ -242,7 +242,7 @@ def _copy(name, w, reads, writes, bytes_written=None):
 
 
 def _tiles(name, w, lengths, block_q, block_k, span, products, sources, extra=(), out="out"):
-    """One program a sequence, head and tile of queries; ``span(n, q1)``: the keys it runs over; ``sources``: what it reads."""
+    """A program a sequence, head, tile of queries; ``span(n, q1)``: keys it runs over; ``sources``: what it reads."""
     row, programs = w.head_dim * BYTES, []
     for b, n in enumerate(lengths):
         for h in range(w.heads):

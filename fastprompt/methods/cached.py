@@ -6,15 +6,15 @@ import torch
 class CachedOutput:
     """What an encoder gave in evaluation mode with gradients off, until one of its parameters changes.
 
-    A parameter that was written in place, replaced, moved or cast is noticed. Nothing is kept while one has a gradient. What
-    writes past autograd's version counter is not seen (``parameter.data.add_(...)``, a kernel of one's own): call
+    A parameter that was written in place, replaced, moved or cast is noticed. Nothing is kept while one has a gradient.
+    What writes past autograd's version counter is not seen (``parameter.data.add_(...)``, a kernel of one's own): call
     :meth:`drop` after that.
     """
 
     _kept = None
 
     def __call__(self, parameters, training, encode):
-        """``encode()``, or what it gave before; ``parameters`` are all that it depends on, looked at only to keep it."""
+        """``encode()``, or what it gave before; it depends on ``parameters`` alone, looked at only to keep it."""
         if training or torch.is_grad_enabled():
             out = encode()
             if out.requires_grad:  # fused optimizers write past the version counter, but after a backward

@@ -111,10 +111,14 @@ class TrainingConfig:
         for name in ("eval_steps", "eval_rows"):
             if getattr(self, name) is not None and self.eval_data is None and self.eval_fraction is None:
                 raise InputError(name, "nothing to evaluate on; expected eval_data or eval_fraction too")
-        self.task  # checks the columns, the template and the verbaliser
+        self._make_task()  # checks the columns, the template and the verbaliser
 
     @property
     def task(self) -> Task:
+        """What makes examples of this configuration's rows."""
+        return self._make_task()
+
+    def _make_task(self) -> Task:
         return Task(**{field.name: getattr(self, field.name) for field in fields(Task) if hasattr(self, field.name)})
 
     @property

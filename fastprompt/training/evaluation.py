@@ -50,7 +50,7 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
 
 
 def _soft_prompt(model: PeftModel, task_id: int):
-    """A cache with the soft prompt's keys and values, None for another adapter. In front of every row it is the same."""
+    """A cache with the soft prompt's keys and values, the same in front of every row; None for another adapter."""
     if not model.active_peft_config.is_prompt_learning:
         return None
     base = model.get_base_model()

@@ -20,7 +20,7 @@ TRAINED_FILE = "trained.safetensors"
 
 
 class SoftPromptTrainer(Trainer):
-    """Trains a `TrainingRun` on its planned batches; a checkpoint is complete or absent; evaluation is the run's own."""
+    """Trains a `TrainingRun` on its planned batches. Checkpoints are complete or absent; evaluation is the run's own."""
 
     def __init__(self, run, callbacks, loss=None):
         config = run.config

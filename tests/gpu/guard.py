@@ -50,11 +50,11 @@ def check_guards():
 
 @contextmanager
 def guards():
-    """Within it ``torch.empty``, ``empty_like``, ``empty_strided`` and ``new_empty`` give poisoned tensors in guarded buffers.
+    """Within it ``torch.empty`` and its like give poisoned tensors in guarded buffers.
 
     Poison is NaN for floats and a large value for integers. On leaving, :func:`check_guards` runs. The interpreter also
-    refuses to read the bands: what is read there may be thrown away, and then no result would show it. And it rounds fp32
-    to the nearest bf16, as every GPU does; by itself it truncates.
+    refuses to read the bands: what is read there may be thrown away, and then no result would show it. And it rounds
+    fp32 to the nearest bf16, as every GPU does; by itself it truncates.
     """
     places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     before = len(_records)

@@ -1,4 +1,4 @@
-"""The Triton kernels of prefix_attention against the float64 reference: every flag, layout and dtype, both directions."""
+"""The Triton kernels of prefix_attention against the float64 reference: flags, layouts and dtypes, both directions."""
 
 import itertools
 
@@ -166,12 +166,8 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
     tensors = draw(seq, torch.float32, prefixes=3, prefix_length=21, sinks=True)
     results = [check(tensors, seq)]
     for seed in range(3):
-        shuffled = np.random.default_rng(seed)
         with monkeypatch.context() as patch:
-            tiles, backward, decode = schedule.query_tiles, schedule.backward_items, schedule.decode_items
-            patch.setattr(schedule, "query_tiles", lambda *a: shuffled.permutation(tiles(*a)))
-            patch.setattr(schedule, "backward_items", lambda *a, **o: _shuffle_first(shuffled, backward(*a, **o)))
-            patch.setattr(schedule, "decode_items", lambda *a, **o: _shuffle_first(shuffled, decode(*a, **o)))
+            _shuffle_programs(patch, np.random.default_rng(seed))
             results.append(
                 run([x if x is None else x.to(DEVICE) for x in tensors], sequences(kind, LENGTHS, 3, 21), "triton")
             )
@@ -179,6 +175,14 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
         torch.testing.assert_close(result[0], results[0][0], rtol=0, atol=0)
         for a, b in zip(result[2:], results[0][2:]):
             assert torch.equal(a, b)
+
+
+def _shuffle_programs(patch, generator):
+    """Every table of programs comes in another order."""
+    tiles, backward, decode = schedule.query_tiles, schedule.backward_items, schedule.decode_items
+    patch.setattr(schedule, "query_tiles", lambda *a: generator.permutation(tiles(*a)))
+    patch.setattr(schedule, "backward_items", lambda *a, **o: _shuffle_first(generator, backward(*a, **o)))
+    patch.setattr(schedule, "decode_items", lambda *a, **o: _shuffle_first(generator, decode(*a, **o)))
 
 
 def _shuffle_first(generator, results):
@@ -304,8 +308,8 @@ def test_any_shape(lengths, kind, groups, head_dim, prefixes, prefix_length, win
     tensors = draw(seq, torch.float32, *groups, head_dim, prefixes, prefix_length, seed=seed)
     actual = run([None if x is None else guarded(x) for x in tensors], seq, "triton", window=window, causal=causal)
     exact = run([None if x is None else x.double() for x in tensors], seq, "reference", window=window, causal=causal)
-    # About rows and masks, where a mistake is of the size of the values. The budget says nothing about shapes this small:
-    # of a single number the reference's error may be zero.
+    # About rows and masks, where a mistake is of the size of the values. The budget says nothing about shapes this
+    # small: of a single number the reference's error may be zero.
     for a, b in zip(actual, exact):
         if b is not None:
             torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
