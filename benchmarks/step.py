@@ -153,30 +153,7 @@ def summary(results):
         "loss diff",
         "grad diff",
     ]
-    rows = []
-    for result in results:
-        w = result.workload
-        times = [f"{result.seconds(name) * 1e3:.0f}" for name in names]
-        ratios = (
-            [
-                f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
-                for title, pair in _ratios(names).items()
-            ]
-            if result.right
-            else ["WRONG"] * len(_ratios(names))
-        )
-        rows.append(
-            [
-                w.name,
-                str(w.tokens),
-                "all" if w.all_labels else "one a row",
-                *times,
-                *ratios,
-                f"{result.loss_error:.0e}",
-                f"{result.grad_error:.0e}",
-            ]
-        )
-    text = report.table(columns, rows)
+    text = report.table(columns, [_row(result, names) for result in results])
     if not all(result.right for result in results):
         return text + (
             f"\nWRONG: loss or gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
@@ -187,6 +164,26 @@ def summary(results):
         f"{title} {geometric_mean(r.ratio(*pair) for r in uneven):.3f}" for title, pair in _ratios(names).items()
     )
     return text + f"\ngeometric means of the {len(uneven)} uneven workloads: {means}"
+
+
+def _row(result, names):
+    """The cells of the table for one workload."""
+    w = result.workload
+    return [
+        w.name,
+        str(w.tokens),
+        "all" if w.all_labels else "one a row",
+        *(f"{result.seconds(name) * 1e3:.0f}" for name in names),
+        *(_ratio(result, title, pair) for title, pair in _ratios(names).items()),
+        f"{result.loss_error:.0e}",
+        f"{result.grad_error:.0e}",
+    ]
+
+
+def _ratio(result, title, pair):
+    if not result.right:
+        return "WRONG"
+    return f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
 
 
 def _ratios(names):

@@ -50,7 +50,9 @@ def test_common_text_is_run_once(name, lengths, method):
     )
     assert_equal(*both(model, inputs), inputs)
     hook.remove()
-    prompts = 0 if method in PREFIXES else 3 * P if method == "multitask" else P
+    prompts = 3 * P if method == "multitask" else P
+    if method in PREFIXES:
+        prompts = 0
     # of the three tasks of the batch, one has two rows
     saved = 3 if method == "multitask" else 3 * 3
     assert prompts + sum(lengths) - saved in rows

@@ -64,7 +64,9 @@ def main(arguments=None):
             file=sys.stderr,
         )
         return 2
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with float64
+    # fp32 is compared with float64.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     if options.small:
         # Not the compilation of a rival.
         rows = operators.small("cuda", lambda problem: {"fastprompt": ours(problem)})

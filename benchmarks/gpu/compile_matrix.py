@@ -90,13 +90,16 @@ def select(all_cases, chips, everywhere=True):
 def compile_job(job):
     """Compile and inspect; a failure of the compiler is a result too."""
     took = []
-    triton.knobs.compilation.listener = lambda *, times, cache_hit, **_: took.append(
-        None if cache_hit else times.total / 1e6
-    )
+
+    def listen(*, times, cache_hit, **_):
+        took.append(None if cache_hit else times.total / 1e6)
+
+    triton.knobs.compilation.listener = listen
     try:
         contents = binary.inspect(job.launch.compile(CHIPS[job.chip].target))
     except Exception as error:  # whatever a compiler raises: the other variants are compiled all the same
-        return Result(None, None, f"does not compile: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
+        said = str(error).strip() or type(error).__name__
+        return Result(None, None, f"does not compile: {said.splitlines()[-1]}")
     finally:
         triton.knobs.compilation.listener = None
     return Result(contents, took[0])

@@ -159,8 +159,8 @@ def speeds(role, entries, calls, timer, rounds):
             with tiled_by(role, entry):
                 for call, of_call in zip(calls, of_entry):
                     of_call.append(timer(call.run))
-    first, *_ = medians = [[median(of_call) for of_call in of_entry] for of_entry in times]
-    return [prod(a / b for a, b in zip(first, others)) ** (1 / len(calls)) for others in medians]
+    medians = [[median(of_call) for of_call in of_entry] for of_entry in times]
+    return [prod(a / b for a, b in zip(medians[0], others)) ** (1 / len(calls)) for others in medians]
 
 
 def climb(role, rule, calls, unfit, timer, rounds=7, show=iter):
@@ -194,10 +194,12 @@ def climb(role, rule, calls, unfit, timer, rounds=7, show=iter):
 def save(file, device, key, entry):
     """Put an entry into the table of a device, or take it out where it is None."""
     devices = tuned.read(file)
-    table = {name: old for name, old in devices.get(device, {}).items() if name != key} | (
-        {key: entry} if entry else {}
-    )
-    devices = {name: old for name, old in devices.items() if name != device} | ({device: table} if table else {})
+    table = devices.pop(device, {})
+    table.pop(key, None)
+    if entry:
+        table[key] = entry
+    if table:
+        devices[device] = table
     if devices or file.exists():
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(devices, indent=1) + "\n")

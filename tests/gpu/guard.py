@@ -64,9 +64,7 @@ def guards():
     if INTERPRETED:
         load, convert = interpreter_builder.create_masked_load, interpreter._convert_float
         interpreter._convert_float = _rounding(convert)
-        interpreter_builder.create_masked_load = lambda place, mask, *rest: (
-            _check_reads(place, mask) or load(place, mask, *rest)
-        )
+        interpreter_builder.create_masked_load = _checked(load)
     try:
         yield
         check_guards()
@@ -111,6 +109,14 @@ def _poisoned(empty):
         return tensor.requires_grad_(made.requires_grad)
 
     return poisoned
+
+
+def _checked(load):
+    def checked(place, mask, *rest):
+        _check_reads(place, mask)
+        return load(place, mask, *rest)
+
+    return checked
 
 
 def _check_reads(place, mask):
