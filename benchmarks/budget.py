@@ -1,10 +1,10 @@
 """The error budget: how far a result may be from the exact one. Tests, benchmarks and the check on a GPU share it.
 
-It comes from the inputs alone. The reference runs in float64, exactly, and then several times with errors of the stated
-precision drawn at random behind every operation (Monte Carlo arithmetic; Parker 1997). The error of a sum, and of a matrix
-product, grows with the terms it is a sum of, not with what is left of them, so a result that cancels is judged by what
-cancelled. What other code gives for the same inputs has no say in it: that would make the budget a matter of its luck, and
-of the machine.
+It comes from the inputs alone. The reference runs in float64, exactly, and then several times with errors of the
+stated precision drawn at random behind every operation (Monte Carlo arithmetic; Parker 1997). The error of a sum, and
+of a matrix product, grows with the terms it is a sum of, not with what is left of them, so a result that cancels is
+judged by what cancelled. What other code gives for the same inputs has no say in it: that would make the budget a
+matter of its luck, and of the machine.
 """
 
 import torch
@@ -24,12 +24,13 @@ _SUMS = {"sum", "mean", "cumsum", "index_add", "index_put"}
 _FUNCTIONS = {"logsumexp", "logaddexp", "tanh", "sigmoid"}
 # Copies, choices, and what else is exact.
 _EXACT = {
-    "clone", "copy", "_to_copy", "cat", "stack", "index", "index_select", "gather", "where", "masked_fill", "flip", "roll",
-    "repeat", "fill", "zero", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like",
-    "new_full", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "arange", "scalar_tensor", "amax",
-    "amin", "max", "min", "maximum", "minimum", "relu", "neg", "abs", "sign", "embedding", "constant_pad_nd", "nan_to_num",
-    "lift_fresh", "lift_fresh_copy", "clamp", "clamp_min", "clamp_max", "bernoulli", "sort", "topk", "tril", "triu",
-    "select_backward", "slice_backward", "masked_select", "masked_scatter", "scatter", "_unsafe_view", "_reshape_copy",
+    "clone", "copy", "_to_copy", "cat", "stack", "index", "index_select", "gather", "where", "masked_fill", "flip",
+    "roll", "repeat", "fill", "zero", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full",
+    "full_like", "new_full", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "arange",
+    "scalar_tensor", "amax", "amin", "max", "min", "maximum", "minimum", "relu", "neg", "abs", "sign", "embedding",
+    "constant_pad_nd", "nan_to_num", "lift_fresh", "lift_fresh_copy", "clamp", "clamp_min", "clamp_max", "bernoulli",
+    "sort", "topk", "tril", "triu", "select_backward", "slice_backward", "masked_select", "masked_scatter", "scatter",
+    "_unsafe_view", "_reshape_copy",
 }  # fmt: skip
 
 
@@ -89,8 +90,8 @@ def _is_double(x):
 def _error_of_sums(function, kind, args, kwargs):
     """The standard deviation that adding up in fp32 gives each number of a result; None for what is no sum.
 
-    Of n terms of either sign it is u sqrt(n) times the root of the sum of their squares, one after the other; for terms of
-    one sign that is u times their sum, as blocks and trees lose (Higham, Accuracy and Stability, 4.2 and 4.3).
+    Of n terms of either sign it is u sqrt(n) times the root of the sum of their squares, one after the other; for terms
+    of one sign that is u times their sum, as blocks and trees lose (Higham, Accuracy and Stability, 4.2 and 4.3).
     """
     if (kind not in _PRODUCTS and kind not in _SUMS) or not any(_is_double(x) for x in args):
         return None
@@ -127,8 +128,8 @@ class Budget:
     def of(cls, evaluate, dtype, *, results=torch.float32, operands=True, draws=DRAWS):
         """
         Args:
-            evaluate: takes a function ``stored(x)``, what memory gives back of ``x``, and returns the results, in float64. It
-                calls ``stored`` on what the real code keeps in ``dtype`` from one kernel to the next.
+            evaluate: takes a function ``stored(x)``, what memory gives back of ``x``, and returns the results, in
+                float64. It calls ``stored`` on what the real code keeps in ``dtype`` from one kernel to the next.
             dtype: of the inputs and of the results.
             results: see :class:`Rounding`.
             operands: does the code round the operands of matrix products to ``dtype``?

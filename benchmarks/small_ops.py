@@ -1,10 +1,11 @@
-"""prompt_concat and multitask_prompt on the CPU: forward and backward, against what one would write in PyTorch and a copy.
+"""prompt_concat and multitask_prompt on the CPU: forward and backward, against plain PyTorch and a copy.
 
-Every provider is first checked against float64. Then all run in turn, each once untimed and once timed, so that all find
-the same in the caches; times are medians over the rounds and ratios the medians of the rounds' ratios. **copy** moves as many
-bytes as the operator has to, between existing memory, with torch's ``copy_``. **kernel** is the operator without checks,
-autograd and allocation. prompt_concat stands against ``torch.cat`` and ``F.embedding``, with the prompt in front of every
-row, as PEFT has it, and in front of the whole batch, as the engine here has it; there cat's gradient is a view, for nothing.
+Every provider is first checked against float64. Then all run in turn, each once untimed and once timed, so that all
+find the same in the caches; times are medians over the rounds and ratios the medians of the rounds' ratios. **copy**
+moves as many bytes as the operator has to, between existing memory, with torch's ``copy_``. **kernel** is the operator
+without checks, autograd and allocation. prompt_concat stands against ``torch.cat`` and ``F.embedding``, with the prompt
+in front of every row, as PEFT has it, and in front of the whole batch, as the engine here has it; there cat's gradient
+is a view, for nothing.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,9 @@ def test_common_text_is_run_once(name, lengths, method):
     )
     assert_equal(*both(model, inputs), inputs)
     hook.remove()
-    prompts = 0 if method in PREFIXES else 3 * P if method == "multitask" else P
+    prompts = 3 * P if method == "multitask" else P
+    if method in PREFIXES:
+        prompts = 0
     # of the three tasks of the batch, one has two rows
     saved = 3 if method == "multitask" else 3 * 3
     assert prompts + sum(lengths) - saved in rows
@@ -121,7 +123,7 @@ def test_models_that_cannot_be_packed_run_peft_itself(name, padding):
     + [(name, m) for name in ("llama", "gpt2", "gemma2") for m in PREFIXES],
 )
 def test_gradient_checkpointing(name, method, reentrant):
-    """PEFT's own Prefix-Tuning refuses checkpointing, or drops the prefix without a word; the reference runs without."""
+    """PEFT's own Prefix-Tuning refuses checkpointing, or drops the prefix unseen; the reference runs without it."""
     model, inputs = peft_model(name, method), batch("right")
     plain = step(model, inputs)
     fastprompt.accelerate(model)

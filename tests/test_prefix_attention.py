@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -129,7 +130,11 @@ def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, pr
     got = run(prefix_attention, inputs, grad, seq, backend=backend, **flags)
     for name, x, y in zip("out lse q k v prefix_k prefix_v sinks".split(), got, expected):
         torch.testing.assert_close(
-            x, y if y is not None else torch.zeros_like(x), rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}"
+            x,
+            y if y is not None else torch.zeros_like(x),
+            rtol=1e-10,
+            atol=1e-10,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -222,8 +227,9 @@ def test_gradcheck():
         ("reference", dict(causal=False)),
         ("composed", {}),
     ):
+        attend = partial(prefix_attention, backend=backend, **flags)
         torch.autograd.gradcheck(
-            lambda q, k, v, pk, pv, s: prefix_attention(q, k, v, pk, pv, seq, sinks=s, backend=backend, **flags)[0],
+            lambda q, k, v, pk, pv, s, attend=attend: attend(q, k, v, pk, pv, seq, sinks=s)[0],
             inputs,
         )
 

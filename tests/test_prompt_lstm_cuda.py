@@ -1,4 +1,4 @@
-"""The CUDA kernels of prompt_lstm without a GPU: compiled for the emulation in csrc/cuda/host and called by the backend."""
+"""The CUDA kernels of prompt_lstm without a GPU: compiled for the emulation in csrc/cuda/host."""
 
 import ctypes
 from dataclasses import dataclass
@@ -32,7 +32,10 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan to force. registers: whether they hold weights; chunks: of each row in shared memory, None: all that are left."""
+    """A plan to force.
+
+    registers: whether they hold weights; chunks: of each row in shared memory, None: all that are left.
+    """
 
     cluster: bool
     blocks: int
@@ -75,7 +78,7 @@ def library(folder):
 
 
 class Emulation:
-    """The operator that the CUDA library defines, on a CPU: by a library of emulated kernels, a variant and a thread order."""
+    """The operator of the CUDA library on a CPU: by a library of emulated kernels, a variant and a thread order."""
 
     def __init__(self):
         self.ops = torch.library.Library("fastprompt", "FRAGMENT")
@@ -137,7 +140,7 @@ def inputs(hidden, count, directions, dtype, layers=1, size=5, bias=True, seed=0
 
 
 def run(backend, x, weights, grad, options, keep=(), needs=None):
-    """The output and the gradients, by the operators themselves: the backend "cuda" is told apart from the device here."""
+    """The output and the gradients, by the operators themselves: the backend "cuda" on CPU tensors."""
     keep, needs = list(keep), needs or [True] * (1 + len(weights))
     out, steps = torch.ops.fastprompt.prompt_lstm(x, weights, keep, *options, backend)
     return [out, *torch.ops.fastprompt.prompt_lstm_backward(grad, x, weights, keep, steps, *options, needs, backend)]
@@ -195,7 +198,7 @@ def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
     [("-DEMULATION_WITHOUT_CLUSTER_SYNC", "cluster, registers"), ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")],
 )
 def test_a_missing_barrier_is_found(flag, variant, folder, library, emulation):
-    """The same sources without a barrier: in every order of the threads the result is another one, or the kernel fails."""
+    """The same sources without a barrier: in every order of the threads the result differs, or the kernel fails."""
     given = inputs(20, 4, 2, torch.float32)
     right = run("cuda", *given) if emulation.use(library, VARIANTS[variant]) else None
     broken = build(folder, flag)
@@ -329,12 +332,13 @@ def test_the_ranges_that_are_written_down(chip, element, library):
 
 def test_the_table_of_compiled_kernels_finds_spills():
     log = """\
-ptxas info    : Compiling entry function '_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeEEEvNS0_4ArgsE' for 'sm_80'
+ptxas info    : Compiling entry function '{}' for 'sm_80'
 ptxas info    : Function properties for it
     {} bytes stack frame, {} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used {} registers, used 1 barriers
 """
-    names = "7ForwardE6__half", "8BackwardEf"
+    mangled = "_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeEEEvNS0_4ArgsE"
+    names = [mangled.format(kernel) for kernel in ("7ForwardE6__half", "8BackwardEf")]
     text = "".join(log.format(kernel, *found) for kernel in names for found in ((0, 0, 255), (8, 4, 257)))
     rows = cuda_matrix.records(text)
     assert [tuple(row.values())[1:7] for row in rows[::2]] == [

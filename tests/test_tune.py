@@ -41,7 +41,7 @@ def ones():
 
 
 def climb(seconds, wrong=lambda entry: False, unfit=lambda entry: None):
-    """``tune.climb`` where time, correctness and fitness are functions of the tiles; also the entries that were timed."""
+    """``tune.climb`` where time, correctness, fitness are functions of the tiles; also the entries that were timed."""
     timed = []
 
     def timer(run):
@@ -160,17 +160,26 @@ def test_without_a_table_the_rule_holds(table):
     assert config.forward_tiles(128, 2, TARGET, "a card") == config.forward_tiles(128, 2, TARGET)
 
 
-@pytest.mark.parametrize("devices, message", [
-    ([], "expected an object of devices"),
-    ({"a card": 3}, "'a card': expected an object of entries, got 3"),
-    ({"a card": {"forward 8-bit 128": BETTER}}, "'forward 8-bit 128': expected a key such as"),
-    ({"a card": {KEY: {}}}, f"'{KEY}': expected an object with queries, keys, num_warps"),
-    ({"a card": {KEY: BETTER | {"key_keys": 16}}}, f"'{KEY}': expected an object with"),
-    ({"a card": {KEY: BETTER | {"keys": 48}}}, f"'{KEY}': keys: expected a power of two from 16 to 256, got 48"),
-    ({"a card": {KEY: BETTER | {"num_warps": True}}}, f"'{KEY}': num_warps: expected a power of two from 1 to 16, got True"),
-    ({"a card": {KEY: BETTER | {"num_stages": 0}}}, f"'{KEY}': num_stages: expected from 1 to 8, got 0"),
-    ({"a card": {KEY: BETTER | {"registers": 256}}}, f"'{KEY}': registers: expected null or from 32 to 255, got 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "devices, message",
+    [
+        ([], "expected an object of devices"),
+        ({"a card": 3}, "'a card': expected an object of entries, got 3"),
+        ({"a card": {"forward 8-bit 128": BETTER}}, "'forward 8-bit 128': expected a key such as"),
+        ({"a card": {KEY: {}}}, f"'{KEY}': expected an object with queries, keys, num_warps"),
+        ({"a card": {KEY: BETTER | {"key_keys": 16}}}, f"'{KEY}': expected an object with"),
+        ({"a card": {KEY: BETTER | {"keys": 48}}}, f"'{KEY}': keys: expected a power of two from 16 to 256, got 48"),
+        (
+            {"a card": {KEY: BETTER | {"num_warps": True}}},
+            f"'{KEY}': num_warps: expected a power of two from 1 to 16, got True",
+        ),
+        ({"a card": {KEY: BETTER | {"num_stages": 0}}}, f"'{KEY}': num_stages: expected from 1 to 8, got 0"),
+        (
+            {"a card": {KEY: BETTER | {"registers": 256}}},
+            f"'{KEY}': registers: expected null or from 32 to 255, got 256",
+        ),
+    ],
+)
 def test_a_malformed_table_is_named(table, devices, message):
     table.write_text(json.dumps(devices))
     with pytest.raises(ValueError) as error:
@@ -185,10 +194,11 @@ def test_a_table_that_is_not_json_is_named(table):
 
 
 def test_the_table_of_a_gpu_is_made_and_used(table, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "this_chip", lambda: CHIPS["sm_90"])
     call = tune.Call(lambda: [torch.ones(4)], ones())
-    for name, value in {"this_chip": lambda: CHIPS["sm_90"], "calls": lambda *_: [call], "unfit": lambda run, chip: None,
-                        "seconds": lambda run: 1.0 if now() == BETTER else 2.0}.items():  # fmt: skip
-        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(tune, "calls", lambda *_: [call])
+    monkeypatch.setattr(tune, "unfit", lambda run, chip: None)
+    monkeypatch.setattr(tune, "seconds", lambda run: 1.0 if now() == BETTER else 2.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     monkeypatch.setattr(launch, "INTERPRETED", False)

@@ -1,4 +1,4 @@
-"""The Triton kernels of prefix_attention against the float64 reference: every flag, layout and dtype, both directions."""
+"""The Triton kernels of prefix_attention against the float64 reference: flags, layouts and dtypes, both directions."""
 
 import itertools
 
@@ -173,12 +173,8 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
     tensors = draw(seq, torch.float32, prefixes=3, prefix_length=21, sinks=True)
     results = [check(tensors, seq)]
     for seed in range(3):
-        shuffled = np.random.default_rng(seed)
         with monkeypatch.context() as patch:
-            tiles, backward, decode = schedule.query_tiles, schedule.backward_items, schedule.decode_items
-            patch.setattr(schedule, "query_tiles", lambda *a: shuffled.permutation(tiles(*a)))
-            patch.setattr(schedule, "backward_items", lambda *a, **o: _shuffle_first(shuffled, backward(*a, **o)))
-            patch.setattr(schedule, "decode_items", lambda *a, **o: _shuffle_first(shuffled, decode(*a, **o)))
+            _shuffle_programs(patch, np.random.default_rng(seed))
             results.append(
                 run([x if x is None else x.to(DEVICE) for x in tensors], sequences(kind, LENGTHS, 3, 21), "triton")
             )
@@ -186,6 +182,14 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
         torch.testing.assert_close(result[0], results[0][0], rtol=0, atol=0)
         for a, b in zip(result[2:], results[0][2:]):
             assert torch.equal(a, b)
+
+
+def _shuffle_programs(patch, generator):
+    """Every table of programs comes in another order."""
+    tiles, backward, decode = schedule.query_tiles, schedule.backward_items, schedule.decode_items
+    patch.setattr(schedule, "query_tiles", lambda *a: generator.permutation(tiles(*a)))
+    patch.setattr(schedule, "backward_items", lambda *a, **o: _shuffle_first(generator, backward(*a, **o)))
+    patch.setattr(schedule, "decode_items", lambda *a, **o: _shuffle_first(generator, decode(*a, **o)))
 
 
 def _shuffle_first(generator, results):
