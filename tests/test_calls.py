@@ -145,7 +145,7 @@ def test_the_planner_stays_out_of_compiled_graphs():
     torch.testing.assert_close(torch.compile(model, backend=backend)(**inputs).loss, loss)
     traces = [node.meta.get("stack_trace") or "" for graph in graphs for node in graph.graph.nodes]
     assert any("modeling_llama" in trace for trace in traces)
-    assert not any("/fastprompt/layout/" in trace for trace in traces)
+    assert not any("/layout/plan.py" in trace or "/layout/cells.py" in trace for trace in traces)
     torch._dynamo.reset()
 
 
@@ -259,6 +259,11 @@ def test_cpt_s_head_runs_on_labelled_rows_only(types, weighted, packed):
     assert_equal(plain, fast, inputs)
     assert all(torch.equal(x, inputs[name]) for name, x in given.items())
     assert rows[0] <= int((inputs["labels"] != -100).sum()) + B * P < B * (P + S)
+
+
+def test_a_prefix_for_some_of_the_layers_is_refused():
+    with pytest.raises(ValueError, match=r"method must have prefixes for the layers \[0, 1, 2\], got \[0, 2\]"):
+        fastprompt.SoftPromptModel(build("llama"), fastprompt.PrefixTuning(P, 2, 2, 8, layers=(0, 2)))
 
 
 def test_padded_logits_are_made_once():
