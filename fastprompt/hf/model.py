@@ -12,7 +12,7 @@ from ..methods import MultitaskPromptTuning, PrefixTuning
 from .engine import Engine
 from .patch import PaddedCalls
 from .request import Request
-from .shared_state import SharedState
+from .shared_state import SharedState, layers_with_keys
 
 
 class SoftPromptModel(nn.Module):
@@ -358,6 +358,11 @@ class SoftPromptModel(nn.Module):
         if last >= config.num_hidden_layers:
             raise ValueError(
                 f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
+            )
+        missing = sorted(set(layers_with_keys(config)) - set(method.layers))
+        if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
+            raise ValueError(
+                f"method must have a prefix in every layer with keys and values of its own, got none in layers {missing}"
             )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
