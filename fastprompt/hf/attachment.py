@@ -27,6 +27,10 @@ class _Record:
         self.users = {}  # user -> does it want the gated MLPs patched, too?
         self.replaced = []  # (module, its config before, its config meanwhile)
         self.root = self.unchanged = None  # the config meanwhile, and what it would still equal had nobody changed it
+        self.complete = False
+
+    def __setstate__(self, state):
+        vars(self).update(state, complete=False)  # a pickle brings MLPs back unpatched
 
 
 def attach(model: nn.Module, user: object, mlps: bool = False):
@@ -56,22 +60,25 @@ def attach(model: nn.Module, user: object, mlps: bool = False):
             module.config = own
         _switch(model)
         record.unchanged = copy.deepcopy(record.root)
-    elif not is_attached(model):
-        attach_again(model)
-    if mlps:
-        with evaluation_mode(model):
-            patch_gated_mlps(model)
+    record.complete = False
+    attach_again(model)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Does ``model`` still run on prefix_attention? ``set_attn_implementation`` may have changed that."""
-    return _RECORD in model.__dict__ and model.config._attn_implementation in IMPLEMENTATIONS
+    record = model.__dict__.get(_RECORD)
+    return record is not None and record.complete and model.config._attn_implementation in IMPLEMENTATIONS
 
 
 def attach_again(model: nn.Module):
-    """Switch a model that was attached and then given another attention implementation."""
-    _check(_configs(model))
-    _switch(model)
+    """Make complete what :func:`is_attached` misses."""
+    record = model.__dict__[_RECORD]
+    if model.config._attn_implementation not in IMPLEMENTATIONS:
+        _check(_configs(model))
+        _switch(model)
+    if any(record.users.values()):
+        patch_gated_mlps(model)
+    record.complete = True
 
 
 def detach(model: nn.Module, user: object):

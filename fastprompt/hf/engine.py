@@ -121,9 +121,9 @@ class Engine:
         recorded = {} if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
-        if plan.labels is not None:
-            picked = logits[plan.label_rows.to(logits.device)]
-            loss = loss_of_logits(self.base, picked, plan.labels.to(logits.device), request.num_items_in_batch)
+        if request.labels is not None:
+            label_rows = _label_rows(request, plan)
+            loss = self._loss_of_logits(request, plan, logits[label_rows.to(logits.device)])
         cache = None if recorded is None else self._cache(request, plan, recorded)
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
 
@@ -199,7 +199,7 @@ class Engine:
             return "without token ids, the model does not count the prefix in its positions"  # RoBERTa
         if request.shared is not None and request.has_ids and found.needs_ids and not self._looks_up_ids():
             return "the model looks more up by token id than embeddings, and a hook changes these"
-        if request.labels is not None:
+        if request.labels is not None and request.loss is None:
             own = found.own_loss if request.num_items_in_batch is None else found.own_loss_of_items
             if own is not None:
                 return own
@@ -270,21 +270,28 @@ class Engine:
 
     def _loss(self, request, plan, rows):
         """The model's own loss over the plan's labelled rows, the head run on those rows only."""
-        head, shared, items = self.base.get_output_embeddings(), request.shared, request.num_items_in_batch
-        if self._chunked_loss(head, plan, rows):
+        head, shared = self.base.get_output_embeddings(), request.shared
+        if request.loss is None and self._chunked_loss(head, plan, rows):
             hidden = self.runner.hidden(plan, rows, shared)
             hidden = hidden.index_select(0, plan.label_rows.to(hidden.device))
             check_range("labels", plan.labels, 0, len(head.weight))
             total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
+            items = request.num_items_in_batch
             return total / (len(plan.labels) if items is None else items)
+        keep = _label_rows(request, plan)
         if self.abilities.keeps_rows:
             device = head.weight.device  # the last one of a model that is spread over several
-            keep = plan.label_rows if device.type == "meta" else plan.label_rows.to(device)
-            logits = self.runner.logits(plan, rows, shared, keep)
+            logits = self.runner.logits(plan, rows, shared, keep if device.type == "meta" else keep.to(device))
         else:
             logits = self.runner.logits(plan, rows, shared)
-            logits = logits[plan.label_rows.to(logits.device)]
-        return loss_of_logits(self.base, logits, plan.labels, items)
+            logits = logits[keep.to(logits.device)]
+        return self._loss_of_logits(request, plan, logits)
+
+    def _loss_of_logits(self, request, plan, logits):
+        """The loss of the labelled rows' logits ``[M, V]``."""
+        if request.loss is not None:
+            return request.loss(logits)
+        return loss_of_logits(self.base, logits, plan.labels.to(logits.device), request.num_items_in_batch)
 
     def _chunked_loss(self, head, plan, rows):
         return (
@@ -297,6 +304,10 @@ class Engine:
             and not torch.is_autocast_enabled(rows.device.type)
             and not torch.compiler.is_compiling()
         )
+
+
+def _label_rows(request, plan):
+    return plan.label_rows if request.loss is None else request.loss.rows(plan)
 
 
 def _on(device, x):

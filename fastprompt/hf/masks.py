@@ -253,6 +253,7 @@ def outranks_patch() -> bool:
     return isinstance(_ACTIVE.get(), PackedRows | AsBefore)
 
 
+@torch.compiler.disable
 def make_mask(before, **arguments):
     """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
     batch = _ACTIVE.get()

@@ -34,9 +34,10 @@ def patch_attention(model, prefix=None):
         check_tensor("prefix", prefix, ["L", 2, "P", "Hkv", "Dh"], dtypes=FLOATS)
     patch = PaddedCalls(model)
     try:
-        reason = patch.start()
+        reason = patch.why_not()
         if reason is None:
             patch.shared = None if prefix is None else SharedState.of_tensor(prefix, model.config)
+            patch.start()
             model.__dict__["_fastprompt_patch"] = patch
     finally:
         if "_fastprompt_patch" not in model.__dict__:
@@ -64,8 +65,8 @@ class PaddedCalls:
     def __init__(self, model, shared=None):
         self.model, self.shared, self._open, self._hooks = model, shared, [], []
 
-    def start(self):
-        """Attach, and None; or the reason why the model, attached, does not give what it gave before."""
+    def why_not(self):
+        """Attach; None, or the reason why the model does not give what it gave before."""
         try:
             with evaluation_mode(self.model), torch.no_grad():
                 expected = Expectations.behind_prefix(self.model, self._forward, None)
@@ -77,9 +78,13 @@ class PaddedCalls:
             return f"{type(error).__name__}: {error}"
         if not batch.asked:
             return "it does not ask the attention interface for a mask"
+        return expected.difference(got, expected.outputs["right"], mask.bool())
+
+    def start(self):
+        """Attach, and run every call so from now on."""
+        attach(self.model, self)
         self._hooks.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._hooks.append(self.model.register_forward_hook(self._leave, always_call=True))
-        return expected.difference(got, expected.outputs["right"], mask.bool())
 
     def remove(self):
         for hook in self._hooks:

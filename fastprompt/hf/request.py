@@ -2,10 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from ..layout import RowPlan
 from .shared_state import SharedState
+
+
+class Loss(Protocol):
+    """A loss of the logits of some rows."""
+
+    def rows(self, plan: RowPlan) -> torch.Tensor:
+        """``[M]`` int64, the plan's rows whose logits it reads."""
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """A scalar, of ``[M, V]`` logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +35,7 @@ class Request:
         labels: of a causal LM, like token ids and not shifted, or None.
         virtual_tokens: where the prompt's tokens stand among the text; None: in front. See ``plan_padded_input``.
         cu_seqlens: ``[B + 1]``, if the batch comes packed.
+        loss: a loss of the front's own in place of the model's, with the rows it is taken from; see Loss.
         num_items_in_batch: what to divide the summed loss by; None: the number of labels.
         training: is it a step of training? Then the loss is all that is wanted of a causal LM with labels ...
         keep_logits: ... unless logits are asked for.
@@ -43,6 +56,7 @@ class Request:
     labels: torch.Tensor | None = None
     virtual_tokens: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | list[int] | None = None
+    loss: Loss | None = None
     num_items_in_batch: torch.Tensor | int | None = None
     training: bool = False
     keep_logits: bool = False

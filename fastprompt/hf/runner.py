@@ -3,7 +3,6 @@
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -33,6 +32,10 @@ class Runner:
     layout: str = "shared"
     position_offset: int = 0
     compact_positions: bool = False
+
+    def __post_init__(self):
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
 
     def rows(self, plan, prompt, embeds):
         """``[R, D]`` input rows of a plan.
@@ -138,7 +141,7 @@ class Runner:
             inputs = {name: x[None] for name, x in rows.items()}
             inputs["position_ids"] = self._positions(plan)[None]
             inputs["return_dict"] = True
-            if "use_cache" in self._parameters or "kwargs" in self._parameters:
+            if self._takes_use_cache:
                 inputs["use_cache"] = False
             block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
             yield inputs
@@ -148,10 +151,6 @@ class Runner:
         if self.compact_positions and sequences.gaps is not None:
             positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
         return positions + self.position_offset
-
-    @cached_property
-    def _parameters(self):
-        return set(inspect.signature(self.backbone.forward).parameters)
 
 
 def _unpacked(plan, backbone, output):

@@ -131,9 +131,24 @@ class _Forward:
     def __reduce__(self):
         return _Forward, (self.__self__,)
 
+    def __getattr__(self, name):
+        return getattr(self.__func__, name)  # as of a bound method
+
     @property
     def __signature__(self):
         return inspect.signature(functools.partial(self.__func__, None))
+
+
+@torch.compiler.disable
+def _translate(model, state, original, args, kwargs):
+    """The call, planned, or None if it has to take PEFT's own forward."""
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    try:
+        return Call(model, state, given)
+    except CannotPack as reason:
+        state.warn(str(reason))
+        return None
 
 
 @functools.cache
@@ -147,17 +162,12 @@ def _forward_like(peft_class):
             return original(*args, **kwargs)
         if not self.active_peft_config.is_prompt_learning or not issubclass(peft_class, PACKED_CLASSES):
             return original(*args, **kwargs)
-        given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-        given.update(given.pop("kwargs", {}))
-        try:
-            call = Call(self, state, given)
-            plan = state.engine.plan(call.request)
-        except CannotPack as reason:
-            state.warn(str(reason))
+        call = _translate(self, state, original, args, kwargs)
+        if call is None:
             return original(*args, **kwargs)
         if call.direct:
-            return call.language_model(plan)
-        with call.packed_backbone(plan):
+            return call.language_model()
+        with call.packed_backbone():
             return original(*args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.

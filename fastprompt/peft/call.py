@@ -17,6 +17,7 @@ from transformers import Cache
 from ..hf.request import Request
 from ..hf.shared_state import SharedState
 from ..layout import CannotPack
+from .cpt import CPTLoss
 from .encoder import fast_encoder
 
 PACKED_CLASSES = (
@@ -26,7 +27,6 @@ PACKED_CLASSES = (
     PeftModelForQuestionAnswering,
     PeftModelForFeatureExtraction,
 )
-_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
@@ -55,6 +55,7 @@ class Call:
 
     Attributes:
         request: what the engine is asked for.
+        plan: its rows.
         direct: is :meth:`language_model` the way?
 
     Raises:
@@ -68,7 +69,7 @@ class Call:
         self.length = self.config.num_virtual_tokens
         self.is_prefix = self.config.peft_type in _PREFIXES
         is_lm = isinstance(model, PeftModelForCausalLM)
-        self.direct = is_lm and self.config.peft_type in _PROMPTS + _PREFIXES
+        self.direct = is_lm and self.engine.is_lm
         if self.engine.refusal is not None:
             raise CannotPack(self.engine.refusal)
         self._check_arguments()
@@ -85,6 +86,7 @@ class Call:
             shared=self._shared() if self.is_prefix else None,
             attention_mask=given.get("attention_mask"),
             labels=labels if is_lm else None,
+            loss=self._loss(labels) if is_lm else None,
             num_items_in_batch=given.get("num_items_in_batch"),
             training=model.training,
             keep_logits=state.keep_logits or not self.direct,
@@ -95,6 +97,7 @@ class Call:
             finds_last=self.is_prefix and given.get("input_ids") is not None,
             rows_differ=given.get("token_type_ids") is not None and not self.direct,
         )
+        self.plan = self.engine.plan(self.request)
 
     def _check_arguments(self):
         given = self.given
@@ -117,6 +120,14 @@ class Call:
                 f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(ids)}"
             )
         self.task_ids, self.prompt_ids = ids.expand(batch).unique(return_inverse=True)
+
+    def _loss(self, labels):
+        """CPT's own loss; None: the model's."""
+        if self.config.peft_type != PeftType.CPT or labels is None:
+            return None
+        # PEFT takes the weights from the adapter of this name, whichever is active.
+        decay = self.model.peft_config.get("default", self.config)
+        return CPTLoss(self.config, decay, labels, self.given.get("input_type_mask"))
 
     @property
     def _num_prompts(self):
@@ -145,13 +156,13 @@ class Call:
             raise CannotPack(reason)
         return shared
 
-    def language_model(self, plan):
+    def language_model(self):
         """The output of a causal LM."""
         given, model = self.given, self.model
         # PEFT's warnings about arguments it ignores.
         ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
         model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
-        outputs = self.engine.run(self.request, plan, self._embed)
+        outputs = self.engine.run(self.request, self.plan, self._embed)
         by_default = getattr(model.base_model.config, "return_dict", True)
         as_dict = given.get("return_dict")
         return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
@@ -163,21 +174,20 @@ class Call:
         return tokens if tokens.is_floating_point() else self.model.word_embeddings(tokens)
 
     @contextmanager
-    def packed_backbone(self, plan):
+    def packed_backbone(self):
         """PEFT's own forward inside of this block runs its layers on packed rows."""
         try:
             if self.is_prefix:
                 # PEFT would repeat the prefix for every row of the batch; nothing reads it here.
                 self.model.__dict__["get_prompt"] = lambda *args, **kwargs: self._cache
-            inputs = lambda given: self._packed(plan, given)  # noqa: E731
-            with self.engine.packed_backbone(self.request, plan, inputs), self._encoder():
+            with self.engine.packed_backbone(self.request, self.plan, self._packed), self._encoder():
                 yield
         finally:
             self.model.__dict__.pop("get_prompt", None)
 
-    def _packed(self, plan, given):
+    def _packed(self, given):
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
-        source = plan.source
+        source = self.plan.source
         batch, width = self.tokens.shape[:2]
         front = self.request.num_virtual_tokens
         cells = source + front * (1 + source // width)  # token (b, c) stands in column P + c there

@@ -28,7 +28,7 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
     for i, (prompt, completion) in enumerate(pairs):
         readers.setdefault((*prompt, *completion[:-1]), []).append(i)
 
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]  # not all: a frozen base may evaluate
     model.eval()
     base, soft_prompt = model.get_base_model(), _soft_prompt(model, task_id)
     scores = torch.empty(len(pairs))
@@ -45,7 +45,8 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
                     completion = torch.tensor(pairs[i].completion, device=base.device)
                     scores[i] = row[-len(completion) :].gather(-1, completion[:, None]).sum()
             bar.update(len(batch))
-    model.train(was_training)
+    for module in training:
+        module.training = True
     return scores
 
 
