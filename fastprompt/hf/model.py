@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
 from .engine import Engine
+from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
 from .shared_state import SharedState, layers_with_keys
@@ -156,13 +157,15 @@ class SoftPromptModel(nn.Module):
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}") from None
             self._warn(str(reason))
             return self._padded(request, labels, options)
-        if is_lm:
-            return self._engine.run(request, plan, self._embed)
-        embeds = self._embed(tokens)
-        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
-        if (types := options.pop("token_type_ids", None)) is not None:
-            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
-        return self._with_head(request, plan, inputs, embeds, labels, options)
+        try:
+            if is_lm:
+                return self._engine.run(request, plan, self._embed)
+            return self._with_head(request, plan, labels, dict(options))
+        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+            if cu_seqlens is not None:
+                raise
+            self._warn(str(reason))
+            return self._padded(request, labels, options)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, *, prompt_ids=None, **options):
@@ -269,8 +272,14 @@ class SoftPromptModel(nn.Module):
             return method()[: method.num_virtual_tokens], None, None
         return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
 
-    def _with_head(self, request, plan, inputs, embeds, labels, options):
+    def _with_head(self, request, plan, labels, options):
         """The model's own forward with its head on the hidden states of the text."""
+        embeds = self._embed(request.tokens)
+        prompt = None if request.prompts is None else request.prompts()
+        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
+        types = options.pop("token_type_ids", None)
+        if types is not None:
+            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
         plan = replace(plan, grid=self._text_cells(plan, embeds.shape[1], request.attention_mask))
         if labels is not None:
             options["labels"] = labels
