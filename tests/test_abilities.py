@@ -120,7 +120,7 @@ STATEFUL = {
     ),
     "bamba": (
         hf.BambaConfig,
-        dict(_SIZES, num_hidden_layers=2, num_key_value_heads=2, mamba_n_heads=8, mamba_d_state=16, attn_layer_indices=[1]),
+        dict(_SIZES, num_hidden_layers=2, num_key_value_heads=2, mamba_n_heads=8, attn_layer_indices=[1]),
         "linear_attention|mamba|state",
     ),
 }  # fmt: skip
@@ -157,8 +157,14 @@ class OwnLoss(hf.LlamaForCausalLM):
 class NoLogitsToKeep(hf.LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, **kwargs):  # fmt: skip
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache)  # fmt: skip
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=VOCABULARY)
         return CausalLMOutputWithPast(logits=logits, loss=loss, past_key_values=outputs.past_key_values)

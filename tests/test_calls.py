@@ -1,4 +1,4 @@
-"""What callers do with an accelerated model beside training it: evaluate, copy, export, compile, pass unusual arguments."""
+"""What callers do with a model beside training it: evaluate, copy, export, compile, pass unusual arguments."""
 
 import copy
 import inspect
@@ -73,7 +73,8 @@ def test_no_cache_where_peft_returns_none(packed):
     assert model(**inputs).past_key_values is None  # a training step gives the loss alone
     model.eval()
     assert model(**inputs, use_cache=False).past_key_values is None
-    assert copy.deepcopy(model(**inputs).past_key_values).get_seq_length() == P + S
+    with torch.no_grad():
+        assert copy.deepcopy(model(**inputs).past_key_values).get_seq_length() == P + S
     model.base_model.config.use_cache = False
     assert model(**inputs).past_key_values is None
     assert model(**inputs, use_cache=True).past_key_values is not None
@@ -142,8 +143,9 @@ def test_the_planner_stays_out_of_compiled_graphs():
     model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
     loss = model(**inputs).loss
     torch.testing.assert_close(torch.compile(model, backend=backend)(**inputs).loss, loss)
-    called = {str(node.target) for graph in graphs for node in graph.graph.nodes if "call" in node.op}
-    assert graphs and not any("scatter" in name or "cumsum" in name or "unique" in name for name in called)
+    traces = [node.meta.get("stack_trace") or "" for graph in graphs for node in graph.graph.nodes]
+    assert any("modeling_llama" in trace for trace in traces)
+    assert not any("/fastprompt/layout/" in trace for trace in traces)
     torch._dynamo.reset()
 
 
@@ -225,8 +227,8 @@ def test_prompt_ids_may_be_a_list_and_must_be_integers():
     loss = model(**inputs, prompt_ids=torch.tensor([1, 0, 0, 1])).loss
     assert torch.equal(model(**inputs, prompt_ids=[1, 0, 0, 1]).loss, loss)
     for wrong, error, message in (
-        ([0.0, 1.0, 0.0, 1.0], TypeError, "prompt_ids must be integers, got torch.float32"),
-        ([True] * 4, TypeError, "prompt_ids must be integers, got torch.bool"),
+        ([0.0, 1.0, 0.0, 1.0], TypeError, "prompt_ids must be integers, one a row, got torch.float32"),
+        ([True] * 4, TypeError, "prompt_ids must be integers, one a row, got torch.bool"),
         ([[0, 1, 0, 1]], ValueError, r"prompt_ids must have shape \[B\], got \[1, 4\]"),
         ([0, 1], ValueError, r"prompt_ids must have shape \[4\], got \[2\]"),
         ([0, 1, 0, 2], ValueError, r"prompt_ids must lie in \[0, 2\), got values from 0 to 2"),

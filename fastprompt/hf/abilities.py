@@ -1,8 +1,8 @@
 """What a model can be trusted to do on packed rows: asked of the untouched model, then of the attached one.
 
-A model is asked what it gives before anything in it is changed, and everything runs in wider arithmetic than the model's own
-(see ``precision.py``): there rounding lies far below whatever one token may leak into another, and a difference can only mean
-that packed rows are not the same computation.
+A model is asked what it gives before anything in it is changed, and everything runs in wider arithmetic than the
+model's own (see ``precision.py``): there rounding lies far below whatever one token may leak into another, and a
+difference can only mean that packed rows are not the same computation.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,8 +1,9 @@
 """What attaching changes in a model, and its exact undoing.
 
-A model is sent to prefix_attention by ``config._attn_implementation``. The config object may belong to other models too, so
-this one gets a copy. Several users may be attached to one model (two adapters on one base, ``patch_attention``): the record
-of what was changed stands in the model, counts them, and the last one to leave undoes it.
+A model is sent to prefix_attention by ``config._attn_implementation``. The config object may belong to other models
+too, so this one gets a copy. Several users may be attached to one model (two adapters on one base,
+``patch_attention``): the record of what was changed stands in the model, counts them, and the last one to leave undoes
+it.
 """
 
 import copy
@@ -84,8 +85,8 @@ def attach_again(model: nn.Module):
 def detach(model: nn.Module, user: object):
     """Undo :func:`attach` for one user, whole or interrupted; the last one's leaving undoes it for the model.
 
-    Every module then gets the config object back that it had. If the config was changed meanwhile, the changes count: the
-    model keeps its own copy.
+    Every module then gets the config object back that it had. If the config was changed meanwhile, the changes count:
+    the model keeps its own copy.
     """
     record = model.__dict__.get(_RECORD)
     if record is None:

@@ -9,7 +9,8 @@ from .shared_state import SharedState, layers_with_own_keys, text_config
 class PackedCache(DynamicCache):
     """A ``DynamicCache`` of ``[B, Hkv, W, Dh]`` keys and values that are put together when somebody looks at them.
 
-    Most calls that return a cache are evaluations, which never do. At padding, which no mask lets anybody see, it holds zeros.
+    Most calls that return a cache are evaluations, which never do. At padding, which no mask lets anybody see, it holds
+    zeros.
 
     Args:
         plan: the batch's RowPlan.

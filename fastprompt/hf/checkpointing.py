@@ -23,10 +23,12 @@ class _Bridge(torch.autograd.Function):
 def through_reentrant_checkpoints(shared):
     """A shared state that gives the right gradients inside of reentrant checkpoints too, and what the rows must pass.
 
-    A reentrant checkpoint runs a backward of its own that stops at the checkpoint's inputs, and learned keys and values are
-    not among them: their graph (an embedding, an MLP) would be walked through once a layer, which it does not survive. So
-    the layers read leaves, which may gather gradients from any number of backwards, and a node in front of the first layer,
-    where backward arrives last, passes the sums on.
+    A reentrant checkpoint runs a backward of its own that stops at the checkpoint's inputs, and learned keys and values
+    are
+    not among them: their graph (an embedding, an MLP) would be walked through once a layer, which it does not survive.
+        So
+    the layers read leaves, which may gather gradients from any number of backwards, and a node in front of the first
+    layer, where backward arrives last, passes the sums on.
 
     Returns:
         The shared state of leaves, and the function that puts that node behind the rows ``[..., D]``.

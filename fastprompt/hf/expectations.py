@@ -112,7 +112,8 @@ class Expectations:
 
     @classmethod
     def behind_prefix(cls, base, forward, padding):
-        """What ``forward(input_ids=, attention_mask=)`` gives behind learned keys and values: output "right" and spread.
+        """What ``forward(input_ids=, attention_mask=)`` gives behind learned keys and values: output "right" and
+        spread.
 
         ``padding`` is the id that stands in padded places, by which some heads find a row's last token; or None.
         """

@@ -132,9 +132,9 @@ class PackedRows:
         return PackedMask(self.plan.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):
-        splits = segments[0].diff(prepend=segments[0, :1]) != 0
-        splits[self.plan.sequences.starts.to(splits.device)] = False
-        return bool(splits.any())
+        splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
+        splits[self.plan.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
+        return bool(splits[:-1].any())
 
 
 class PaddedBatch:

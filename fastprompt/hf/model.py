@@ -19,10 +19,10 @@ from .shared_state import SharedState, layers_with_keys
 class SoftPromptModel(nn.Module):
     """A frozen model and a method that produces its prompt. What the rows of a batch have in common is run once.
 
-    The model may be a causal LM, or have another head (sequence or token classification, question answering, none), on a
-    decoder or an encoder; such a head sees the hidden states of the text and not those of the prompt: labels and answer
-    positions count text tokens, and a classifier reads the first or last token of the text, wherever it is padded.
-    Encoder-decoders take their prompt in front of the encoder's text.
+    The model may be a causal LM, or have another head (sequence or token classification, question answering, none), on
+    a decoder or an encoder; such a head sees the hidden states of the text and not those of the prompt: labels and
+    answer positions count text tokens, and a classifier reads the first or last token of the text, wherever it is
+    padded. Encoder-decoders take their prompt in front of the encoder's text.
 
     Args:
         base: a Hugging Face model. Its parameters are frozen but for those of a new head (``score``, ``classifier``,
@@ -100,14 +100,15 @@ class SoftPromptModel(nn.Module):
         Args:
             input_ids: ``[B, S]``, or ``[T]`` (or ``[1, T]``) with ``cu_seqlens``.
             attention_mask: ``[B, S]``; None: everything is text.
-            labels: a causal LM's like ``input_ids``, not shifted, -100 to ignore; another head's as the model takes them.
+            labels: a causal LM's like ``input_ids``, not shifted, -100 to ignore; another head's as the model takes
+                them.
             inputs_embeds: in place of ``input_ids``, one dimension more.
             prompt_ids: ``[B]``, which of the method's N prompts (tasks) belongs to each sequence; None: prompt 0.
-            virtual_tokens: like ``input_ids``, j >= 0 where virtual token j stands, -1 elsewhere; the prompt then stands
-                there and not in front.
+            virtual_tokens: like ``input_ids``, j >= 0 where virtual token j stands, -1 elsewhere; the prompt then
+                stands there and not in front.
             cu_seqlens: ``[B + 1]``; the batch comes packed. A causal LM only.
-            keep_logits: return a causal LM's logits ``[B, P + S, V]`` (``[B, S, V]`` with Prefix-Tuning) in training with
-                labels too, where they are None otherwise.
+            keep_logits: return a causal LM's logits ``[B, P + S, V]`` (``[B, S, V]`` with Prefix-Tuning) in training
+                with labels too, where they are None otherwise.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of taking the mean.
             options: what else a model with another head takes (``start_positions``, ``token_type_ids``, ...).
 
@@ -218,9 +219,12 @@ class SoftPromptModel(nn.Module):
         """``prompt_ids`` as a tensor, checked."""
         if prompt_ids is None:
             return None
-        ids = torch.as_tensor(prompt_ids)
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise TypeError(f"prompt_ids must be integers, got {ids.dtype}")
+        try:
+            ids = torch.as_tensor(prompt_ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
         if ids.dim() != 1:
             raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
         if ids.numel():
@@ -255,7 +259,7 @@ class SoftPromptModel(nn.Module):
         return tokens if tokens.is_floating_point() else self.base.get_input_embeddings()(tokens)
 
     def _prompts(self, prompt_ids):
-        """The prompts a batch uses: ``[N * P, D]`` or None, a SharedState or None, and the batch's ids among them or None."""
+        """A batch's prompts ``[N * P, D]``, or its shared state (None for the other), and its ids among them or None."""
         method, used, ids = self.method, None, None
         if prompt_ids is not None:
             used, ids = prompt_ids.to(next(method.parameters()).device).unique(return_inverse=True)
@@ -287,7 +291,7 @@ class SoftPromptModel(nn.Module):
             return self.base(inputs_embeds=embeds, return_dict=True, **options)
 
     def _text_cells(self, plan, width, attention_mask):
-        """``[B, S]`` rows of the text tokens; in the column that a classifier reads, a row's first or last token stands."""
+        """``[B, S]`` rows of the text; in the column that a classifier reads stands a row's first or last token."""
         cells = plan.grid[:, plan.grid.shape[1] - width :]
         if attention_mask is not None:
             cells = cells.masked_fill(attention_mask == 0, -1)
@@ -377,9 +381,8 @@ class SoftPromptModel(nn.Module):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         found = method.num_kv_heads, method.head_dim
         if found != (heads, width) and not hasattr(config, "global_head_dim"):  # which differs from layer to layer
-            raise ValueError(
-                f"method must have {heads} key heads of width {width} like the model, got {found[0]} of width {found[1]}"
-            )
+            expected = f"{heads} key heads of width {width} like the model"
+            raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
 
     def _why_no_prefix(self):
         """None if the method's prefix can run packed, else why not."""

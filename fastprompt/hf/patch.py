@@ -1,4 +1,4 @@
-"""patch_attention: an ordinary Hugging Face model on prefix_attention, with a learned prefix or without, without PEFT."""
+"""patch_attention: an ordinary Hugging Face model on prefix_attention, behind a learned prefix or none."""
 
 import torch
 
@@ -14,8 +14,8 @@ def patch_attention(model, prefix=None):
 
     Changes this one model, in place: neither its class nor the library, and no other model that was built from the same
     config object. Forward, ``generate``, gradient checkpointing and training go on as before; packed batches come as
-    Hugging Face packs them (no mask, position ids that start again at every sequence). Attention gives zeros at padding,
-    so what a model predicts there, which nobody should read, differs from before.
+    Hugging Face packs them (no mask, position ids that start again at every sequence). Attention gives zeros at
+    padding, so what a model predicts there, which nobody should read, differs from before.
 
     Args:
         model: a Hugging Face model whose attention goes through the attention interface.
@@ -56,7 +56,8 @@ def unpatch_attention(model):
 
 
 class PaddedCalls:
-    """Every call of a model's forward runs as a :class:`PaddedBatch`: its attention switched, two hooks, until :meth:`remove`.
+    """Every call of a model's forward runs as a :class:`PaddedBatch`: its attention switched, two hooks, until
+    :meth:`remove`.
 
     Attributes:
         shared: the learned keys and values in front of every row, or None.

@@ -10,8 +10,8 @@ _LARGE = 10**9  # parameters from which on a CPU would spend minutes on float64
 class WideArithmetic(TorchDispatchMode):
     """Inside of this block every operation on floating-point tensors computes and returns ``dtype``.
 
-    Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it runs in the
-    model's own dtype, and :attr:`exact` is False from then on. What an operation writes into keeps its dtype.
+    Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it runs in
+    the model's own dtype, and :attr:`exact` is False from then on. What an operation writes into keeps its dtype.
 
     Attributes:
         dtype: the wide one: float64, or float32 where float64 is not to be had, or would take too long.

@@ -27,8 +27,8 @@ class Request:
     Attributes:
         tokens: ``[B, S]`` token ids or ``[B, S, D]`` embeddings; with ``cu_seqlens`` a sequence of T in place of B x S.
         num_virtual_tokens: P at the input; 0 behind learned keys and values.
-        prompts: gives the distinct prompts of the batch, ``[N * P, D]``; called once, if the batch is run. None: no prompt
-            at the input.
+        prompts: gives the distinct prompts of the batch, ``[N * P, D]``; called once, if the batch is run. None: no
+            prompt at the input.
         prompt_ids: ``[B]`` int64, dense: which of the N each row has, at the input or in ``shared``; None: the first.
         shared: learned keys and values in front of the batch, or None.
         attention_mask: ``[B, S]`` or None.

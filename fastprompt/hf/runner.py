@@ -62,14 +62,15 @@ class Runner:
 
     @contextmanager
     def packed_backbone(self, plan, inputs, shared=None, finish=None, recorded=None):
-        """While the block runs, a call of the backbone runs the plan's rows, and gives back padded ``[B, W, D]`` states.
+        """While the block runs, a call of the backbone runs the plan's rows, and gives back padded ``[B, W, D]``
+        states.
 
         So a model's own forward, with whatever comes behind its backbone, can run on packed rows.
 
         Args:
             plan: a RowPlan.
-            inputs: ``{argument: rows}``, ``[R, D]`` ``inputs_embeds`` or ``[R]`` ``input_ids`` and others; or a function
-                that makes it from the arguments the backbone is called with.
+            inputs: ``{argument: rows}``, ``[R, D]`` ``inputs_embeds`` or ``[R]`` ``input_ids`` and others; or a
+                function that makes it from the arguments the backbone is called with.
             shared: the learned keys and values in front of the sequences, or None.
             finish: called with the backbone's output at the end.
             recorded: see :meth:`logits`.
@@ -111,7 +112,7 @@ class Runner:
 
     @contextmanager
     def padded_backbone(self, plan):
-        """While the block runs, a call of the backbone, on ``[B, W]`` rows, gives the states that the plan's grid picks."""
+        """While the block runs, a call of the backbone on ``[B, W]`` rows gives the states that the grid picks."""
         hook = self.backbone.register_forward_hook(lambda module, args, output: _unpacked(plan, module, output))
         try:
             yield

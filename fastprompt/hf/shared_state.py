@@ -1,4 +1,4 @@
-"""What sequences share in every layer: learned keys and values, and rows of the batch whose keys and values others read."""
+"""What sequences share in every layer: learned keys and values, and rows whose keys and values others read."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class SharedState:
 
     Attributes:
         layers: for each layer its learned keys and values, or None if it has none; () if no layer has any.
-        rows: the rows of a packed batch whose keys and values the sequences of a prompt share: for each prompt the first
-            row and how many there are, as in ``RowPlan.shared``.
+        rows: the rows of a packed batch whose keys and values the sequences of a prompt share: for each prompt the
+            first row and how many there are, as in ``RowPlan.shared``.
         ids: ``[B]`` int64, which of the N stands in front of each row of a padded batch; None: the first.
     """
 

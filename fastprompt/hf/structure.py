@@ -1,4 +1,4 @@
-"""What a model's structure says about packed rows, before anything is run: what is known not to pack, and what is random."""
+"""What a model's structure says before anything is run: what is known not to pack, and what is random."""
 
 import inspect
 from functools import cache
@@ -113,6 +113,6 @@ def _lengths(value):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Is it a frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook of torch's or accelerate's?"""
+    """Is it a frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook?"""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())

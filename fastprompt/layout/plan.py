@@ -128,7 +128,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; "padded" is not a layout of packed input.
+        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; "padded" is not a layout of packed
+            input.
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.

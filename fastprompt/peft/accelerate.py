@@ -18,18 +18,19 @@ _STATE = "_fastprompt"
 
 
 def accelerate(peft_model, *, keep_logits=False):
-    """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients, checkpoints.
+    """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
+    checkpoints.
 
     Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
     Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
-    feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows of
-    a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with gradient
-    checkpointing switched on afterwards.
+    feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows
+    of a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with
+    gradient checkpointing switched on afterwards.
 
     With labels, in training, the head of a causal LM runs on labelled rows only and the output is its loss:
-    ``outputs.logits`` and ``outputs.past_key_values`` are None. Otherwise logits come in PEFT's shape, and a cache where
-    PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed rows
-    cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
+    ``outputs.logits`` and ``outputs.past_key_values`` are None. Otherwise logits come in PEFT's shape, and a cache
+    where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
+    rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy, by
     ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own forward.
 

@@ -50,7 +50,8 @@ _OUTPUTS = {"output_attentions", "output_hidden_states"}
 class Call:
     """One forward call of an accelerated model.
 
-    There are two ways to run it: :meth:`language_model` does what PEFT's forward would do, with the head on labelled rows
+    There are two ways to run it: :meth:`language_model` does what PEFT's forward would do, with the head on labelled
+        rows
     only; in :meth:`packed_backbone` PEFT's own forward runs, and only the layers in it see packed rows.
 
     Attributes:

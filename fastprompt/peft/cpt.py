@@ -7,7 +7,8 @@ from ..layout import IGNORE
 
 
 class CPTLoss:
-    """What PEFT's ``CPTEmbedding.calculate_loss`` computes: a mean over labels, weighted by which example they belong to.
+    """What PEFT's ``CPTEmbedding.calculate_loss`` computes: a mean over labels, weighted by which example they belong
+    to.
 
     Args:
         config: the adapter's config.

@@ -8,7 +8,7 @@ from guard import guarded, shuffled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastprompt.layout import CannotPack, plan_packed_input, plan_padded_input
+from fastprompt.layout import CannotPack, Sequences, plan_packed_input, plan_padded_input
 from fastprompt.layout import triton as launcher
 
 
@@ -20,11 +20,15 @@ def _columns_at_a_time(monkeypatch, request):
 
 def flat(plan):
     """Everything in a plan, tensors as lists."""
-    return {
-        field.name: x.tolist() if isinstance(x, torch.Tensor) else x and [None if t is None else t.tolist() for t in x.tensors()]
-        if field.name == "sequences" else x
-        for field in fields(plan) for x in [getattr(plan, field.name)]
-    }  # fmt: skip
+    return {field.name: listed(getattr(plan, field.name)) for field in fields(plan)}
+
+
+def listed(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Sequences):
+        return [listed(x) for x in value.tensors()]
+    return value
 
 
 def result_of(make, *arguments, **options):
