@@ -191,6 +191,16 @@ class PaddedBatch:
         return PackedMask(seq, pattern.window, pattern.causal, self.shared, dense)
 
 
+class AsBefore:
+    """A batch that runs as it would if its model were not attached, nor patched with a prefix."""
+
+    shared = SharedState()
+
+    def mask(self, before, **arguments):
+        """The mask of the implementation before."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
+
+
 def _starts_at_zero(arguments):
     offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
     return not any(isinstance(offset, torch.Tensor) or offset for offset in offsets)
@@ -220,7 +230,7 @@ def _runs(real, segments):
     return starts, ends - starts + 1, gaps
 
 
-_ACTIVE: ContextVar[PackedRows | PaddedBatch | None] = ContextVar("fastprompt_active", default=None)
+_ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fastprompt_active", default=None)
 
 
 @contextmanager
@@ -238,9 +248,9 @@ def active():
     return _ACTIVE.get()
 
 
-def packed_rows_run():
-    """Is a :class:`PackedRows` being run right now?"""
-    return isinstance(_ACTIVE.get(), PackedRows)
+def outranks_patch() -> bool:
+    """Does the batch that is being run stay what it is in a model that is patched?"""
+    return isinstance(_ACTIVE.get(), PackedRows | AsBefore)
 
 
 @torch.compiler.disable
