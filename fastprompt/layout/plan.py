@@ -9,12 +9,13 @@
 from collections import namedtuple
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..checks import INTS, check_tensor, choose_backend, import_backend
 from . import cells
 from .cells import IGNORE as IGNORE
-from .sequences import Sequences, move
+from .sequences import Sequences
 
 
 class CannotPack(ValueError):
@@ -141,7 +142,7 @@ def plan_packed_input(
     batch, device = len(seq.starts), seq.starts.device
     tokens = _like_tokens([seq.rows], labels, virtual_tokens, token_ids)
     prompts = _prompts(num_virtual_tokens, prompt_ids, batch, device, prefix_length)
-    width = max((length for _, length, _, _ in seq.host), default=0)
+    width = int(seq.host.lengths.max(initial=0))
     return _plan(cells.Batch(batch, width, device, seq.starts, seq.lengths, None, *tokens, *prompts), layout, backend)
 
 
@@ -182,7 +183,9 @@ def _plan(batch, layout, backend):
     if layout != "shared":
         batch = replace(batch, token_ids=None)
     on_device = _implementation(backend, batch.device)
-    stats = _Stats(*on_device.measure(batch).cpu())
+    stats = _Stats(*on_device.measure(batch).cpu().numpy())
+    if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
+        raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
         if stats.holes.any():
             raise CannotPack("the attention mask has holes")
@@ -190,18 +193,19 @@ def _plan(batch, layout, backend):
             raise ValueError(
                 f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}"
             )
-    stats.first[stats.length == 0] = 0
+    stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
     if layout != "padded" and stats.orphans.any():
         raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
     labels = int(stats.labels.sum())
-    entries["first_label"] = stats.labels.cumsum(0) - stats.labels
-    table = torch.zeros(len(cells.ENTRY), len(entries["prompt"]), dtype=torch.int64)
+    entries["first_label"] = stats.labels.cumsum() - stats.labels
+    table = np.zeros((len(cells.ENTRY), len(entries["prompt"])), np.int64)
     for line, name in zip(table, cells.ENTRY):
         line[: len(entries[name])] = entries[name]
     if sequences is not None:
         sequences = sequences.to(batch.device)
-    filled = on_device.fill(batch, *move([table], batch.device), rows, labels, everywhere=layout == "padded")
+    table = torch.from_numpy(table).to(batch.device)
+    filled = on_device.fill(batch, table, rows, labels, everywhere=layout == "padded")
     return RowPlan(
         layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels
     )
@@ -217,57 +221,60 @@ class _Stats(namedtuple("_Stats", cells.STATS)):
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, and
-# what is shared.
+# what is shared. All of it on the host.
 
 
 def _shared_rows(batch, stats):
     """For each prompt its P rows and what its sequences have in common, then all other tokens."""
     front, prefix, prompt = batch.front, batch.prefix_length, stats.prompt
-    count = 1 if batch.prompts is None else max(prompt.tolist(), default=-1) + 1
+    count = 1 if batch.prompts is None else int(prompt.max(initial=-1)) + 1
     some = stats.length > 0  # sequences without a token have no say
-    common = torch.full((count,), batch.width).scatter_reduce_(0, prompt[some], stats.agree[some], "amin")
-    common[prompt[some].bincount(minlength=count) < 2] = 0
+    common = np.full(count, batch.width)
+    np.minimum.at(common, prompt[some], stats.agree[some])
+    common[np.bincount(prompt[some], minlength=count) < 2] = 0
     lengths = front + common  # [N]
-    starts = lengths.cumsum(0) - lengths
+    starts = lengths.cumsum() - lengths
     start = int(lengths.sum())
-    taken = common[prompt].minimum(stats.length)  # [B] tokens that are shared rows
+    taken = np.minimum(common[prompt], stats.length)  # [B] tokens that are shared rows
     own = stats.length - taken
-    ends = start + own.cumsum(0)
-    leaders = {}  # of each prompt the sequence that writes its rows: the first with a token, if one has any
-    for _, number, owner in sorted(zip((stats.length == 0).tolist(), range(batch.size), prompt.tolist())):
-        leaders.setdefault(owner, number)
-    unused = [n for n in range(count) if n not in leaders]
-    writes = torch.zeros(batch.size + len(unused), dtype=torch.int64)
-    writes[list(leaders.values())] = 1
-    writes[batch.size :] = 1
-    prompt = torch.cat([prompt, torch.tensor(unused, dtype=torch.int64)])
+    ends = start + own.cumsum()
+    # One sequence of each prompt writes its rows: the first with a token, if one has any.
+    order = np.lexsort((~some, prompt))
+    grouped = prompt[order]
+    leads = grouped != np.append(-1, grouped[:-1])
+    unused = np.flatnonzero(np.bincount(prompt, minlength=count) == 0)
+    writes = np.ones(batch.size + len(unused), np.int64)
+    writes[order] = leads
     own_column = stats.first + taken
+    prompts = np.concatenate([prompt, unused])
     entries = dict(
-        prompt_row=starts[prompt], own_row=ends - own - own_column, own_column=own_column, prompt=prompt, writes=writes
+        prompt_row=starts[prompts],
+        own_row=ends - own - own_column,
+        own_column=own_column,
+        prompt=prompts,
+        writes=writes,
     )
     if not start:
-        sequences = Sequences.packed(torch.cat([ends.new_zeros(1), ends]), stats.prompt, gaps=stats.gaps)
-        return int(own.sum()), entries, sequences, ()
-    cu = torch.cat([starts, starts.new_tensor([start]), ends])
-    gaps = None if stats.gaps is None else torch.cat([torch.zeros_like(starts), stats.gaps])
+        return int(own.sum()), entries, Sequences.packed(np.append(0, ends), prompt, gaps=stats.gaps), ()
+    gaps = None if stats.gaps is None else np.concatenate([np.zeros_like(starts), stats.gaps])
     if prefix:  # the bank holds every prompt twice: the learned prefix, and it with the shared rows behind it
-        prefix_ids = torch.cat([torch.arange(count), count + stats.prompt])
-        prefix_lens = torch.cat([torch.full_like(lengths, prefix), prefix + lengths])
+        prefix_ids = np.concatenate([np.arange(count), count + prompt])
+        prefix_lens = np.concatenate([np.full(count, prefix), prefix + lengths])
     else:
-        prefix_ids = torch.cat([torch.full_like(starts, -1), stats.prompt])
-        prefix_lens = lengths if len(lengths.unique()) > 1 else None
+        prefix_ids = np.concatenate([np.full(count, -1), prompt])
+        prefix_lens = None if (lengths == lengths[0]).all() else lengths
+    sequences = Sequences.packed(np.concatenate([starts, [start], ends]), prefix_ids, prefix_lens, gaps)
     shared = tuple(zip(starts.tolist(), lengths.tolist()))
-    return start + int(own.sum()), entries, Sequences.packed(cu, prefix_ids, prefix_lens, gaps), shared
+    return start + int(own.sum()), entries, sequences, shared
 
 
 def _packed_rows(batch, stats):
     """Each sequence behind P rows of its own."""
     if stats.gaps is not None and batch.front:
         raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
-    ends = (batch.front + stats.length).cumsum(0)
-    sequences = Sequences.packed(
-        torch.cat([ends.new_zeros(1), ends]), stats.prompt if batch.prefix_length else None, gaps=stats.gaps
-    )
+    ends = (batch.front + stats.length).cumsum()
+    prefix_ids = stats.prompt if batch.prefix_length else None
+    sequences = Sequences.packed(np.append(0, ends), prefix_ids, gaps=stats.gaps)
     return *_one_by_one(batch, stats, stats.length, stats.first), sequences, ()
 
 
@@ -276,17 +283,19 @@ def _padded_rows(batch, stats):
     total, sequences = batch.front + batch.width, None
     if not (stats.holes.any() or batch.front and stats.first.any()):
         sequences = Sequences.padded(stats.first, batch.front + stats.length, total)
-    return (
-        *_one_by_one(batch, stats, torch.full_like(stats.length, batch.width), torch.zeros_like(stats.first)),
-        sequences,
-        (),
-    )
+    lengths, first = np.full(batch.size, batch.width), np.zeros(batch.size, np.int64)
+    return *_one_by_one(batch, stats, lengths, first), sequences, ()
 
 
 def _one_by_one(batch, stats, lengths, first):
     """The number of rows and the table where each sequence writes P rows and its own."""
-    ends = (batch.front + lengths).cumsum(0)
+    ends = (batch.front + lengths).cumsum()
     starts = ends - lengths - batch.front
-    entries = dict(prompt_row=starts, own_row=starts + batch.front - first, own_column=first, prompt=stats.prompt,
-                   writes=torch.ones_like(starts))  # fmt: skip
+    entries = dict(
+        prompt_row=starts,
+        own_row=starts + batch.front - first,
+        own_column=first,
+        prompt=stats.prompt,
+        writes=np.ones_like(starts),
+    )
     return int(ends[-1]) if len(ends) else 0, entries

@@ -2,10 +2,27 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..checks import INTS, check_tensor
+
+
+class HostSequences(NamedTuple):
+    """What a :class:`Sequences` says, as int64 arrays on the host, with prefix 0 and gap 0 where it says nothing.
+
+    Attributes:
+        starts, lengths, prefix_ids, gaps: ``[B]``.
+        prefix_lens: ``[N]``, or None: all of every prefix is used.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    prefix_ids: np.ndarray
+    gaps: np.ndarray
+    prefix_lens: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +62,10 @@ class Sequences:
             ValueError, TypeError: wrong shapes, dtypes or values.
         """
         cu = _index("cu_seqlens", cu_seqlens, "B + 1")
-        bounds = cu.tolist()
-        if not bounds or bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds)}")
-        return cls._make("packed", cu[:-1], cu.diff(), bounds[-1], prefix_ids, prefix_lens, gaps)
+        bounds = cu.cpu().numpy()
+        if not len(bounds) or bounds[0] != 0 or (np.diff(bounds) < 0).any():
+            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds.tolist())}")
+        return cls._make("packed", cu[:-1], cu.diff(), int(bounds[-1]), prefix_ids, prefix_lens, gaps)
 
     @classmethod
     def padded(cls, starts, lengths, max_len, prefix_ids=None, prefix_lens=None, gaps=None):
@@ -82,11 +99,15 @@ class Sequences:
         starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
         if starts.shape != lengths.shape:
             raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
-        end = 0
-        for start, length in sorted(zip(starts.tolist(), lengths.tolist())):
-            if start < end or length < 0 or start + length > rows:
-                raise ValueError(f"runs must not overlap or leave the {rows} rows, got one of {length} rows at {start}")
-            end = start + length
+        runs = torch.stack([starts, lengths.to(starts.device)]).cpu().numpy()
+        start, length = runs[:, np.lexsort(runs[::-1])]  # by start
+        end = start + length
+        wrong = (start < np.append(0, end[:-1])) | (length < 0) | (end > rows)
+        if wrong.any():
+            first = wrong.argmax()
+            raise ValueError(
+                f"runs must not overlap or leave the {rows} rows, got one of {length[first]} rows at {start[first]}"
+            )
         return cls._make("padded", starts, lengths, rows, prefix_ids, prefix_lens, gaps)
 
     @classmethod
@@ -132,21 +153,21 @@ class Sequences:
             return self
         moved = self.from_tensors(self.kind, self.rows, move(self.tensors(), device))
         if self.starts.device.type == "cpu":
-            moved.__dict__.update(host=self.host, host_prefix_lens=self.host_prefix_lens)
+            moved.__dict__.update(host=self.host)
         return moved
 
     @cached_property
-    def host(self):
-        """One ``(start, length, prefix id, gap)`` of Python ints a sequence; read from the device once."""
-        batch = len(self.starts)
-        prefix_ids = [0] * batch if self.prefix_ids is None else self.prefix_ids.tolist()
-        gaps = [0] * batch if self.gaps is None else self.gaps.tolist()
-        return list(zip(self.starts.tolist(), self.lengths.tolist(), prefix_ids, gaps))
-
-    @cached_property
-    def host_prefix_lens(self):
-        """``prefix_lens`` as Python ints, or None."""
-        return None if self.prefix_lens is None else self.prefix_lens.tolist()
+    def host(self) -> HostSequences:
+        """The same on the host; read from the device once, by one copy."""
+        starts, lengths, prefix_ids, prefix_lens, gaps = (t.numpy() for t in move(self.tensors(), torch.device("cpu")))
+        nothing = np.zeros(len(starts), np.int64)
+        return HostSequences(
+            starts,
+            lengths,
+            nothing if self.prefix_ids is None else prefix_ids,
+            nothing if self.gaps is None else gaps,
+            None if self.prefix_lens is None else prefix_lens,
+        )
 
     def cached(self, key, make):
         """``make()``, which an operator works out from these sequences: once, whichever layer asks first.
@@ -158,15 +179,23 @@ class Sequences:
             made[key] = make()
         return made[key]
 
-    def prefix_length(self, prefix_id, longest):
-        """The keys of prefix ``prefix_id`` (-1: none) in a bank whose prefixes have room for ``longest``."""
-        if prefix_id < 0:
-            return 0
-        return longest if self.host_prefix_lens is None else self.host_prefix_lens[prefix_id]
+    def prefix_lengths(self, room) -> np.ndarray:
+        """``[B]`` the keys of the prefix in front of each sequence, on the host.
 
-    def span(self, longest):
+        Args:
+            room: P, how many keys the prefixes of the bank have room for; 0 without a bank.
+        """
+        host = self.host
+        if room == 0:
+            return np.zeros_like(host.lengths)
+        if host.prefix_lens is None:
+            return np.where(host.prefix_ids < 0, 0, room)
+        return np.append(host.prefix_lens, 0)[host.prefix_ids]  # -1 finds the last
+
+    def span(self, room) -> int:
         """The largest position count of any sequence: prefix, gap and own rows. A window of this size hides nothing."""
-        return max((self.prefix_length(p, longest) + gap + n for _, n, p, gap in self.host), default=0)
+        host = self.host
+        return int((self.prefix_lengths(room) + host.gaps + host.lengths).max(initial=0))
 
 
 def move(tensors, device):
@@ -178,8 +207,10 @@ def move(tensors, device):
 
 
 def _index(name, value, size):
-    """An int64 tensor from a tensor or a list of ints."""
-    if not isinstance(value, torch.Tensor):
+    """An int64 tensor from a tensor, an array or a list of ints."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    elif not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty(0, dtype=torch.int64)
     check_tensor(name, value, [size], dtypes=INTS)
     return value.long()

@@ -1,5 +1,6 @@
 """prefix_attention on a GPU: launches the kernels of ``fastprompt.kernels.prefix_attention``."""
 
+import numpy as np
 import torch
 
 from ...kernels import launch
@@ -72,7 +73,7 @@ class _Call:
         self.width = config.block_width(self.head_dim)
         self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
-        self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
+        self.plan = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
         self.numbers = self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0
         self.constants = dict(
             GROUP=self.group, DH=self.head_dim, BD=self.width, CAUSAL=causal, WINDOW=window is not None,
@@ -108,7 +109,8 @@ class _Call:
     def decode(self, out, lse, sinks):
         batch = self.plan.batch
         fold = config.fold(self.group, config.DECODE_ROWS)
-        sharing = max((b - a for a, b, prefix, _ in batch.groups if prefix >= 0), default=1)
+        groups = batch.groups
+        sharing = int((groups.last - groups.first)[groups.prefix >= 0].max(initial=1))
         tiles = config.decode_tiles(*self.tiled_by, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.plan.decode_items(tiles.queries // fold, split)
@@ -170,7 +172,7 @@ class _Call:
         return dq, dk, dv, dprefix_k, dprefix_v
 
 
-class _Plan:
+class _Schedule:
     """The tables of one batch on its device, made when first asked for; all layers share them through ``seq``."""
 
     def __init__(self, batch, prefix_room, device, cache):
@@ -182,10 +184,8 @@ class _Plan:
     @classmethod
     def of(cls, seq, prefix_room, room, causal, window, device):
         def make():
-            bank = max((p for _, _, p, _ in seq.host), default=-1) + 1
-            lengths = [seq.prefix_length(p, prefix_room) for p in range(bank)]
-            decode = seq.kind == "decode"
-            batch = schedule.make_batch(seq.host, lengths, decode=decode, room=room, causal=causal, window=window)
+            decode, table, lengths = seq.kind == "decode", np.stack(seq.host[:4], 1), seq.prefix_lengths(prefix_room)
+            batch = schedule.make_batch(table, lengths, decode=decode, room=room, causal=causal, window=window)
             return cls(batch, prefix_room, device, decode)
 
         return seq.cached(("triton", prefix_room, room, causal, window, device), make)
