@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..checks import INTS, check_tensor, choose_backend, import_backend
-from . import cells
+from . import cells, cpu
 from .cells import IGNORE as IGNORE
 from .sequences import Sequences
 
@@ -94,7 +94,8 @@ def plan_padded_input(
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
         device: where the plan lives; by default that of the mask or labels.
-        backend: "auto", "reference" (plain PyTorch) or "triton". "auto" takes "triton" on a GPU, if Triton is there.
+        backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a GPU
+            and "cpu" on a CPU, if they are there.
 
     Raises:
         CannotPack: the layout cannot hold this batch exactly (holes in the mask, a label predicted by padding, ...).
@@ -168,12 +169,12 @@ def _prompts(length, ids, batch, device, prefix_length):
 
 def _implementation(requested, device):
     """The module whose ``measure`` and ``fill`` look at the cells."""
-    backends, triton = {"reference": None}, None
+    backends, triton = {"cpu": cpu.unsupported(device.type), "reference": None}, None
     if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
         triton, problem = import_backend(__package__, "triton")
         backends["triton"] = problem or triton.unsupported(device.type)
-    chosen = choose_backend("the row plan", requested, backends, ["triton", "reference"])
-    return triton if chosen == "triton" else cells
+    chosen = choose_backend("the row plan", requested, backends, ["triton", "cpu", "reference"])
+    return {"triton": triton, "cpu": cpu, "reference": cells}[chosen]
 
 
 def _plan(batch, layout, backend):
