@@ -1,4 +1,4 @@
-"""The part of a row plan that looks at every cell of a batch, in plain PyTorch: what ``cpu.py`` and ``triton.py`` do, too.
+"""The part of a row plan that looks at every cell of a batch, in plain PyTorch; ``cpu.py`` and ``triton.py`` do the same.
 
 The device counts what sequences consist of (:func:`measure`), the host works out how many rows there are and where each
 sequence has its own, and the device writes them (:func:`fill`): the host waits once.
@@ -148,7 +148,7 @@ def fill(batch, table, rows, labels, everywhere=False):
         virtual = cells.of(batch.virtual).long()
         text = torch.where(virtual >= 0, -1 - (prompt * batch.prompt_length + virtual), text)
 
-    # Row number `rows` takes what is not written: the numbers that are could only be picked out by waiting for the device.
+    # Row number `rows` takes what is not written: picking out the others would mean waiting for the device.
     to = torch.where(own | real & (writes != 0), row, rows)
     prompt_to = torch.where(entry["writes"] != 0, entry["prompt_row"] + in_front, rows)
     prompt_text = -1 - (entry["prompt"] * front + in_front)

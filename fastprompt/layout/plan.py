@@ -94,8 +94,8 @@ def plan_padded_input(
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
         device: where the plan lives; by default that of the mask or labels.
-        backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a GPU
-            and "cpu" on a CPU, if they are there.
+        backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a
+            GPU and "cpu" on a CPU, if they are there.
 
     Raises:
         CannotPack: the layout cannot hold this batch exactly (holes in the mask, a label predicted by padding, ...).
@@ -130,7 +130,7 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; "padded" is not a layout of packed input.
+        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; packed input has no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.

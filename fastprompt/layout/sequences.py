@@ -134,7 +134,7 @@ class Sequences:
         )
 
     def tensors(self):
-        """``[starts, lengths, prefix_ids, prefix_lens, gaps]`` with empty tensors for None: what crosses an operator."""
+        """``[starts, lengths, prefix_ids, prefix_lens, gaps]``, empty tensors for None: what crosses an operator."""
         empty = self.starts.new_empty(0)
         return [
             empty if t is None else t for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)

@@ -18,7 +18,7 @@ _ALIGNMENT = 32
 
 
 class CpuSchedule(NamedTuple):
-    """The tables that the kernel takes, int64: a row is a struct of ``prefix_attention.h``, a column one of its members."""
+    """What the kernel takes, int64: the rows of a table are structs of ``prefix_attention.h``, its columns their members."""
 
     segments: torch.Tensor  # [S, 11] row, rows, first, base, begin, end, slot, gap, load, store, part
     tiles: torch.Tensor  # [T, 2] begin, end
@@ -50,10 +50,10 @@ def cpu_schedule(seq, *, causal, window, room, heads, kv_heads) -> CpuSchedule:
 
 
 class _Batch(NamedTuple):
-    """The sequences that have rows, those that read one prefix side by side: a group. ``[B]`` each, ``[G]`` of a group."""
+    """The sequences that have rows, ``[B]`` each; those that read one prefix are a group and stand side by side."""
 
     decode: bool
-    group: np.ndarray  # of each sequence; the sequences without a prefix, if there are any, are group 0
+    group: np.ndarray  # of each sequence; those without a prefix, if there are any, are group 0
     first_of_group: np.ndarray  # [G]
     prefix: np.ndarray  # [G] -1: none
     prefix_length: np.ndarray  # [G]
@@ -164,8 +164,8 @@ def _chunk_starts(batch, slices, chunk_rows):
     before = rows.cumsum() - rows
     before -= before[first][group]  # in tiles of the group before this one
     tiles = np.arange(len(rows)) - first[group]
-    # Chunk n of a group has the rows from n * total / chunks on. A tile goes where its first row is, but no chunk is left
-    # out: at most one further than the tile before it.
+    # Chunk n of a group has the rows from n * total / chunks on. A tile goes where its first row is, but at most one
+    # chunk further than the tile before it: none is left out.
     wanted = before * chunks[group] // total[group]
     apart = len(rows) * group
     number = np.minimum.accumulate(wanted - tiles - apart) + tiles + apart
@@ -235,7 +235,7 @@ def _tables(batch, slices, chunk_starts, causal, window):
 
 
 def _splits(batch, owner, begin, end):
-    """Sequences whose spans lie in several chunks: the slot of each span's part, -1 for the others, ``splits``, ``parts``."""
+    """For sequences with spans in several chunks: the slot of each span's part (-1: whole), ``splits`` and ``parts``."""
     part = np.full(len(owner), -1)
     if len(owner) == len(batch.length):
         return part, np.zeros((0, 4), np.int64), np.zeros((0, 3), np.int64)
