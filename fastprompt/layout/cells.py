@@ -1,4 +1,4 @@
-"""The part of a row plan that looks at every cell of a batch, in plain PyTorch; ``cpu.py`` and ``triton.py`` do the same.
+"""The part of a row plan that looks at every cell of a batch, in PyTorch; ``cpu.py`` and ``triton.py`` do the same.
 
 The device counts what sequences consist of (:func:`measure`), the host works out how many rows there are and where each
 sequence has its own, and the device writes them (:func:`fill`): the host waits once.

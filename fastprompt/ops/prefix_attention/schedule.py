@@ -18,7 +18,7 @@ _ALIGNMENT = 32
 
 
 class CpuSchedule(NamedTuple):
-    """What the kernel takes, int64: the rows of a table are structs of ``prefix_attention.h``, its columns their members."""
+    """What the kernel takes, int64: a row of a table is a struct of ``prefix_attention.h``, a column its member."""
 
     segments: torch.Tensor  # [S, 11] row, rows, first, base, begin, end, slot, gap, load, store, part
     tiles: torch.Tensor  # [T, 2] begin, end
@@ -235,7 +235,7 @@ def _tables(batch, slices, chunk_starts, causal, window):
 
 
 def _splits(batch, owner, begin, end):
-    """For sequences with spans in several chunks: the slot of each span's part (-1: whole), ``splits`` and ``parts``."""
+    """For sequences with spans in several chunks: the slot of each span's part (-1: whole), splits and parts."""
     part = np.full(len(owner), -1)
     if len(owner) == len(batch.length):
         return part, np.zeros((0, 4), np.int64), np.zeros((0, 3), np.int64)
