@@ -7,7 +7,7 @@ import torch
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
 
 
-def _load(library, language):
+def _load(library: Path, language: str) -> str | None:
     if not library.exists():
         return f"the {language} library was not compiled when fastprompt was installed"
     try:
@@ -26,7 +26,7 @@ missing_cuda: str | None = (
 """None if the operators of the CUDA library are there, else the reason why not."""
 
 
-def unsupported(device_type, dtype):
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     """None if the library's kernels can run such a call, else the reason why not."""
     if missing:
         return missing

@@ -1,4 +1,4 @@
-"""PEFT's P-Tuning encoder on prompt_lstm: the same numbers, every module that is not plain still run, nothing kept too long."""
+"""PEFT's P-Tuning encoder on prompt_lstm: the same numbers, other modules still run, nothing kept too long."""
 
 import pytest
 import torch

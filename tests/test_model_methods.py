@@ -86,7 +86,7 @@ def test_every_method_on_a_model_that_cannot_be_packed(method):
 
 
 def test_a_prefix_on_the_padded_path():
-    """Dropout in the base model keeps a batch from being packed; with p so small that it drops nothing, nothing changes."""
+    """Dropout in the base model keeps a batch from being packed; where p is too small to drop, nothing changes."""
     inputs = batch("right")
     module, _ = method_of(peft_model("llama", "prefix"), "prefix")
     model = SoftPromptModel(build("llama"), module)

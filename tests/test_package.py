@@ -1,4 +1,4 @@
-"""The wheel holds exactly what the tree holds and, with a compiler, the C++ library; it is built without importing torch."""
+"""The wheel holds what the tree holds and, with a compiler, the C++ library; it is built without importing torch."""
 
 import os
 import re
@@ -75,7 +75,10 @@ def test_wheel(tmp_path, compiler):
 
 def check_library(site):
     """It loads, and asks torch for nothing but its stable C interface; where from, this machine alone knows."""
-    show = "import torch; from fastprompt import native; print(native.LIBRARY, native.missing, torch.ops.fastprompt.cpu_isa())"
+    show = (
+        "import torch; from fastprompt import native; "
+        "print(native.LIBRARY, native.missing, torch.ops.fastprompt.cpu_isa())"
+    )
     library, missing, _ = python("-c", show, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}).split()
     assert missing == "None" and Path(library).parent == site / "fastprompt"
     if shutil.which("nm") and sys.platform == "linux":

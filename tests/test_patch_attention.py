@@ -1,4 +1,4 @@
-"""patch_attention: Hugging Face models on prefix_attention, padded, packed and decoding, with a learned prefix or without."""
+"""patch_attention: Hugging Face models on prefix_attention, padded, packed, decoding, with and without a prefix."""
 
 import pytest
 import torch

@@ -62,12 +62,12 @@ class Batch:
     prefix_length: int
 
     @property
-    def front(self):
+    def front(self) -> int:
         """The prompt rows in front of each sequence: none where virtual tokens say where the prompt stands."""
         return 0 if self.virtual is not None else self.prompt_length
 
     @cached_property
-    def cells(self):
+    def cells(self) -> "_Cells":
         return _Cells(self)
 
 
@@ -82,7 +82,7 @@ class Filled:
     labels: torch.Tensor | None
 
 
-def measure(batch):
+def measure(batch: Batch) -> torch.Tensor:
     """``[STATS, B]`` int64."""
     cells = batch.cells
     real, nothing = cells.real, torch.zeros(batch.size, dtype=torch.int64, device=batch.device)
@@ -107,18 +107,18 @@ def measure(batch):
     return torch.stack([length, first, holes, labels, orphans, strangers, agree, prompts])
 
 
-def _first(flags):
+def _first(flags: torch.Tensor) -> torch.Tensor:
     """``[B, W]`` bool -> ``[B]``: the first column that is set, W where none is."""
     padded = torch.nn.functional.pad(flags, (0, 1), value=True)
     return padded.view(torch.uint8).argmax(1)
 
 
-def _shifted(values, before):
+def _shifted(values: torch.Tensor, before: int) -> torch.Tensor:
     """``[B, W]``, the column before each; ``before`` stands before the first."""
     return torch.nn.functional.pad(values, (1, 0), value=before)[:, :-1]
 
 
-def _leaders(length, prompts):
+def _leaders(length: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
     """``[B]`` the first sequence of the same prompt that has a token, or any of the prompt if none has."""
     empty = (length == 0).long()
     if prompts is None:
@@ -128,7 +128,7 @@ def _leaders(length, prompts):
     return order[torch.searchsorted(ordered, 2 * prompts)]
 
 
-def fill(batch, table, rows, labels, everywhere=False):
+def fill(batch: Batch, table: torch.Tensor, rows: int, labels: int, everywhere: bool = False) -> Filled:
     """The plan of ``rows`` rows and ``labels`` labels.
 
     Args:
@@ -165,7 +165,7 @@ def fill(batch, table, rows, labels, everywhere=False):
     return Filled(source, position_ids, grid, label_rows, shifted)
 
 
-def _scatter(size, *parts):
+def _scatter(size: int, *parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """``[size]``, of which number ``to`` is ``values`` for each of ``(to, values)``; number ``size`` is nothing."""
     result = parts[0][0].new_empty(size + 1)
     for to, values in parts:
@@ -176,9 +176,9 @@ def _scatter(size, *parts):
 class _Cells:
     """``[B, W]`` each: the places of a batch's cells, and which are inside of their sequence, real, labelled."""
 
-    def __init__(self, batch):
+    def __init__(self, batch: Batch) -> None:
         self.batch, self.column = batch, torch.arange(batch.width, device=batch.device)
-        if batch.starts is None:
+        if batch.starts is None or batch.lengths is None:
             self.place = torch.arange(batch.size * batch.width, device=batch.device).view(batch.size, batch.width)
             self.inside = torch.ones_like(self.place, dtype=torch.bool)
         else:
@@ -190,7 +190,7 @@ class _Cells:
             if not batch.front:  # nothing stands before the first token, as in Hugging Face
                 self.wanted = self.wanted & (self.column > 0)
 
-    def of(self, values):
+    def of(self, values: torch.Tensor) -> torch.Tensor:
         """The values of the cells; anything where a cell is not inside."""
         if self.batch.starts is None:
             return values.view(self.place.shape)

@@ -3,15 +3,15 @@
 import torch
 
 from .. import native
-from .cells import STATS, Filled
+from .cells import STATS, Batch, Filled
 
 
-def unsupported(device_type):
+def unsupported(device_type: str) -> str | None:
     """None if the library can run on such a device, else the reason why not."""
     return native.unsupported(device_type, torch.int64)
 
 
-def measure(batch):
+def measure(batch: Batch) -> torch.Tensor:
     stats = torch.empty(len(STATS), batch.size, dtype=torch.int64)
     torch.ops.fastprompt.row_plan_measure_cpu.default(
         batch.real,
@@ -29,8 +29,8 @@ def measure(batch):
     return stats
 
 
-def fill(batch, table, rows, labels, everywhere=False):
-    def new(*shape):
+def fill(batch: Batch, table: torch.Tensor, rows: int, labels: int, everywhere: bool = False) -> Filled:
+    def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64)
 
     source, position_ids, grid = new(rows), new(rows), new(batch.size, batch.front + batch.width)

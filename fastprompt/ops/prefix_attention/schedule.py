@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ...layout import Sequences
+
 _TILE_ROWS = 192  # queries of a tile, all heads of a group counted: its operands stay in the second-level cache
 _CHUNK_ROWS = 1024  # of a chunk, so that the sums it leaves for the prefix cost little
 _ITEMS = 8  # at least so many items for the threads, where there are rows enough
@@ -29,7 +31,9 @@ class CpuSchedule(NamedTuple):
     sizes: torch.Tensor  # [5] rows, slots, prefix_slots, prefix_parts, split_parts
 
 
-def cpu_schedule(seq, *, causal, window, room, heads, kv_heads) -> CpuSchedule:
+def cpu_schedule(
+    seq: Sequences, *, causal: bool, window: int | None, room: int, heads: int, kv_heads: int
+) -> CpuSchedule:
     """Worked out once a batch; all layers share it.
 
     Args:
@@ -39,7 +43,7 @@ def cpu_schedule(seq, *, causal, window, room, heads, kv_heads) -> CpuSchedule:
         heads, kv_heads: H and Hkv.
     """
 
-    def make():
+    def make() -> CpuSchedule:
         limit = None if window is None or window >= seq.span(room) else window
         batch = _Batch.of(seq, room)
         tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
@@ -64,7 +68,7 @@ class _Batch(NamedTuple):
     gap: np.ndarray
 
     @classmethod
-    def of(cls, seq, room):
+    def of(cls, seq: Sequences, room: int) -> "_Batch":
         host, prefix_length = seq.host, seq.prefix_lengths(room)
         decode = seq.kind == "decode"
         prefix = np.where(prefix_length > 0, host.prefix_ids, -1)
@@ -87,7 +91,9 @@ class _Batch(NamedTuple):
             host.gaps[order],
         )
 
-    def keys(self, sequence, first, end, causal, window):
+    def keys(
+        self, sequence: np.ndarray, first: np.ndarray, end: np.ndarray, causal: bool, window: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The own keys that queries ``first`` to ``end`` of a sequence see, arrays all: the first one and the end."""
         length = self.length[sequence]
         stop = end if causal else length
@@ -106,7 +112,7 @@ class _Slices(NamedTuple):
     cost: np.ndarray  # pairs of a query and a key that it sees, twice: whole numbers
 
 
-def _sizes(batch, group, kv_heads):
+def _sizes(batch: _Batch, group: int, kv_heads: int) -> tuple[int, int]:
     """Queries of a tile and of a chunk, at most."""
     queries = int(batch.queries.sum())
     pairs = int(batch.queries @ (batch.prefix_length[batch.group] + batch.length))
@@ -117,7 +123,7 @@ def _sizes(batch, group, kv_heads):
     return tile_rows, max(1, min(_CHUNK_ROWS, share) // group)
 
 
-def _slices(batch, tile_rows, causal, window):
+def _slices(batch: _Batch, tile_rows: int, causal: bool, window: int | None) -> _Slices:
     """Long sequences in slices of one size, each a tile; short ones together, in order, as long as they fit."""
     size = -(-batch.queries // -(-batch.queries // tile_rows))
     count = -(-batch.queries // size)
@@ -132,7 +138,7 @@ def _slices(batch, tile_rows, causal, window):
     return _Slices(sequence, first, queries, opens, cost)
 
 
-def _tile_starts(batch, tile_rows):
+def _tile_starts(batch: _Batch, tile_rows: int) -> np.ndarray:
     """``[B]`` whether a tile begins with the sequence: its group does, or the tile before has no room for it."""
     start = batch.queries.cumsum() - batch.queries + batch.group * tile_rows  # no tile reaches into the next group
     number = np.arange(len(start))
@@ -140,7 +146,7 @@ def _tile_starts(batch, tile_rows):
     return _visited(following)
 
 
-def _visited(following):
+def _visited(following: np.ndarray) -> np.ndarray:
     """``[n]`` whether a place is met on the way from 0 to ``following[0]`` and on, until n.
 
     ``ahead`` leads 1, 2, 4, ... steps on: the places met in fewer steps lead to as many again.
@@ -154,7 +160,7 @@ def _visited(following):
     return met[:-1]
 
 
-def _chunk_starts(batch, slices, chunk_rows):
+def _chunk_starts(batch: _Batch, slices: _Slices, chunk_rows: int) -> np.ndarray:
     """``[S]`` whether a chunk begins with the slice: the tiles of a group are dealt out to chunks of about one size."""
     tile = slices.opens.nonzero()[0]  # the first slice of each
     rows = _sums(slices.queries, tile)
@@ -174,7 +180,7 @@ def _chunk_starts(batch, slices, chunk_rows):
     return starts
 
 
-def _tables(batch, slices, chunk_starts, causal, window):
+def _tables(batch: _Batch, slices: _Slices, chunk_starts: np.ndarray, causal: bool, window: int | None) -> CpuSchedule:
     """The schedule: chunks in order of their cost, the most expensive first."""
     chunk = chunk_starts.cumsum() - 1
     place = np.argsort(np.argsort(-_sums(slices.cost, chunk_starts.nonzero()[0]), kind="stable"))
@@ -234,7 +240,9 @@ def _tables(batch, slices, chunk_starts, causal, window):
     return CpuSchedule(*map(torch.from_numpy, tables))
 
 
-def _splits(batch, owner, begin, end):
+def _splits(
+    batch: _Batch, owner: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For sequences with spans in several chunks: the slot of each span's part (-1: whole), splits and parts."""
     part = np.full(len(owner), -1)
     if len(owner) == len(batch.length):
@@ -252,7 +260,7 @@ def _splits(batch, owner, begin, end):
     return part, splits, _table(begin=begin[spans], end=end[spans], slot=slot)
 
 
-def _table(**columns):
+def _table(**columns: np.ndarray | list[int]) -> np.ndarray:
     """``[n, columns]`` int64."""
     table = np.empty((len(next(iter(columns.values()))), len(columns)), np.int64)
     for i, column in enumerate(columns.values()):
@@ -260,7 +268,7 @@ def _table(**columns):
     return table
 
 
-def _changes(*keys):
+def _changes(*keys: np.ndarray) -> np.ndarray:
     """``[n]`` whether one of the keys differs from that before it; the first always does."""
     changes = np.ones(len(keys[0]), bool)
     np.not_equal(keys[0][1:], keys[0][:-1], out=changes[1:])
@@ -269,21 +277,21 @@ def _changes(*keys):
     return changes
 
 
-def _runs(*keys):
+def _runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the runs of equal keys begin, and of which run each is part."""
     changes = _changes(*keys)
     return changes.nonzero()[0], changes.cumsum() - 1
 
 
-def _ends(begins, count):
+def _ends(begins: np.ndarray, count: int) -> np.ndarray:
     """Where runs end, the last of them at ``count``."""
     return np.concatenate([begins[1:], [count]]) if len(begins) else begins
 
 
-def _sums(values, begins):
+def _sums(values: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """The sum of each run."""
     return np.add.reduceat(values, begins) if len(begins) else values
 
 
-def _aligned(keys):
+def _aligned(keys: np.ndarray) -> np.ndarray:
     return -(-keys // _ALIGNMENT) * _ALIGNMENT
