@@ -8,6 +8,7 @@ difference can only mean that packed rows are not the same computation.
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
@@ -60,7 +61,7 @@ class Abilities:
     rope_limit: int | None = None
 
     @property
-    def causal(self):
+    def causal(self) -> bool:
         return self.layout == "shared"
 
 
@@ -68,9 +69,9 @@ class Abilities:
 class Probe:
     """Asks one model: :meth:`expect` while it is untouched, :meth:`abilities` once it is attached."""
 
-    base: torch.nn.Module
+    base: nn.Module
     is_lm: bool = field(init=False)
-    backbone: torch.nn.Module = field(init=False)
+    backbone: nn.Module = field(init=False)
     expected: Expectations = field(init=False)
 
     def __post_init__(self):
@@ -78,7 +79,7 @@ class Probe:
         self.backbone = self.base.get_decoder() if self.is_lm else self.base.base_model
 
     @torch.no_grad()
-    def expect(self):
+    def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
         reason = why_never_packed(self.base, self.backbone)
         if reason is None:
@@ -88,7 +89,7 @@ class Probe:
         return reason
 
     @torch.no_grad()
-    def abilities(self):
+    def abilities(self) -> Abilities:
         """Compare what the attached model gives on packed rows."""
         with evaluation_mode(self.base):
             found = self._find_layout()
@@ -112,7 +113,7 @@ class Probe:
                 needs_ids=self.expected.needs_ids,
             )
 
-    def runner(self, abilities):
+    def runner(self, abilities: Abilities) -> Runner:
         return Runner(
             self.base,
             self.backbone,
@@ -213,7 +214,12 @@ class Probe:
         return is_plain_linear(head) and self.base.loss_function is ForCausalLMLoss and self.expected.head_is_linear
 
 
-def loss_of_logits(base, logits, labels, num_items_in_batch=None):
+def loss_of_logits(
+    base: nn.Module,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
     """The model's own loss of ``[M, V]`` logits against ``[M]`` shifted labels."""
     extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
     return base.loss_function(
@@ -221,7 +227,7 @@ def loss_of_logits(base, logits, labels, num_items_in_batch=None):
     )
 
 
-def reason_of(base, error):
+def reason_of(base: nn.Module, error: Exception) -> str:
     """An error on packed rows in words for users."""
     if "PackedMask" in str(error):  # what stands in place of the mask met code that wants a tensor
         return f"{type(base).__name__} computes attention in code of its own"

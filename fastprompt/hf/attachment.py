@@ -7,6 +7,7 @@ it.
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +35,7 @@ class _Record:
         vars(self).update(state, complete=False)  # a pickle brings MLPs back unpatched
 
 
-def attach(model: nn.Module, user: object, mlps: bool = False):
+def attach(model: nn.Module, user: object, mlps: bool = False) -> None:
     """Make ``model`` run on prefix_attention inside of ``running`` blocks; :func:`detach` undoes it.
 
     Args:
@@ -71,7 +72,7 @@ def is_attached(model: nn.Module) -> bool:
     return record is not None and record.complete and model.config._attn_implementation in IMPLEMENTATIONS
 
 
-def attach_again(model: nn.Module):
+def attach_again(model: nn.Module) -> None:
     """Make complete what :func:`is_attached` misses."""
     record = model.__dict__[_RECORD]
     if model.config._attn_implementation not in IMPLEMENTATIONS:
@@ -82,7 +83,7 @@ def attach_again(model: nn.Module):
     record.complete = True
 
 
-def detach(model: nn.Module, user: object):
+def detach(model: nn.Module, user: object) -> None:
     """Undo :func:`attach` for one user, whole or interrupted; the last one's leaving undoes it for the model.
 
     Every module then gets the config object back that it had. If the config was changed meanwhile, the changes count:
@@ -144,7 +145,7 @@ def _switch(model):
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module):
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autocast for a while; every module gets its own flag back."""
     flags = [(module, module.training) for module in model.modules()]
     try:

@@ -1,8 +1,11 @@
 """The cache that a model's own forward would return, made of a packed batch's keys and values."""
 
-import torch
-from transformers import DynamicCache
+from typing import Any
 
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from ..layout import RowPlan
 from .shared_state import SharedState, layers_with_own_keys, text_config
 
 
@@ -22,12 +25,19 @@ class PackedCache(DynamicCache):
 
     _pending = None
 
-    def __init__(self, plan, recorded, shared, prompt_ids, config):
+    def __init__(
+        self,
+        plan: RowPlan,
+        recorded: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        shared: SharedState | None,
+        prompt_ids: torch.Tensor | None,
+        config: PreTrainedConfig,
+    ):
         super().__init__(config=text_config(config))
         self._pending = plan, recorded, shared or SharedState(), prompt_ids, layers_with_own_keys(config)
 
     @property
-    def layers(self):
+    def layers(self) -> list[Any]:
         if self._pending is not None:
             plan, recorded, shared, prompt_ids, own = self._pending
             self._pending = None
@@ -38,7 +48,7 @@ class PackedCache(DynamicCache):
         return self._layers
 
     @layers.setter
-    def layers(self, layers):
+    def layers(self, layers: list[Any]) -> None:
         self._layers = layers
 
     def __getstate__(self):

@@ -1,7 +1,11 @@
 """Learned keys and values inside of reentrant gradient checkpoints."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+
+from .shared_state import SharedState
 
 
 class _Bridge(torch.autograd.Function):
@@ -20,7 +24,9 @@ class _Bridge(torch.autograd.Function):
         return grad, None, *gathered
 
 
-def through_reentrant_checkpoints(shared):
+def through_reentrant_checkpoints(
+    shared: SharedState,
+) -> tuple[SharedState, Callable[[torch.Tensor], torch.Tensor]]:
     """A shared state that gives the right gradients inside of reentrant checkpoints too, and what the rows must pass.
 
     A reentrant checkpoint runs a backward of its own that stops at the checkpoint's inputs, and learned keys and values

@@ -1,6 +1,8 @@
 """The engine: decides how a request is run, and runs it through an attached model."""
 
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,11 @@ from .cache import PackedCache
 from .expectations import Expectations, first_output
 from .loss import ROWS, SummedCrossEntropy
 from .request import Request
+from .runner import Inputs
+from .shared_state import SharedState
 from .structure import active_dropout, is_plain_linear
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Engine:
@@ -31,7 +37,7 @@ class Engine:
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module) -> None:
         self.base, self._user, self._prefixes = base, object(), {}
         self.abilities = Abilities("it was not asked yet")
         try:
@@ -56,16 +62,16 @@ class Engine:
         return found
 
     @property
-    def is_lm(self):
+    def is_lm(self) -> bool:
         return self.abilities.is_lm
 
-    def detach(self):
+    def detach(self) -> None:
         """Give the model its own attention and MLPs back; nothing is packed any more."""
         self.refusal = self.refusal or "the model was released"
         detach(self.base, self._user)
 
     @contextmanager
-    def untouched(self):
+    def untouched(self) -> Iterator[None]:
         """While the block runs, the model is as it was, as far as this engine is concerned."""
         detach(self.base, self._user)
         try:
@@ -108,7 +114,7 @@ class Engine:
             raise CannotPack(reason)
         return plan
 
-    def run(self, request: Request, plan: RowPlan, embed) -> CausalLMOutputWithPast:
+    def run(self, request: Request, plan: RowPlan, embed: Embed) -> CausalLMOutputWithPast:
         """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]`` and the cache if they are wanted.
 
         Args:
@@ -128,7 +134,7 @@ class Engine:
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
 
     @contextmanager
-    def packed_backbone(self, request: Request, plan: RowPlan, inputs):
+    def packed_backbone(self, request: Request, plan: RowPlan, inputs: Inputs) -> Iterator[None]:
         """While the block runs, the model's own forward runs its backbone on the plan's rows; see Runner."""
         recorded = {} if self._wants_cache(request) else None
 
@@ -140,7 +146,9 @@ class Engine:
             yield
 
     @torch.no_grad()
-    def why_not_prefix(self, shared, key, forward) -> str | None:
+    def why_not_prefix(
+        self, shared: Callable[[], SharedState], key: Hashable, forward: Callable[..., Any]
+    ) -> str | None:
         """None if learned keys and values give the same packed as in ``forward``, the padded way, else what differs.
 
         Args:

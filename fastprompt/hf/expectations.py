@@ -1,10 +1,13 @@
 """What an untouched model gives for a few short rows, in wide arithmetic, and how far packed rows may be from it."""
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..layout import IGNORE
 from .precision import WideArithmetic
@@ -24,7 +27,7 @@ class Sample:
         masks: ``[3, 5]`` each: no padding, or two of the rows padded on the right or on the left.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         table = model.get_input_embeddings()
         vocabulary = min(table.weight.shape[0], model.config.get_text_config().vocab_size)
         self.ids = (torch.arange(15, device=table.weight.device).view(3, 5) * 7 + 3) % vocabulary
@@ -33,17 +36,17 @@ class Sample:
         right = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], device=self.ids.device)
         self.masks = {"right": right, "left": right.flip(1), "full": torch.ones_like(right)}
 
-    def real(self, mask):
+    def real(self, mask: torch.Tensor) -> torch.Tensor:
         """``[3, 8]``: where the prompt or a token stands."""
         return torch.cat([mask.new_ones(len(mask), len(self.prompt)), mask], 1).bool()
 
-    def labels(self):
+    def labels(self) -> torch.Tensor:
         """``[3, 8]``: the text under the mask "right", some of it ignored."""
         labels = self.ids.masked_fill(self.masks["right"] == 0, IGNORE)
         labels[0, 2] = IGNORE
         return torch.cat([labels.new_full((len(labels), len(self.prompt)), IGNORE), labels], 1)
 
-    def run(self, model, mask, **options):
+    def run(self, model: nn.Module, mask: torch.Tensor, **options: Any) -> Mapping[str, Any]:
         """The model's output on padded rows, ``[3, 8]``, or as many of them as the mask has."""
         inputs = torch.cat([self.prompt.expand(len(mask), -1, -1), self.embeds[: len(mask)]], 1)
         if "use_cache" in inspect.signature(model.forward).parameters:
@@ -83,7 +86,7 @@ class Expectations:
     ids: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, base, backbone, is_lm):
+    def of(cls, base: nn.Module, backbone: nn.Module, is_lm: bool) -> "Expectations":
         """Ask the untouched ``base``, in wide arithmetic if it runs in it."""
         try:
             return cls._of(base, backbone, is_lm, WideArithmetic(base))
@@ -111,7 +114,9 @@ class Expectations:
         return found
 
     @classmethod
-    def behind_prefix(cls, base, forward, padding):
+    def behind_prefix(
+        cls, base: nn.Module, forward: Callable[..., Mapping[str, Any]], padding: int | None
+    ) -> "Expectations":
         """What ``forward(input_ids=, attention_mask=)`` gives behind learned keys and values: output "right" and
         spread.
 
@@ -134,18 +139,18 @@ class Expectations:
             found.spread = found._spread(alone)
         return found
 
-    def arithmetic(self):
+    def arithmetic(self) -> AbstractContextManager[Any]:
         """The block in which packed rows are to be run."""
         return self.wide or nullcontext()
 
     @property
-    def refusal(self):
+    def refusal(self) -> str | None:
         """Why there is nothing that packed rows could be compared with, or None."""
         if not self.spread <= max(_CAP, 8 * self._rounding):
             return f"a row's output depends on the batch it stands in (relative difference {self.spread:.1e})"
         return None
 
-    def difference(self, got, expected, real):
+    def difference(self, got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor | None) -> str | None:
         """None if two outputs agree, else what differs.
 
         Every token may differ by twice the model's own spread and by rounding, relative to its own largest value.
@@ -201,12 +206,12 @@ def _cache(base, sample, mask):
         return None
 
 
-def first_output(output):
+def first_output(output: Mapping[str, Any]) -> torch.Tensor:
     """The first tensor that a model's output holds beside a loss: logits, start logits, hidden states."""
     return next(x for name, x in output.items() if name != "loss" and isinstance(x, torch.Tensor))
 
 
-def column_read(expected):
+def column_read(expected: Expectations) -> int | None:
     """See ``Abilities.pooled_column``."""
     plain, read = expected.outputs["full"], []
     for column, output in zip((0, -1), expected.changed):

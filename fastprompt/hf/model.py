@@ -1,19 +1,24 @@
 """SoftPromptModel: a frozen model with a soft prompt, without PEFT's model wrapper."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
-from ..methods import MultitaskPromptTuning, PrefixTuning
+from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
 from .shared_state import SharedState, layers_with_keys
+
+Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
 
 
 class SoftPromptModel(nn.Module):
@@ -34,7 +39,7 @@ class SoftPromptModel(nn.Module):
         ValueError: the prompt does not fit the model.
     """
 
-    def __init__(self, base, method):
+    def __init__(self, base: PreTrainedModel, method: Method):
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
         self._check_method(base, method)
@@ -56,7 +61,7 @@ class SoftPromptModel(nn.Module):
         if reason is not None:
             self._warn(reason)
 
-    def release(self):
+    def release(self) -> PreTrainedModel:
         """Give the model back as it was: its attention, MLPs, config and which of its parameters require gradients.
 
         Returns:
@@ -69,7 +74,7 @@ class SoftPromptModel(nn.Module):
         self.config = self.base.config
         return self.base
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "SoftPromptModel":
         """As in every module, but a base that was put in evaluation mode while this trains stays there.
 
         So ``model.base.eval()``, by which a frozen model's dropout is switched off, outlasts an evaluation.
@@ -83,18 +88,18 @@ class SoftPromptModel(nn.Module):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        labels=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         *,
-        inputs_embeds=None,
-        prompt_ids=None,
-        virtual_tokens=None,
-        cu_seqlens=None,
-        keep_logits=False,
-        num_items_in_batch=None,
-        **options,
-    ):
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | Sequence[int] | None = None,
+        virtual_tokens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | list[int] | None = None,
+        keep_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **options: Any,
+    ) -> ModelOutput:
         """The model's output for a batch; with targets its loss too.
 
         Args:
@@ -169,7 +174,14 @@ class SoftPromptModel(nn.Module):
             return self._padded(request, labels, options)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, *, prompt_ids=None, **options):
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prompt_ids: torch.Tensor | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
         """``base.generate`` behind the prompt; returns ``[B, S + new]`` ids, the input in front, as PEFT does.
 
         Left-pad a batch of several lengths; positions then count text only.
@@ -203,15 +215,15 @@ class SoftPromptModel(nn.Module):
         )
         return result
 
-    def trained_head(self):
+    def trained_head(self) -> dict[str, nn.Parameter]:
         """``{name in the model: parameter}`` of a head that trains along; {} if there is none."""
         return {name: parameter for name, parameter in self.base.named_parameters() if _is_head(name)}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """See ``PreTrainedModel``; recomputation works, reentrant or not, with Prefix-Tuning too."""
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self):
+    def gradient_checkpointing_disable(self) -> None:
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
 
@@ -259,7 +271,7 @@ class SoftPromptModel(nn.Module):
         return tokens if tokens.is_floating_point() else self.base.get_input_embeddings()(tokens)
 
     def _prompts(self, prompt_ids):
-        """A batch's prompts ``[N * P, D]``, or its shared state (None for the other), and its ids among them or None."""
+        """A batch's prompts ``[N * P, D]`` or shared state (None for the other), and its ids among them or None."""
         method, used, ids = self.method, None, None
         if prompt_ids is not None:
             used, ids = prompt_ids.to(next(method.parameters()).device).unique(return_inverse=True)
@@ -374,13 +386,14 @@ class SoftPromptModel(nn.Module):
             )
         missing = sorted(set(layers_with_keys(config)) - set(method.layers))
         if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
-            raise ValueError(
-                f"method must have a prefix in every layer with keys and values of its own, got none in layers {missing}"
-            )
+            expected = "a prefix in every layer with keys and values of its own"
+            raise ValueError(f"method must have {expected}, got none in layers {missing}")
+        if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
+            return
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         found = method.num_kv_heads, method.head_dim
-        if found != (heads, width) and not hasattr(config, "global_head_dim"):  # which differs from layer to layer
+        if found != (heads, width):
             expected = f"{heads} key heads of width {width} like the model"
             raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
 

@@ -1,6 +1,7 @@
 """patch_attention: an ordinary Hugging Face model on prefix_attention, behind a learned prefix or none."""
 
 import torch
+from transformers import PreTrainedModel
 
 from ..checks import FLOATS, check_tensor
 from .attachment import attach, detach, evaluation_mode
@@ -9,7 +10,7 @@ from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
 from .shared_state import SharedState
 
 
-def patch_attention(model, prefix=None):
+def patch_attention(model: PreTrainedModel, prefix: torch.Tensor | None = None) -> PreTrainedModel:
     """Run ``model``'s attention on :func:`fastprompt.prefix_attention`, for padded, packed and decoding batches alike.
 
     Changes this one model, in place: neither its class nor the library, and no other model that was built from the same
@@ -47,7 +48,7 @@ def patch_attention(model, prefix=None):
     return model
 
 
-def unpatch_attention(model):
+def unpatch_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo :func:`patch_attention`; a model that is not patched is left alone. Returns the model."""
     patch = model.__dict__.pop("_fastprompt_patch", None)
     if patch is not None:
@@ -63,10 +64,10 @@ class PaddedCalls:
         shared: the learned keys and values in front of every row, or None.
     """
 
-    def __init__(self, model, shared=None):
+    def __init__(self, model: PreTrainedModel, shared: SharedState | None = None):
         self.model, self.shared, self._open, self._hooks = model, shared, [], []
 
-    def why_not(self):
+    def why_not(self) -> str | None:
         """Attach; None, or the reason why the model does not give what it gave before."""
         try:
             with evaluation_mode(self.model), torch.no_grad():
@@ -81,13 +82,13 @@ class PaddedCalls:
             return "it does not ask the attention interface for a mask"
         return expected.difference(got, expected.outputs["right"], mask.bool())
 
-    def start(self):
+    def start(self) -> None:
         """Attach, and run every call so from now on."""
         attach(self.model, self)
         self._hooks.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._hooks.append(self.model.register_forward_hook(self._leave, always_call=True))
 
-    def remove(self):
+    def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._close()

@@ -18,7 +18,7 @@ class WideArithmetic(TorchDispatchMode):
         exact: did everything run in it so far?
     """
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.narrow = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
         device = model.device.type
@@ -26,7 +26,7 @@ class WideArithmetic(TorchDispatchMode):
         self.dtype, self.exact = torch.float32 if large or device == "mps" else torch.float64, True
 
     @property
-    def eps(self):
+    def eps(self) -> float:
         """The relative rounding error of one operation."""
         return torch.finfo(self.dtype if self.exact else self.narrow).eps
 

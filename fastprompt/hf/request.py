@@ -68,16 +68,16 @@ class Request:
     rows_differ: bool = False
 
     @property
-    def has_ids(self):
+    def has_ids(self) -> bool:
         """Are the tokens ids, and not embeddings?"""
         return not self.tokens.is_floating_point()
 
     @property
-    def wants_logits(self):
+    def wants_logits(self) -> bool:
         """Is more wanted of a causal LM than its loss?"""
         return self.labels is None or self.keep_logits or not self.training
 
     @property
-    def prefix_length(self):
+    def prefix_length(self) -> int:
         """The length of the learned keys and values in front."""
         return 0 if self.shared is None else self.shared.length

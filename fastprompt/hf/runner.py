@@ -1,16 +1,25 @@
 """How a planned batch travels through a model: its rows in, its hidden states, logits or loss out."""
 
 import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import ModelOutput
 
+from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .checkpointing import checkpoints_reentrantly, through_reentrant_checkpoints
 from .masks import PackedRows, running
+from .shared_state import SharedState
+
+Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
+# What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
+Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -37,7 +46,7 @@ class Runner:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
 
-    def rows(self, plan, prompt, embeds):
+    def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
 
         Args:
@@ -48,11 +57,18 @@ class Runner:
         flat = embeds.reshape(-1, embeds.shape[-1])
         return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
 
-    def hidden(self, plan, rows, shared=None):
+    def hidden(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> torch.Tensor:
         """``[R, D]`` rows, or ``[R]`` token ids -> ``[R, D]`` last hidden states of the backbone."""
         return self._call(self.backbone, plan, rows, shared).last_hidden_state[0]
 
-    def logits(self, plan, rows, shared=None, keep=None, recorded=None):
+    def logits(
+        self,
+        plan: RowPlan,
+        rows: torch.Tensor,
+        shared: SharedState | None = None,
+        keep: torch.Tensor | None = None,
+        recorded: Recorded | None = None,
+    ) -> torch.Tensor:
         """Logits ``[R, V]`` of all rows, or ``[M, V]`` of the rows ``keep``. A causal LM only.
 
         ``recorded`` is a dictionary that is given each layer's keys and values, see PackedMask; or None.
@@ -61,7 +77,14 @@ class Runner:
         return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
 
     @contextmanager
-    def packed_backbone(self, plan, inputs, shared=None, finish=None, recorded=None):
+    def packed_backbone(
+        self,
+        plan: RowPlan,
+        inputs: Inputs,
+        shared: SharedState | None = None,
+        finish: Callable[[ModelOutput], None] | None = None,
+        recorded: Recorded | None = None,
+    ) -> Iterator[None]:
         """While the block runs, a call of the backbone runs the plan's rows, and gives back padded ``[B, W, D]``
         states.
 
@@ -111,7 +134,7 @@ class Runner:
                 blocks.pop().close()
 
     @contextmanager
-    def padded_backbone(self, plan):
+    def padded_backbone(self, plan: RowPlan) -> Iterator[None]:
         """While the block runs, a call of the backbone on ``[B, W]`` rows gives the states that the grid picks."""
         hook = self.backbone.register_forward_hook(lambda module, args, output: _unpacked(plan, module, output))
         try:
@@ -160,7 +183,7 @@ def _unpacked(plan, backbone, output):
     return pooled_again(backbone, output)
 
 
-def pooled_again(backbone, output):
+def pooled_again(backbone: nn.Module, output: ModelOutput) -> ModelOutput:
     """A backbone's output with what it pools from its hidden states, if anything, made of those it has now."""
     if output.get("pooler_output") is not None:
         output.pooler_output = backbone.pooler(output.last_hidden_state)

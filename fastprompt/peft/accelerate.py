@@ -17,7 +17,7 @@ from .call import PACKED_CLASSES, Call
 _STATE = "_fastprompt"
 
 
-def accelerate(peft_model, *, keep_logits=False):
+def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel:
     """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
     checkpoints.
 
@@ -60,7 +60,7 @@ def accelerate(peft_model, *, keep_logits=False):
     return peft_model
 
 
-def restore(peft_model):
+def restore(peft_model: PeftModel) -> PeftModel:
     """Undo :func:`accelerate`; a model that is not accelerated is left alone. Returns the model."""
     state = peft_model.__dict__.get(_STATE)
     if state is not None:

@@ -1,10 +1,13 @@
 """One call of a PEFT model, translated for the engine."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from peft import (
+    PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -13,6 +16,7 @@ from peft import (
     PeftType,
 )
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..hf.request import Request
 from ..hf.shared_state import SharedState
@@ -64,7 +68,7 @@ class Call:
         ValueError: wrong arguments.
     """
 
-    def __init__(self, model, state, given):
+    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any]):
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
         self.config = model.active_peft_config
         self.length = self.config.num_virtual_tokens
@@ -157,7 +161,7 @@ class Call:
             raise CannotPack(reason)
         return shared
 
-    def language_model(self):
+    def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
         given, model = self.given, self.model
         # PEFT's warnings about arguments it ignores.
@@ -175,7 +179,7 @@ class Call:
         return tokens if tokens.is_floating_point() else self.model.word_embeddings(tokens)
 
     @contextmanager
-    def packed_backbone(self):
+    def packed_backbone(self) -> Iterator[None]:
         """PEFT's own forward inside of this block runs its layers on packed rows."""
         try:
             if self.is_prefix:

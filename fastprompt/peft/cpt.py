@@ -1,9 +1,10 @@
 """CPT's loss, of the logits of labelled rows alone."""
 
 import torch
+from peft import CPTConfig
 from torch.nn import functional as F
 
-from ..layout import IGNORE
+from ..layout import IGNORE, RowPlan
 
 
 class CPTLoss:
@@ -17,7 +18,7 @@ class CPTLoss:
         type_mask: ``[B, S]``, PEFT's ``input_type_mask``: 4, 8, ... where a token is a label of an example; None: 4.
     """
 
-    def __init__(self, config, decay, labels, type_mask):
+    def __init__(self, config: CPTConfig, decay: CPTConfig, labels: torch.Tensor, type_mask: torch.Tensor | None):
         batch, device = len(labels), labels.device
         prefix = torch.tensor(config.cpt_tokens_type_mask, device=device).expand(batch, -1)
         types = torch.full_like(labels, 4) if type_mask is None else type_mask.to(device)
@@ -32,11 +33,11 @@ class CPTLoss:
         self.wanted = self.labels != IGNORE
         self.weights = weights[self.wanted]
 
-    def rows(self, plan):
+    def rows(self, plan: RowPlan) -> torch.Tensor:
         """The rows ``[M]`` of a plan that predict the labels."""
         return plan.grid[:, :-1][self.wanted.to(plan.grid.device)]
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The loss of ``[M, V]`` logits."""
         loss = F.cross_entropy(logits, self.labels[self.wanted].to(logits.device), reduction="none")
         return (loss * self.weights.to(logits.device)).mean()

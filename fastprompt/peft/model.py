@@ -1,6 +1,9 @@
 """SoftPromptModel with checkpoints in PEFT's format."""
 
+from os import PathLike
+
 import torch
+from transformers import PreTrainedModel
 
 from ..hf import model
 from . import checkpoint
@@ -15,12 +18,12 @@ _TASK_TYPES = {
 class SoftPromptModel(model.SoftPromptModel):
     __doc__ = model.SoftPromptModel.__doc__
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write the prompts, and a head that trained along, in PEFT's adapter format; see :func:`checkpoint.save`."""
         checkpoint.save(directory, self.method, self.base.config, self._task_type(), self.trained_head())
 
     @classmethod
-    def from_pretrained(cls, base, directory):
+    def from_pretrained(cls, base: PreTrainedModel, directory: str | PathLike[str]) -> "SoftPromptModel":
         """``base`` with the prompts (and head) in ``directory``, written by PEFT or by :meth:`save_pretrained`."""
         method, head = checkpoint.load(directory), checkpoint.load_head(directory)
         unknown = sorted(head.keys() - dict(base.named_parameters()).keys())
