@@ -108,7 +108,9 @@ class PackedRows:
         self.plan, self.causal, self.recorded = plan, causal, recorded
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
-    def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
+    def mask(
+        self, before: str, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_
+    ) -> PackedMask:
         """The mask of the plan's sequences.
 
         Raises:
@@ -148,7 +150,7 @@ class PaddedBatch:
         self.shared = shared or SharedState()
         self.asked = False
 
-    def mask(self, before, **arguments):
+    def mask(self, before: str, **arguments) -> "PackedMask | DenseMask | torch.Tensor | None":
         """A :class:`PackedMask` where one says the same on all pairs of real tokens, else the mask there was before.
 
         Raises:
@@ -161,12 +163,12 @@ class PaddedBatch:
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
             return packed
-        dense = DenseMask(before, arguments, self.shared)
         if not self.shared.learned:
-            return dense.behind_nothing
+            return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
         if pattern.segments is not None:
             raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
-        return dense
+        # Of indices alone, which moves behind the prefix; a function over the tokens of the batch would not.
+        return DenseMask(before, arguments | dict(mask_function=pattern.sees, use_vmap=False), self.shared)
 
     def _packed(
         self, before, pattern, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **arguments
@@ -196,7 +198,7 @@ class AsBefore:
 
     shared = SharedState()
 
-    def mask(self, before, **arguments):
+    def mask(self, before: str, **arguments) -> torch.Tensor | None:
         """The mask of the implementation before."""
         return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
 
@@ -234,8 +236,8 @@ _ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fa
 
 
 @contextmanager
-def running(batch):
-    """While the block runs, models that were switched over run ``batch`` on prefix_attention."""
+def running(batch: "PackedRows | PaddedBatch | AsBefore"):
+    """While the block runs, models that are attached run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
         yield batch
@@ -243,7 +245,7 @@ def running(batch):
         _ACTIVE.reset(token)
 
 
-def active():
+def active() -> "PackedRows | PaddedBatch | AsBefore | None":
     """The batch of the innermost :func:`running` block, or None outside of any."""
     return _ACTIVE.get()
 
@@ -254,7 +256,7 @@ def outranks_patch() -> bool:
 
 
 @torch.compiler.disable
-def make_mask(before, **arguments):
+def make_mask(before: str, **arguments):
     """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
     batch = _ACTIVE.get()
     if batch is None:
