@@ -108,7 +108,9 @@ class PackedRows:
         self.plan, self.causal, self.recorded = plan, causal, recorded
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
-    def mask(self, before, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
+    def mask(
+        self, before: str, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_
+    ) -> PackedMask:
         """The mask of the plan's sequences.
 
         Raises:
@@ -148,7 +150,7 @@ class PaddedBatch:
         self.shared = shared or SharedState()
         self.asked = False
 
-    def mask(self, before, **arguments):
+    def mask(self, before: str, **arguments) -> "PackedMask | DenseMask | torch.Tensor | None":
         """A :class:`PackedMask` where one says the same on all pairs of real tokens, else the mask there was before.
 
         Raises:
@@ -161,12 +163,12 @@ class PaddedBatch:
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
             return packed
-        dense = DenseMask(before, arguments, self.shared)
         if not self.shared.learned:
-            return dense.behind_nothing
+            return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
         if pattern.segments is not None:
             raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
-        return dense
+        # Of indices alone, which moves behind the prefix; a function over the tokens of the batch would not.
+        return DenseMask(before, arguments | dict(mask_function=pattern.sees, use_vmap=False), self.shared)
 
     def _packed(
         self, before, pattern, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **arguments
@@ -189,6 +191,16 @@ class PaddedBatch:
         arguments |= dict(mask_function=mask_function, attention_mask=attention_mask)
         dense = DenseMask(before, arguments, self.shared)
         return PackedMask(seq, pattern.window, pattern.causal, self.shared, dense)
+
+
+class AsBefore:
+    """A batch that runs as it would if its model were not attached, nor patched with a prefix."""
+
+    shared = SharedState()
+
+    def mask(self, before: str, **arguments) -> torch.Tensor | None:
+        """The mask of the implementation before."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
 
 
 def _starts_at_zero(arguments):
@@ -220,12 +232,12 @@ def _runs(real, segments):
     return starts, ends - starts + 1, gaps
 
 
-_ACTIVE: ContextVar[PackedRows | PaddedBatch | None] = ContextVar("fastprompt_active", default=None)
+_ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fastprompt_active", default=None)
 
 
 @contextmanager
-def running(batch):
-    """While the block runs, models that were switched over run ``batch`` on prefix_attention."""
+def running(batch: "PackedRows | PaddedBatch | AsBefore"):
+    """While the block runs, models that are attached run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
         yield batch
@@ -233,18 +245,18 @@ def running(batch):
         _ACTIVE.reset(token)
 
 
-def active():
+def active() -> "PackedRows | PaddedBatch | AsBefore | None":
     """The batch of the innermost :func:`running` block, or None outside of any."""
     return _ACTIVE.get()
 
 
-def packed_rows_run():
-    """Is a :class:`PackedRows` being run right now?"""
-    return isinstance(_ACTIVE.get(), PackedRows)
+def outranks_patch() -> bool:
+    """Does the batch that is being run stay what it is in a model that is patched?"""
+    return isinstance(_ACTIVE.get(), PackedRows | AsBefore)
 
 
 @torch.compiler.disable
-def make_mask(before, **arguments):
+def make_mask(before: str, **arguments):
     """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
     batch = _ACTIVE.get()
     if batch is None:

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from .engine import Engine
+from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
-from .shared_state import SharedState, layers_with_own_keys
+from .shared_state import SharedState, layers_with_keys
 
 Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
 
@@ -162,13 +163,15 @@ class SoftPromptModel(nn.Module):
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}") from None
             self._warn(str(reason))
             return self._padded(request, labels, options)
-        if is_lm:
-            return self._engine.run(request, plan, self._embed)
-        embeds = self._embed(tokens)
-        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
-        if (types := options.pop("token_type_ids", None)) is not None:
-            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
-        return self._with_head(request, plan, inputs, embeds, labels, options)
+        try:
+            if is_lm:
+                return self._engine.run(request, plan, self._embed)
+            return self._with_head(request, plan, labels, dict(options))
+        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+            if cu_seqlens is not None:
+                raise
+            self._warn(str(reason))
+            return self._padded(request, labels, options)
 
     @torch.no_grad()
     def generate(
@@ -285,8 +288,14 @@ class SoftPromptModel(nn.Module):
             return method()[: method.num_virtual_tokens], None, None
         return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
 
-    def _with_head(self, request, plan, inputs, embeds, labels, options):
+    def _with_head(self, request, plan, labels, options):
         """The model's own forward with its head on the hidden states of the text."""
+        embeds = self._embed(request.tokens)
+        prompt = None if request.prompts is None else request.prompts()
+        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
+        types = options.pop("token_type_ids", None)
+        if types is not None:
+            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
         plan = replace(plan, grid=self._text_cells(plan, embeds.shape[1], request.attention_mask))
         if labels is not None:
             options["labels"] = labels
@@ -375,11 +384,12 @@ class SoftPromptModel(nn.Module):
             raise ValueError(
                 f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
             )
+        missing = sorted(set(layers_with_keys(config)) - set(method.layers))
+        if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
+            expected = "a prefix in every layer with keys and values of its own"
+            raise ValueError(f"method must have {expected}, got none in layers {missing}")
         if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
             return
-        own = list(range(layers_with_own_keys(config)))
-        if list(method.layers) not in (own, list(range(config.num_hidden_layers))):
-            raise ValueError(f"method must have prefixes for the layers {own}, got {list(method.layers)}")
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         found = method.num_kv_heads, method.head_dim
