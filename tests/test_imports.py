@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastprompt"
 # A folder of the package, and what of the package its modules may import beside one another.
 MAY_IMPORT = {
-    "layout": {"checks", "kernels"},
+    "layout": {"checks", "kernels", "native"},
     "ops": {"backends", "checks", "kernels", "layout", "native"},
     "methods": {"checks", "ops"},
     "hf": {"checks", "layout", "methods", "ops"},

@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
-from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from ..methods import MultitaskPromptTuning, PrefixTuning
 from .engine import Engine
+from .fit import Method, check_fits
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
-from .shared_state import SharedState, layers_with_keys
-
-Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
+from .shared_state import SharedState
 
 
 class SoftPromptModel(nn.Module):
@@ -42,7 +41,7 @@ class SoftPromptModel(nn.Module):
     def __init__(self, base: PreTrainedModel, method: Method):
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
-        self._check_method(base, method)
+        check_fits(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._engine, self._warned, self._prefix_reason, ready = None, set(), None, False
@@ -367,35 +366,6 @@ class SoftPromptModel(nn.Module):
             return_dict=True,
             **options,
         )
-
-    def _check_method(self, base, method):
-        """Raises ValueError if the prompt fits the model in no way."""
-        if not self._is_prefix:
-            width = base.get_input_embeddings().weight.shape[1]
-            if method.token_dim != width:
-                raise ValueError(
-                    f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
-                )
-            return
-        if base.config.is_encoder_decoder:
-            raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
-        config, last = base.config.get_text_config(), method.layers[-1]
-        if last >= config.num_hidden_layers:
-            raise ValueError(
-                f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
-            )
-        missing = sorted(set(layers_with_keys(config)) - set(method.layers))
-        if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
-            expected = "a prefix in every layer with keys and values of its own"
-            raise ValueError(f"method must have {expected}, got none in layers {missing}")
-        if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
-            return
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found = method.num_kv_heads, method.head_dim
-        if found != (heads, width):
-            expected = f"{heads} key heads of width {width} like the model"
-            raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
 
     def _why_no_prefix(self):
         """None if the method's prefix can run packed, else why not."""

@@ -144,7 +144,7 @@ def layers_with_own_keys(config: PreTrainedConfig) -> int:
     return text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
 
 
-def layers_with_keys(config) -> list[int]:
+def layers_with_keys(config: PreTrainedConfig) -> list[int]:
     """The indices of the layers that have keys and values of their own; recurrent layers, for example, have none."""
     layers = DynamicCache(config=text_config(config)).layers[: layers_with_own_keys(config)]
     return [index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]

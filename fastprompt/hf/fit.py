@@ -1,0 +1,37 @@
+"""Does a method's prompt fit a model?"""
+
+from transformers import PreTrainedModel
+
+from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+
+Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
+
+
+def check_fits(base: PreTrainedModel, method: Method) -> None:
+    """Raises ValueError if the prompt fits the model in no way."""
+    if not isinstance(method, PrefixTuning):
+        width = base.get_input_embeddings().weight.shape[1]
+        if method.token_dim != width:
+            raise ValueError(
+                f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
+            )
+        return
+    if base.config.is_encoder_decoder:
+        raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
+    config, last = base.config.get_text_config(), method.layers[-1]
+    if last >= config.num_hidden_layers:
+        raise ValueError(
+            f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
+        )
+    missing = sorted(set(layers_with_keys(config)) - set(method.layers))
+    if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
+        expected = "a prefix in every layer with keys and values of its own"
+        raise ValueError(f"method must have {expected}, got none in layers {missing}")
+    if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
+        return
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = method.num_kv_heads, method.head_dim
+    if found != (heads, width):
+        expected = f"{heads} key heads of width {width} like the model"
+        raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
