@@ -191,12 +191,3 @@ def _target(device):
 def _on(device):
     """Within it the device is the current one."""
     return _ANYWHERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-def unsupported(device_type, dtype):
-    """None if kernels can run on such tensors, else the reason why not."""
-    if dtype == torch.float64:
-        return "the Triton kernels have no float64"
-    if INTERPRETED or _captured.get() is not None or device_type == "cuda":
-        return None
-    return f"Triton kernels run on a GPU, the tensors are on {device_type}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..checks import INTS, check_tensor, choose_backend, import_backend
+from ..backends import implementation
+from ..checks import INTS, check_tensor
 from . import cells
 from .cells import IGNORE as IGNORE
 from .sequences import Sequences, move
@@ -165,23 +166,13 @@ def _prompts(length, ids, batch, device, prefix_length):
     return ids, length, prefix_length
 
 
-def _implementation(requested, device):
-    """The module whose ``measure`` and ``fill`` look at the cells."""
-    backends, triton = {"reference": None}, None
-    if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
-        triton, problem = import_backend(__package__, "triton")
-        backends["triton"] = problem or triton.unsupported(device.type)
-    chosen = choose_backend("the row plan", requested, backends, ["triton", "reference"])
-    return triton if chosen == "triton" else cells
-
-
 def _plan(batch, layout, backend):
     rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
         batch = replace(batch, token_ids=None)
-    on_device = _implementation(backend, batch.device)
+    on_device = implementation("row_plan", backend, batch.device.type)
     stats = _Stats(*on_device.measure(batch).cpu())
     if layout != "padded":
         if stats.holes.any():

@@ -2,19 +2,9 @@
 
 import torch
 
+from ...backends import implementation, is_eager
 from ...checks import FLOATS, INTS, check_range, check_tensor, without_autocast
-from ..launcher import available_here, choose, implementation, is_eager
 from . import cpu
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return available_here("multitask_prompt")
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose("multitask_prompt", "auto", device_type, torch.float32)
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):

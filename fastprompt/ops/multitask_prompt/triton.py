@@ -1,6 +1,5 @@
 """multitask_prompt on a GPU: launches the kernels of ``fastprompt.kernels.multitask_prompt``."""
 
-from ...kernels.launch import unsupported as unsupported
 from ...kernels.multitask_prompt.backward import sum_cols, sum_rows, sum_shared
 from ...kernels.multitask_prompt.config import cols_tile, rows_tile
 from ...kernels.multitask_prompt.forward import make_prompts

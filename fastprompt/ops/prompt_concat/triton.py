@@ -6,7 +6,6 @@ the device once, because the number of rows has to be known here.
 
 import torch
 
-from ...kernels.launch import unsupported as unsupported
 from ...kernels.prompt_concat.backward import CHUNK, sum_chunks, sum_readers
 from ...kernels.prompt_concat.forward import gather
 from ...kernels.tiles import row_tile

@@ -6,17 +6,6 @@ No GPU has run these kernels yet. They are compiled for GPUs and tested under em
 
 import torch
 
-from ... import native
-
-
-def unsupported(x):
-    """None if this backend can run a call on ``x``, else the reason why not."""
-    if native.missing_cuda:
-        return native.missing_cuda
-    if x.device.type != "cuda":
-        return f"x is on {x.device}"
-    return "float64 runs on reference and torch" if x.dtype == torch.float64 else None
-
 
 def forward(x, weights, keep, num_layers, bidirectional):
     """The outputs and the steps, as the reference returns them."""

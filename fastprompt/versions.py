@@ -1,0 +1,9 @@
+"""The oldest versions that fastprompt runs on; ``pyproject.toml`` asks for the same ones."""
+
+OLDEST = {"torch": "2.10", "peft": "0.20", "triton": "3.4"}
+
+
+def is_older(version: str, oldest: str) -> bool:
+    """Whether ``version``, such as "3.2.0+git1", comes before ``oldest``, such as "3.4"."""
+    wanted = [int(number) for number in oldest.split(".")]
+    return [int(number) for number in version.split("+")[0].split(".")[: len(wanted)]] < wanted
