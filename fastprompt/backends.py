@@ -192,6 +192,8 @@ TABLE = (
         ),
     ),
     _reference("prompt_lstm"),
+    Backend("linear_cross_entropy", "blocked", "PyTorch's own operations", (), (*_REAL, torch.float64)),
+    _reference("linear_cross_entropy"),
     Backend(
         "row_plan",
         "triton",
