@@ -11,6 +11,7 @@ __all__ = [
     "accelerate",
     "distillation_loss",
     "ensemble_vote",
+    "gated_activation",
     "linear_cross_entropy",
     "multitask_prompt",
     "patch_attention",
@@ -37,7 +38,14 @@ try:
         distillation_loss,
         ensemble_vote,
     )
-    from .ops import linear_cross_entropy, multitask_prompt, prefix_attention, prompt_concat, prompt_lstm
+    from .ops import (
+        gated_activation,
+        linear_cross_entropy,
+        multitask_prompt,
+        prefix_attention,
+        prompt_concat,
+        prompt_lstm,
+    )
 except Exception as error:
     # `fastprompt doctor` has to run where a requirement is missing or broken; every name below then says why it is.
     _problem = error

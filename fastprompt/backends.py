@@ -194,6 +194,7 @@ TABLE = (
     _reference("prompt_lstm"),
     Backend("linear_cross_entropy", "blocked", "PyTorch's own operations", (), (*_REAL, torch.float64)),
     _reference("linear_cross_entropy"),
+    _reference("gated_activation"),
     Backend(
         "row_plan",
         "triton",

@@ -30,10 +30,10 @@ def linear_cross_entropy(
         backend: "auto", "reference" or "blocked". "auto" takes "blocked".
 
     Returns:
-        A scalar, differentiable in ``hidden``, ``weight`` and ``bias``: float32 for half precision, which could not hold
-        a sum over many rows, else the dtype of ``hidden``; under autocast, too. Half precision is computed in fp32 and
-        gradients are rounded once, but for the softmax weights that "blocked" hands to a GPU's matrix units in the dtype
-        of ``weight``. Zero for no rows. The same bits every time.
+        A scalar, differentiable in ``hidden``, ``weight`` and ``bias``; float32 for half precision, which could not
+        hold a sum over many rows, else the dtype of ``hidden``; under autocast, too. Half precision is computed in fp32
+        and gradients are rounded once, but for the softmax weights that "blocked" hands to a GPU's matrix units in the
+        dtype of ``weight``. Zero for no rows. The same bits every time.
 
     Raises:
         TypeError, ValueError: an argument with another dtype, shape or device, or a label out of range.
