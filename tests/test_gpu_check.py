@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import models
-from benchmarks.budget import over_budget
+from benchmarks.budget import Budget
 from benchmarks.gpu import check, measure, operators, record
 from benchmarks.gpu.rivals import Attention, ours, providers
 from benchmarks.gpu.steps import steps
@@ -32,10 +32,10 @@ def test_rivals_compute_the_same_attention(dtype):
     problem = Attention(4, 2, 16, 5, (7, 3, 12), dtype, "cpu")
     inputs = [x.detach() for x in problem.tensors()[0]]  # FlexAttention on a CPU takes none that want gradients
     with torch.no_grad():
-        exact = ours(problem, "reference")(*(x.double() for x in inputs))
-        low = ours(problem, "reference")(*inputs)
+        budget = Budget.of(lambda _: [ours(problem, "reference")(*(x.double() for x in inputs))], dtype)
         for name, run in providers(problem).items():
-            assert over_budget(run(*inputs), low, exact) <= 1, name
+            assert budget.ratio([run(*inputs)]) <= 1, name
+            assert budget.ratio([run(inputs[0], inputs[1].roll(1, 0), *inputs[2:])]) > 1, name  # a shifted key
 
 
 def test_steps_are_checked_and_timed():
@@ -68,7 +68,7 @@ def test_a_wrong_provider_is_found(tmp_path):
     def off(*x):
         return ours(problem, "reference")(*x) * 1.001
 
-    exact = ours(problem, "reference")
+    exact = operators.exact_attention(problem, inputs, grad)
     rows = measure.compare("attention", "a", {"fastprompt": off}, exact, inputs, grad, "cpu", rounds=1, calls=1)
     assert len(record.failures(rows)) == 2
     record.write(rows, {"device": "a card"}, tmp_path)

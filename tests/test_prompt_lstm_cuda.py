@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within
+from faults import assert_found, lstm_faults
 
+from benchmarks.budget import DRAWS, Budget
 from benchmarks.gpu import cuda_matrix, lstm_plan
 from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, Args, Chip, Problem
 from fastprompt import native
+from fastprompt.ops.prompt_lstm import reference
 from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
 
 pytestmark = pytest.mark.skipif(not lstm_plan.COMPILER, reason="there is no C++ compiler")
@@ -143,13 +146,24 @@ def run(backend, x, weights, grad, options, keep=(), needs=None):
     return [out, *torch.ops.fastprompt.prompt_lstm_backward(grad, x, weights, keep, steps, *options, needs, backend)]
 
 
-def check(x, weights, grad, options, keep=(), needs=None):
-    plain = run("reference", x, weights, grad, options, keep, needs)
-    keep64 = [k.double() for k in keep]
-    exact = run("reference", x.double(), [w.double() for w in weights], grad.double(), options, keep64, needs)
-    got = run("cuda", x, weights, grad, options, keep, needs)
-    for a, b, c in zip(got, plain, exact, strict=True):
-        assert_within_budget(a, b, c)
+def exactly(x, weights, grad, options, keep=(), needs=None):
+    """As :func:`run`, in float64."""
+    x, grad, weights, keep = x.double(), grad.double(), [w.double() for w in weights], [k.double() for k in keep]
+    out, steps = reference.forward(x, weights, keep, *options)
+    needs = needs or [True] * (1 + len(weights))
+    return [out, *reference.backward(grad, x, weights, keep, steps, *options, needs)]
+
+
+def check(x, weights, grad, options, keep=(), needs=None, draws=DRAWS):
+    budget = Budget.of(lambda _: exactly(x, weights, grad, options, keep, needs), x.dtype, draws=draws)
+    assert_within(budget, run("cuda", x, weights, grad, options, keep, needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_budget_finds_planted_faults(dtype):
+    x, weights, grad, options = inputs(10, 5, 2, dtype)
+    budget = Budget.of(lambda _: exactly(x, weights, grad, options), dtype)
+    assert_found(budget, lstm_faults(lambda *arguments: exactly(*arguments, options), x, weights, grad))
 
 
 # 40 units: more tiles than a block has warps, and rows of more than 32 chunks. 2 and 9 steps: both buffers, and again.
@@ -169,7 +183,7 @@ def test_rows_in_registers_and_shared_memory_and_streamed(dtype, library, emulat
         problem = Problem(hidden, 1, dtype.itemsize, backward)
         plan = emulation.variant.plan(library, problem)
         assert plan.held == (256 if backward else 64) and plan.kept == 32 and plan.held + 32 < lstm_plan.chunks(problem)
-    check(*inputs(hidden, 2, 1, dtype))
+    check(*inputs(hidden, 2, 1, dtype), draws=2)  # of many numbers a few draws tell enough
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -212,12 +226,12 @@ def test_a_wait_without_an_end_is_found(library, emulation):
         run("cuda", *inputs(9, 4, 1, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_layers_with_dropout(bias, directions, library, emulation):
-    """In half precision, rounded once at the end: roundings of three layers in fp32 are not within twice each other."""
+def test_layers_with_dropout(bias, directions, dtype, library, emulation):
     emulation.use(library, VARIANTS["grid, registers"])
-    given = inputs(6, 5, directions, torch.float16, layers=3, bias=bias)
+    given = inputs(6, 5, directions, dtype, layers=3, bias=bias)
     generator = torch.Generator().manual_seed(0)
     keep = [2.0 * (torch.rand(5, 6 * directions, generator=generator) < 0.5) for _ in range(2)]
     check(*given, keep)

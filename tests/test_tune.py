@@ -11,6 +11,7 @@ from fastprompt.kernels import launch
 from fastprompt.kernels.prefix_attention import config, tuned
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.budget import Budget
 from benchmarks.gpu import tune
 from benchmarks.gpu.chips import CHIPS
 
@@ -33,6 +34,12 @@ def now():
     return tune.entry_of(config.forward_tiles(128, 2, TARGET), "forward")
 
 
+def ones():
+    """The budget of four ones."""
+    exact = torch.ones(4, dtype=torch.float64)
+    return Budget([exact], [exact[None]], [torch.float32])
+
+
 def climb(seconds, wrong=lambda entry: False, unfit=lambda entry: None):
     """``tune.climb`` where time, correctness, fitness are functions of the tiles; also the entries that were timed."""
     timed = []
@@ -41,8 +48,7 @@ def climb(seconds, wrong=lambda entry: False, unfit=lambda entry: None):
         timed.append(now())
         return seconds(now())
 
-    exact = [torch.ones(4, dtype=torch.float64)]
-    call = tune.Call(lambda: [torch.ones(4) + wrong(now())], [torch.ones(4)], exact)
+    call = tune.Call(lambda: [torch.ones(4) + wrong(now())], ones())
     return *tune.climb("forward", RULE, [call] * 2, lambda run: unfit(now()), timer, rounds=3), timed
 
 
@@ -101,7 +107,7 @@ def test_calls_launch_the_kernels_of_their_role_with_the_tiles_of_the_entry(role
             call.run()
         assert launches[0].kernel.name == f"_{role}" and launches[0].options.num_warps == 2
         assert dict(zip(launches[0].kernel.constants, launches[0].constants))["BN"] == 16
-        assert all(torch.isfinite(x).all() for x in call.exact) and len(call.low) == len(call.exact) >= 2
+        assert all(torch.isfinite(x).all() for x in call.budget.exact) and len(call.budget.exact) >= 2
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
@@ -188,7 +194,7 @@ def test_a_table_that_is_not_json_is_named(table):
 
 
 def test_the_table_of_a_gpu_is_made_and_used(table, monkeypatch, capsys):
-    call = tune.Call(lambda: [torch.ones(4)], [torch.ones(4)], [torch.ones(4, dtype=torch.float64)])
+    call = tune.Call(lambda: [torch.ones(4)], ones())
     monkeypatch.setattr(tune, "this_chip", lambda: CHIPS["sm_90"])
     monkeypatch.setattr(tune, "calls", lambda *_: [call])
     monkeypatch.setattr(tune, "unfit", lambda run, chip: None)

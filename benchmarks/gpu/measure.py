@@ -4,8 +4,10 @@ import time
 
 import torch
 
-from ..budget import over_budget
+from ..budget import Budget
 from .record import Row
+
+DRAWS = 2  # for a budget: at these sizes the mean of their squares is known well, and they take time
 
 
 def results_of(run, inputs, grad):
@@ -15,11 +17,10 @@ def results_of(run, inputs, grad):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def check_against(run, reference, inputs, grad):
-    """The worst of output and gradients over its budget; ``reference`` runs in float64 and in the inputs' precision."""
-    exact = results_of(reference, [x.detach().double() for x in inputs], grad.double())
-    low = results_of(reference, inputs, grad)
-    return max(over_budget(*three) for three in zip(results_of(run, inputs, grad), low, exact))
+def exactly(reference, inputs, grad):
+    """What :class:`Budget` evaluates: :func:`results_of` of the reference in float64."""
+    inputs, grad = [x.detach().double() for x in inputs], grad.double()
+    return lambda stored: results_of(reference, inputs, grad)
 
 
 def seconds(call, device, rounds=7, calls=10):
@@ -58,12 +59,13 @@ def peak_mib(call, device):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(section, case, functions, reference, inputs, grad, device, **timing):
-    """Check and time each provider, forward and forward with backward."""
+def compare(section, case, functions, exactly, inputs, grad, device, **timing):
+    """Check each provider against ``exactly`` (see :class:`Budget`), and time it, forward and forward with backward."""
     rows = []
+    budget = Budget.of(exactly, grad.dtype, draws=DRAWS)
     for name, run in functions.items():
         try:
-            rows += _checked_and_timed(section, case, name, run, reference, inputs, grad, device, timing)
+            rows += _checked_and_timed(section, case, name, run, budget, inputs, grad, device, timing)
         except (RuntimeError, NotImplementedError, ImportError) as problem:
             if name == "fastprompt":
                 raise
@@ -72,8 +74,8 @@ def compare(section, case, functions, reference, inputs, grad, device, **timing)
     return rows
 
 
-def _checked_and_timed(section, case, name, run, reference, inputs, grad, device, timing):
-    error = check_against(run, reference, inputs, grad)
+def _checked_and_timed(section, case, name, run, budget, inputs, grad, device, timing):
+    error = budget.ratio(results_of(run, inputs, grad))
     inputs = [x.detach().requires_grad_() for x in inputs]
 
     def both():

@@ -7,11 +7,12 @@ from torch import nn
 
 import fastprompt
 from fastprompt import native
+from fastprompt.ops.prefix_attention import reference
 
-from ..budget import over_budget
-from .measure import compare, milliseconds, peak_mib
+from ..budget import Budget
+from .measure import DRAWS, compare, exactly, milliseconds, peak_mib
 from .record import Row
-from .rivals import Attention, ours, providers, uneven
+from .rivals import Attention, providers, uneven
 
 
 def attention(device, problems=None, chosen=providers, **timing):
@@ -23,13 +24,27 @@ def attention(device, problems=None, chosen=providers, **timing):
             "attention",
             f"{problem.name}, {str(problem.dtype)[6:]}",
             chosen(problem),
-            ours(problem, "reference"),
+            exact_attention(problem, inputs, grad),
             inputs,
             grad,
             device,
             **timing,
         )
     return rows
+
+
+def exact_attention(problem, inputs, grad):
+    """What :class:`Budget` evaluates: the output and the gradients in float64."""
+    q, k, v, prefix_k, prefix_v = (x.detach().double() for x in inputs)
+    tensors = q, k, v, prefix_k[None], prefix_v[None]
+    options = dict(causal=True, window=None, softcap=None, sinks=None, scale=problem.head_dim**-0.5)
+
+    def results(stored):
+        out, lse = reference.forward(*tensors, problem.seq, **options)
+        grads = reference.backward(grad.double(), *tensors, stored(out), lse, problem.seq, **options)
+        return [out, *grads[:3], *(x[0] for x in grads[3:5])]
+
+    return results
 
 
 def _attention_problems(device):
@@ -77,14 +92,14 @@ def decoding(
         repeated = (x.repeat_interleave(heads // kv_heads, 1) for x in full)
         return nn.functional.scaled_dot_product_attention(q[:, :, None], *repeated, attn_mask=mask)[:, :, 0]
 
-    exact = run("reference", q.double(), k.double(), v.double(), [x.double() for x in bank])
-    low = run("reference")
+    doubled = q.double(), k.double(), v.double(), [x.double() for x in bank]
+    budget = Budget.of(lambda _: [run("reference", *doubled)], dtype, draws=DRAWS)
     return [
         Row(
             "decode",
             f"{heads}/{kv_heads} heads of {head_dim}, P = {prefix}, {batch} caches of up to {room}",
             name,
-            over_budget(call(), low, exact),
+            budget.ratio([call()]),
             milliseconds(call, device, **timing),
             peak_mib(call, device),
         )
@@ -105,13 +120,14 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def plain(learned):
         return torch.cat([learned, nn.functional.embedding(ids, table.to(learned.dtype))])
 
+    grad_of_rows = draw(prompt + tokens, width)
     rows = compare(
         "prompt_concat",
         f"{prompt} + {tokens} rows of {width}",
         {"fastprompt": concat("auto"), "cat + embedding": plain},
-        concat("reference"),
+        exactly(concat("reference"), [learned], grad_of_rows),
         [learned],
-        draw(prompt + tokens, width),
+        grad_of_rows,
         device,
         **timing,
     )
@@ -125,13 +141,14 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def matmul(shared, left, right):
         return shared * (left[tasks] @ right[tasks])
 
+    grad = draw(4, prompt, width)
     return rows + compare(
         "multitask_prompt",
         f"4 of 8 tasks, {prompt} x {width}, rank 4",
         {"fastprompt": multitask("auto"), "matmul": matmul},
-        multitask("reference"),
+        exactly(multitask("reference"), [shared, left, right], grad),
         [shared, left, right],
-        draw(4, prompt, width),
+        grad,
         device,
         **timing,
     )
@@ -169,7 +186,7 @@ def _lstm(device, width, length, backend, dtype, timing):
         "prompt_lstm",
         case,
         {"fastprompt": fused(backend), "nn.LSTM": fused("torch")},
-        fused("reference"),
+        exactly(fused("reference"), [x, *weights], grad),
         [x, *weights],
         grad,
         device,

@@ -33,9 +33,10 @@ from fastprompt.ops.prefix_attention import reference
 from fastprompt.ops.prefix_attention import triton as launcher
 
 from .. import report
-from ..budget import over_budget
+from ..budget import Budget
 from . import binary, compile_matrix
 from .chips import CHIPS
+from .measure import DRAWS
 from .rivals import uneven
 
 MARGIN = 1.03
@@ -45,15 +46,14 @@ PREFIX = 100
 
 @dataclass(frozen=True)
 class Call:
-    """A call that launches the kernels of a role, and what it has to give: in its own precision, and exactly."""
+    """A call that launches the kernels of a role, and what it may give."""
 
     run: Callable
-    low: list
-    exact: list
+    budget: Budget
 
     @property
     def right(self):
-        return all(over_budget(*three) <= 1 for three in zip(self.run(), self.low, self.exact))
+        return self.budget.ratio(self.run()) <= 1  # False for nan
 
 
 def calls(role, head_dim, dtype, device="cuda", rows=8192):
@@ -86,18 +86,23 @@ def _call(
     ]
     options = dict(causal=True, window=window, softcap=softcap, scale=head_dim**-0.5)
 
-    def prepared(module, grad, *inputs, sinks):
-        """A function of nothing: the role of this module."""
+    def run():
+        *inputs, sinks = given
         if role != "backward":
-            return lambda: list(module.forward(*inputs, seq, sinks=sinks, **options))
-        saved = reference.forward(*inputs, seq, sinks=sinks, **options)
-        return lambda: [x for x in module.backward(grad, *inputs, *saved, seq, sinks=sinks, **options) if x is not None]
+            return list(launcher.forward(*inputs, seq, sinks=sinks, **options))
+        return [x for x in launcher.backward(grad, *inputs, *saved, seq, sinks=sinks, **options) if x is not None]
 
-    def of(module, convert=lambda x: x):
-        *inputs, sinks = (None if x is None else convert(x) for x in given)
-        return prepared(module, convert(grad), *inputs, sinks=sinks)
+    def exactly(stored):
+        *inputs, sinks = (None if x is None else x.double() for x in given)
+        out, lse = reference.forward(*inputs, seq, sinks=sinks, **options)
+        if role != "backward":
+            return [out, lse]
+        grads = reference.backward(grad.double(), *inputs, stored(out), lse, seq, sinks=sinks, **options)
+        return [x for x in grads if x is not None]
 
-    return Call(of(launcher), of(reference)(), of(reference, torch.Tensor.double)())
+    *inputs, sinks = given
+    saved = reference.forward(*inputs, seq, sinks=sinks, **options) if role == "backward" else None
+    return Call(run, Budget.of(exactly, dtype, draws=DRAWS))
 
 
 def entry_of(rule, role):
