@@ -1,10 +1,10 @@
 """The error budget: how far a result may be from the exact one. Tests, benchmarks and the check on a GPU share it.
 
-It comes from the inputs alone. The reference runs in float64, exactly, and then several times with errors of the stated
-precision drawn at random behind every operation (Monte Carlo arithmetic; Parker 1997). The error of a sum, and of a
-matrix product, grows with the terms it is a sum of, not with what is left of them, so a result that cancels is judged
-by what cancelled. What other code gives for the same inputs has no say in it: that would make the budget a matter of
-its luck, and of the machine.
+It comes from the inputs alone. The reference runs in float64, exactly, and then several times with errors of the
+stated precision drawn at random behind every operation (Monte Carlo arithmetic; Parker 1997). The error of a sum, and
+of a matrix product, grows with the terms it is a sum of, not with what is left of them, so a result that cancels is
+judged by what cancelled. What other code gives for the same inputs has no say in it: that would make the budget a
+matter of its luck, and of the machine.
 """
 
 import torch
@@ -28,9 +28,9 @@ _EXACT = {
     "roll", "repeat", "fill", "zero", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full",
     "full_like", "new_full", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "arange",
     "scalar_tensor", "amax", "amin", "max", "min", "maximum", "minimum", "relu", "neg", "abs", "sign", "embedding",
-    "constant_pad_nd", "nan_to_num", "lift_fresh", "lift_fresh_copy", "clamp", "clamp_min", "clamp_max",
-    "bernoulli", "sort", "topk", "tril", "triu", "select_backward", "slice_backward", "masked_select",
-    "masked_scatter", "scatter", "_unsafe_view", "_reshape_copy",
+    "constant_pad_nd", "nan_to_num", "lift_fresh", "lift_fresh_copy", "clamp", "clamp_min", "clamp_max", "bernoulli",
+    "sort", "topk", "tril", "triu", "select_backward", "slice_backward", "masked_select", "masked_scatter", "scatter",
+    "_unsafe_view", "_reshape_copy",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from fastprompt.ops.prefix_attention import reference
 
 
 def attention_faults(inputs, grad, seq, **flags):
-    """Name of a fault -> the eight results of prefix_attention with it; see `benchmarks.budget.attention_budget`."""
+    """Name of a fault -> the eight results of prefix_attention with it, as ``benchmarks.budget.attention_budget``."""
     dtype = inputs[0].dtype
     *tensors, sinks = (x if x is None else x.detach().double() for x in inputs)
     options = dict(causal=True, window=None, softcap=None, scale=inputs[0].shape[-1] ** -0.5) | flags

@@ -35,7 +35,7 @@ def test_rivals_compute_the_same_attention(dtype):
         budget = Budget.of(lambda _: [ours(problem, "reference")(*(x.double() for x in inputs))], dtype)
         for name, run in providers(problem).items():
             assert budget.ratio([run(*inputs)]) <= 1, name
-            assert budget.ratio([run(inputs[0], inputs[1].roll(1, 0), *inputs[2:])]) > 1, name  # a shifted key
+            assert budget.ratio([run(inputs[0], inputs[1].roll(1, 0), *inputs[2:])]) > 1, name  # keys one row on
 
 
 def test_steps_are_checked_and_timed():
@@ -68,7 +68,7 @@ def test_a_wrong_provider_is_found(tmp_path):
     def off(*x):
         return ours(problem, "reference")(*x) * 1.001
 
-    exact = operators.exact_attention(problem, inputs, grad)
+    exact = measure.exactly(ours(problem, "reference"), inputs, grad)
     rows = measure.compare("attention", "a", {"fastprompt": off}, exact, inputs, grad, "cpu", rounds=1, calls=1)
     assert len(record.failures(rows)) == 2
     record.write(rows, {"device": "a card"}, tmp_path)

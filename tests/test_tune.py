@@ -194,8 +194,8 @@ def test_a_table_that_is_not_json_is_named(table):
 
 
 def test_the_table_of_a_gpu_is_made_and_used(table, monkeypatch, capsys):
-    call = tune.Call(lambda: [torch.ones(4)], ones())
     monkeypatch.setattr(tune, "this_chip", lambda: CHIPS["sm_90"])
+    call = tune.Call(lambda: [torch.ones(4)], ones())
     monkeypatch.setattr(tune, "calls", lambda *_: [call])
     monkeypatch.setattr(tune, "unfit", lambda run, chip: None)
     monkeypatch.setattr(tune, "seconds", lambda run: 1.0 if now() == BETTER else 2.0)

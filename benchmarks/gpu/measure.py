@@ -61,8 +61,7 @@ def peak_mib(call, device):
 
 def compare(section, case, functions, exactly, inputs, grad, device, **timing):
     """Check each provider against ``exactly`` (see :class:`Budget`), and time it, forward and forward with backward."""
-    rows = []
-    budget = Budget.of(exactly, grad.dtype, draws=DRAWS)
+    rows, budget = [], Budget.of(exactly, grad.dtype, draws=DRAWS)
     for name, run in functions.items():
         try:
             rows += _checked_and_timed(section, case, name, run, budget, inputs, grad, device, timing)

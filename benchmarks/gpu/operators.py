@@ -24,7 +24,7 @@ def attention(device, problems=None, chosen=providers, **timing):
             "attention",
             f"{problem.name}, {str(problem.dtype)[6:]}",
             chosen(problem),
-            exact_attention(problem, inputs, grad),
+            _exact_attention(problem, inputs, grad),
             inputs,
             grad,
             device,
@@ -33,8 +33,7 @@ def attention(device, problems=None, chosen=providers, **timing):
     return rows
 
 
-def exact_attention(problem, inputs, grad):
-    """What :class:`Budget` evaluates: the output and the gradients in float64."""
+def _exact_attention(problem, inputs, grad):
     q, k, v, prefix_k, prefix_v = (x.detach().double() for x in inputs)
     tensors = q, k, v, prefix_k[None], prefix_v[None]
     options = dict(causal=True, window=None, softcap=None, sinks=None, scale=problem.head_dim**-0.5)
@@ -120,14 +119,14 @@ def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=1
     def plain(learned):
         return torch.cat([learned, nn.functional.embedding(ids, table.to(learned.dtype))])
 
-    grad_of_rows = draw(prompt + tokens, width)
+    grad = draw(prompt + tokens, width)
     rows = compare(
         "prompt_concat",
         f"{prompt} + {tokens} rows of {width}",
         {"fastprompt": concat("auto"), "cat + embedding": plain},
-        exactly(concat("reference"), [learned], grad_of_rows),
+        exactly(concat("reference"), [learned], grad),
         [learned],
-        grad_of_rows,
+        grad,
         device,
         **timing,
     )

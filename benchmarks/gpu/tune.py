@@ -34,9 +34,8 @@ from fastprompt.ops.prefix_attention import triton as launcher
 
 from .. import report
 from ..budget import Budget
-from . import binary, compile_matrix
+from . import binary, compile_matrix, measure
 from .chips import CHIPS
-from .measure import DRAWS
 from .rivals import uneven
 
 MARGIN = 1.03
@@ -102,7 +101,7 @@ def _call(
 
     *inputs, sinks = given
     saved = reference.forward(*inputs, seq, sinks=sinks, **options) if role == "backward" else None
-    return Call(run, Budget.of(exactly, dtype, draws=DRAWS))
+    return Call(run, Budget.of(exactly, dtype, draws=measure.DRAWS))
 
 
 def entry_of(rule, role):

@@ -91,18 +91,18 @@ def padded(draw):
     return batch, width, length, chosen
 
 
-QUIET = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(padded())
-@QUIET
+@FEW
 def test_padded_input(example):
     *sizes, chosen = example
     check(plan_padded_input, *sizes, **chosen)
 
 
 @given(st.data())
-@QUIET
+@FEW
 def test_packed_input(data):
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
     length, chosen = data.draw(options([sum(lengths)], len(lengths)))
