@@ -8,6 +8,7 @@ matter of its luck, and of the machine.
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt.ops.prefix_attention import reference
@@ -59,8 +60,6 @@ class Rounding(TorchDispatchMode):
         overwrites = kind == "index_put" and not any(args[3:])
         if function.is_view or kind in _EXACT or overwrites:
             return function(*args, **kwargs)
-        if kind in _PRODUCTS and self.operands is not None:
-            args = tuple(self.stored(x, self.operands) if _is_double(x) else x for x in args)
         inner = _error_of_sums(function, kind, args, kwargs)  # before an operation in place changes its inputs
         result = function(*args, **kwargs)
         for out in result if isinstance(result, (tuple, list)) else (result,):
@@ -69,6 +68,17 @@ class Rounding(TorchDispatchMode):
                 error = size.mul_(self.unit) if inner is None else size.mul_(self.unit).add_(inner)
                 out.add_(error.mul_(self._draw(out)).nan_to_num_(0.0, 0.0, 0.0))  # infinite numbers have no error
         return result
+
+    def __enter__(self):
+        if self.operands is not None:
+            self._operands = _RoundedOperands(lambda x: self.stored(x, self.operands))
+            self._operands.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *problem):
+        super().__exit__(*problem)
+        if self.operands is not None:
+            self._operands.__exit__(*problem)
 
     def stored(self, x, dtype):
         """``x`` as it comes back from memory that holds it in ``dtype``; numbers that it can hold are not changed."""
@@ -81,6 +91,21 @@ class Rounding(TorchDispatchMode):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return torch.randn(like.shape, generator=self._generators[device], dtype=like.dtype, device=device)
+
+
+class _RoundedOperands(TorchFunctionMode):
+    """Rounds what products are written of: below, products of one term are no products any more."""
+
+    _functions = {torch.einsum, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm}
+
+    def __init__(self, stored):
+        super().__init__()
+        self.stored = stored
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self._functions:
+            args = tuple(self.stored(x) if _is_double(x) else x for x in args)
+        return function(*args, **(kwargs or {}))
 
 
 def _is_double(x):
