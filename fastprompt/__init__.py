@@ -22,8 +22,6 @@ __all__ = [
 ]
 
 try:
-    from .accelerate import accelerate, restore
-    from .hf.model import SoftPromptModel
     from .hf.patch import patch_attention, unpatch_attention
     from .hf.prefix import prefix_of_text
     from .hf.template import Template
@@ -37,6 +35,8 @@ try:
         ensemble_vote,
     )
     from .ops import multitask_prompt, prefix_attention, prompt_concat, prompt_lstm
+    from .peft.accelerate import accelerate, restore
+    from .peft.model import SoftPromptModel
 except Exception as error:
     # `fastprompt doctor` has to run where a requirement is missing or broken; every name below then says why it is.
     _problem = error

@@ -16,7 +16,7 @@ REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy
 OPTIONAL = ("triton",)
 OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.
-MAIN_JOB = ("fastprompt.accelerate", "fastprompt.training")
+MAIN_JOB = ("fastprompt.peft.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
 COMPILE = (
     "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . "

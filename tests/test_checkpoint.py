@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, build
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig
 
-from fastprompt.hf.checkpoint import load, save
+from fastprompt.peft.checkpoint import load, save
 from fastprompt.methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
 P, D, L, B, S = 4, 48, 3, 2, 5

@@ -109,7 +109,7 @@ def test_models_that_cannot_be_packed_run_peft_itself(name, padding):
     plain = step(model, inputs)
     with pytest.warns(UserWarning, match="fastprompt runs PEFT's own padded forward: .+") as caught:
         fastprompt.accelerate(model)
-    assert not any("MaskPlan" in str(warning.message) for warning in caught)  # a reason for users
+    assert not any("PackedMask" in str(warning.message) for warning in caught)  # a reason for users
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # not a second time
         fast = step(model, inputs)

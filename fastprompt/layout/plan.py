@@ -59,7 +59,7 @@ class RowPlan:
         """``[R, ...]`` -> ``[B, W, ...]``; cells without a row hold ``fill``."""
         cells = rows[self.grid.clamp(min=0)]
         missing = (self.grid < 0).view(self.grid.shape + (1,) * (rows.dim() - 1))
-        return cells.masked_fill(missing, fill)
+        return cells.masked_fill_(missing, fill)  # of the copy that indexing made
 
 
 def plan_padded_input(

@@ -29,7 +29,7 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
     for i, (prompt, completion) in enumerate(pairs):
         readers.setdefault((*prompt, *completion[:-1]), []).append(i)
 
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]  # not all: a frozen base may evaluate
     model.eval()
     base: Any = model.get_base_model()
     soft_prompt = _soft_prompt(model, task_id)
@@ -47,7 +47,8 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
                     tokens = torch.tensor(pairs[i].completion, device=base.device)
                     scores[i] = row[-len(tokens) :].gather(-1, tokens[:, None]).sum()
             bar.update(len(batch))
-    model.train(was_training)
+    for module in training:
+        module.training = True
     return scores
 
 
