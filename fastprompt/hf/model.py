@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,13 +38,17 @@ class SoftPromptModel(nn.Module):
         ValueError: the prompt does not fit the model.
     """
 
-    def __init__(self, base: PreTrainedModel, method: Method):
+    base: Any
+
+    def __init__(self, base: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
         self._check_method(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-        self._engine, self._warned, self._prefix_reason, ready = None, set(), None, False
+        self._engine: Any = None
+        self._warned: set[str] = set()
+        self._prefix_reason, ready = None, False
         try:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(_is_head(name))
@@ -122,7 +126,7 @@ class SoftPromptModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
         prompt_ids = self._prompt_ids(prompt_ids)
         self._check(virtual_tokens, cu_seqlens, attention_mask, options)
         if cu_seqlens is None and attention_mask is not None and attention_mask.shape != tokens.shape[:2]:

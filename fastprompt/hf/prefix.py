@@ -1,11 +1,14 @@
 """prefix_of_text: a real text's keys and values, to start Prefix-Tuning from."""
 
+from collections.abc import Sequence
+
 import torch
+from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def prefix_of_text(model, token_ids):
-    """The keys and values of a real text in the frozen model: ``[L, 2, P, Hkv, Dh]``, what Prefix-Tuning starts best from.
+def prefix_of_text(model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The keys and values of a real text in the frozen model, what Prefix-Tuning starts best from.
 
     Args:
         model: a Hugging Face causal LM.
