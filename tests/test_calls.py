@@ -261,11 +261,6 @@ def test_cpt_s_head_runs_on_labelled_rows_only(types, weighted, packed):
     assert rows[0] <= int((inputs["labels"] != -100).sum()) + B * P < B * (P + S)
 
 
-def test_a_prefix_for_some_of_the_layers_is_refused():
-    with pytest.raises(ValueError, match=r"method must have prefixes for the layers \[0, 1, 2\], got \[0, 2\]"):
-        fastprompt.SoftPromptModel(build("llama"), fastprompt.PrefixTuning(P, 2, 2, 8, layers=(0, 2)))
-
-
 def test_padded_logits_are_made_once():
     plan = plan_padded_input(B, S, P, attention_mask=batch("right")["attention_mask"])
     rows = torch.randn(len(plan.source), 7)

@@ -5,9 +5,11 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import batch, peft_model
 from test_patch_attention import IDS, MASK, calls, prefix_model  # noqa: F401 (a fixture)
 from tiny_models import VOCABULARY, build
 from transformers import masking_utils as masking
+from transformers.models.llama import modeling_llama
 
 import fastprompt
 from fastprompt.hf.mask_patterns import Pattern, find_pattern, read_pattern
@@ -127,6 +129,10 @@ def prefix_lm():
         "hrm_text", **_TEXT | dict(num_hidden_layers=1), H_cycles=1, L_cycles=1, embedding_scale=1.0
     )
     return drawn(hf.AutoModelForCausalLM.from_config(config))
+
+
+def prefix_encoder():
+    return prefix_lm().model
 
 
 def image_blocks():
@@ -310,3 +316,39 @@ def test_a_soft_prompt_before_such_a_model_takes_the_padded_path(make, reason):
             wrapped = fastprompt.SoftPromptModel(model, prompt).eval()
         got = first(wrapped(input_ids=IDS))
     torch.testing.assert_close(got, expected[:, -got.shape[1] :], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_that_only_one_batch_asks_for_sends_that_batch_the_padded_way():
+    model, prompt = prefix_encoder(), fastprompt.PromptTuning(4, 48)
+    before = torch.cat([TYPES.new_zeros(3, 4), TYPES], 1)
+    embeds = torch.cat([prompt().expand(3, -1, -1), model.get_input_embeddings()(IDS)], 1)
+    with torch.no_grad():
+        expected = [first(model(inputs_embeds=embeds, token_type_ids=types))[:, 4:] for types in (0 * before, before)]
+        wrapped = fastprompt.SoftPromptModel(model, prompt).eval()
+        assert wrapped._engine.refusal is None
+        plain = first(wrapped(IDS, token_type_ids=0 * TYPES))
+        with pytest.warns(UserWarning, match="attention both ways within blocks has no form for packed rows"):
+            blocks = first(wrapped(IDS, token_type_ids=TYPES))
+    assert not torch.allclose(*expected, atol=0.1)
+    for got, want in zip((plain, blocks), expected):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_so_it_does_before_peft_s_own_forward(monkeypatch):
+    whole = []  # what the model sees both ways, from a certain call on
+
+    def create_mask(**arguments):
+        blocks = torch.zeros(arguments["inputs_embeds"].shape[:2], dtype=torch.int64) if whole else None
+        return masking.create_causal_mask(**arguments, block_sequence_ids=blocks)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", create_mask)
+    model, inputs = peft_model("llama").eval(), batch("right")
+    fastprompt.accelerate(model)
+    assert model._fastprompt.engine.refusal is None
+    with torch.no_grad():
+        causal = model(**inputs).loss
+        whole.append(True)
+        with pytest.warns(UserWarning, match="attention both ways within blocks has no form for packed rows"):
+            got = model(**inputs).loss
+        expected = fastprompt.restore(model)(**inputs).loss
+    assert torch.equal(got, expected) and not torch.allclose(got, causal)

@@ -182,6 +182,15 @@ def test_a_prefix_from_a_text_is_that_text_in_front(name):
     torch.testing.assert_close(model(inputs["input_ids"]).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers, missing", [((0, 2), r"\[1\]"), ((0, 1), r"\[2\]")])
+def test_a_prefix_in_some_layers_only_is_refused_before_the_model_is_touched(layers, missing):
+    base = build("llama")
+    with pytest.raises(ValueError, match=f"method must have a prefix in every layer .*, got none in layers {missing}"):
+        SoftPromptModel(base, PrefixTuning(4, 2, 2, 8, layers=layers))
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert base.config._attn_implementation == "sdpa"
+
+
 METHOD_WITH_HEAD = {
     "prompt": lambda: PromptTuning(P, 48),
     "prefix_llama": lambda: PrefixTuning(P, 3, 2, 8),

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from allocations import Allocations
 from budget import assert_within
 from faults import assert_found, attention_faults
 from hypothesis import given, settings
@@ -277,6 +278,25 @@ def test_only_wanted_gradients_and_one_backward(backend):
     assert prefix_k.grad is not None and all(t.grad is None for t in (q, k, v, prefix_v))
     with pytest.raises(RuntimeError):
         out.sum().backward()
+
+
+def largest_in_backward(backend, trains, dtype=torch.float64):
+    """The largest tensor that a backward makes, in elements, and the size of the bank of prefixes."""
+    seq, _ = layout([4, 6], "packed", 200, 3, seed=0, mixed=True)
+    q, k, v, prefix_k, prefix_v, _ = tensors(seq.rows, 2, 2, 8, 200, 3, dtype)
+    prefix_k.requires_grad_(trains), prefix_v.requires_grad_(trains)
+    out, _ = prefix_attention(q.requires_grad_(), k, v, prefix_k, prefix_v, seq, backend=backend)
+    with Allocations() as made:
+        out.backward(torch.ones_like(out))
+    return max(made.sizes), prefix_k.numel()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory(backend):
+    largest, bank = largest_in_backward(backend, trains=False)
+    assert largest < bank / 4
+    largest, bank = largest_in_backward(backend, trains=True)
+    assert largest >= bank
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from budget import assert_within
 from faults import assert_found, attention_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prefix_attention import FLAGS, dense, layout, run, tensors
+from test_prefix_attention import FLAGS, dense, largest_in_backward, layout, run, tensors
 
 from benchmarks import prefix_attention as benchmark
 from benchmarks.budget import attention_budget
@@ -333,3 +333,8 @@ def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, 
     with open(tmp_path / "prefix_attention.csv") as stream:
         records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
     assert all((record["speed-up"] == "WRONG") == wrong for record in records)
+
+
+def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory():
+    largest, bank = largest_in_backward("cpu", trains=False, dtype=torch.float32)
+    assert largest < bank / 4

@@ -202,6 +202,16 @@ class PaddedBatch:
         return PackedMask(seq, pattern.window, pattern.causal, self.shared, dense)
 
 
+class AsBefore:
+    """A batch that runs as it would if its model were not attached, nor patched with a prefix."""
+
+    shared = SharedState()
+
+    def mask(self, before: str, **arguments: Any) -> Any:
+        """The mask of the implementation before."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
+
+
 def _starts_at_zero(arguments):
     offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
     return not any(isinstance(offset, torch.Tensor) or offset for offset in offsets)
@@ -231,8 +241,8 @@ def _runs(real, segments):
     return starts, ends - starts + 1, gaps
 
 
-Batch = TypeVar("Batch", bound=PackedRows | PaddedBatch)
-_ACTIVE: ContextVar[PackedRows | PaddedBatch | None] = ContextVar("fastprompt_active", default=None)
+Batch = TypeVar("Batch", bound=PackedRows | PaddedBatch | AsBefore)
+_ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fastprompt_active", default=None)
 
 
 @contextmanager
@@ -245,14 +255,14 @@ def running(batch: Batch) -> Iterator[Batch]:
         _ACTIVE.reset(token)
 
 
-def active() -> PackedRows | PaddedBatch | None:
+def active() -> PackedRows | PaddedBatch | AsBefore | None:
     """The batch of the innermost :func:`running` block, or None outside of any."""
     return _ACTIVE.get()
 
 
-def packed_rows_run() -> bool:
-    """Is a :class:`PackedRows` being run right now?"""
-    return isinstance(_ACTIVE.get(), PackedRows)
+def outranks_patch() -> bool:
+    """Does the batch that is being run stay what it is in a model that is patched?"""
+    return isinstance(_ACTIVE.get(), PackedRows | AsBefore)
 
 
 @torch.compiler.disable

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
-from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from ..methods import MultitaskPromptTuning, PrefixTuning
+from .arguments import Method, check_method, checked_prompt_ids
 from .engine import Engine
+from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
-from .shared_state import SharedState, layers_with_own_keys
-
-Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
+from .shared_state import SharedState
 
 
 class SoftPromptModel(nn.Module):
@@ -43,7 +43,7 @@ class SoftPromptModel(nn.Module):
     def __init__(self, base: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
-        self._check_method(base, method)
+        check_method(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._engine: Any = None
@@ -127,7 +127,7 @@ class SoftPromptModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        prompt_ids = self._prompt_ids(prompt_ids)
+        prompt_ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
         self._check(virtual_tokens, cu_seqlens, attention_mask, options)
         if cu_seqlens is None and attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
@@ -166,13 +166,15 @@ class SoftPromptModel(nn.Module):
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}") from None
             self._warn(str(reason))
             return self._padded(request, labels, options)
-        if is_lm:
-            return self._engine.run(request, plan, self._embed)
-        embeds = self._embed(tokens)
-        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
-        if (types := options.pop("token_type_ids", None)) is not None:
-            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
-        return self._with_head(request, plan, inputs, embeds, labels, options)
+        try:
+            if is_lm:
+                return self._engine.run(request, plan, self._embed)
+            return self._with_head(request, plan, labels, dict(options))
+        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+            if cu_seqlens is not None:
+                raise
+            self._warn(str(reason))
+            return self._padded(request, labels, options)
 
     @torch.no_grad()
     def generate(
@@ -191,7 +193,7 @@ class SoftPromptModel(nn.Module):
             CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
         """
         batch = len(input_ids)
-        prompt, shared, ids = self._prompts(self._prompt_ids(prompt_ids))
+        prompt, shared, ids = self._prompts(checked_prompt_ids(prompt_ids, self.method.num_prompts))
         ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
         if self._is_prefix:
             if (reason := self._engine.refusal or self._prefix_reason) is not None:
@@ -227,26 +229,6 @@ class SoftPromptModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
-
-    def _prompt_ids(self, prompt_ids):
-        """``prompt_ids`` as a tensor, checked."""
-        if prompt_ids is None:
-            return None
-        try:
-            ids = torch.as_tensor(prompt_ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
-        if ids.dim() != 1:
-            raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
-        if ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.method.num_prompts:
-                raise ValueError(
-                    f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}"
-                )
-        return ids.long()
 
     def _check(self, virtual_tokens, cu_seqlens, attention_mask, options):
         if self._is_prefix and virtual_tokens is not None:
@@ -289,8 +271,14 @@ class SoftPromptModel(nn.Module):
             return method()[: method.num_virtual_tokens], None, None
         return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
 
-    def _with_head(self, request, plan, inputs, embeds, labels, options):
+    def _with_head(self, request, plan, labels, options):
         """The model's own forward with its head on the hidden states of the text."""
+        embeds = self._embed(request.tokens)
+        prompt = None if request.prompts is None else request.prompts()
+        inputs = {"inputs_embeds": self._engine.runner.rows(plan, prompt, embeds)}
+        types = options.pop("token_type_ids", None)
+        if types is not None:
+            inputs["token_type_ids"] = torch.where(plan.source >= 0, plan.token_ids(types), 0)
         plan = replace(plan, grid=self._text_cells(plan, embeds.shape[1], request.attention_mask))
         if labels is not None:
             options["labels"] = labels
@@ -362,34 +350,6 @@ class SoftPromptModel(nn.Module):
             return_dict=True,
             **options,
         )
-
-    def _check_method(self, base, method):
-        """Raises ValueError if the prompt fits the model in no way."""
-        if not self._is_prefix:
-            width = base.get_input_embeddings().weight.shape[1]
-            if method.token_dim != width:
-                raise ValueError(
-                    f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
-                )
-            return
-        if base.config.is_encoder_decoder:
-            raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
-        config, last = base.config.get_text_config(), method.layers[-1]
-        if last >= config.num_hidden_layers:
-            raise ValueError(
-                f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
-            )
-        if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
-            return
-        own = list(range(layers_with_own_keys(config)))
-        if list(method.layers) not in (own, list(range(config.num_hidden_layers))):
-            raise ValueError(f"method must have prefixes for the layers {own}, got {list(method.layers)}")
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found = method.num_kv_heads, method.head_dim
-        if found != (heads, width):
-            expected = f"{heads} key heads of width {width} like the model"
-            raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
 
     def _why_no_prefix(self):
         """None if the method's prefix can run packed, else why not."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..checks import FLOATS, check_tensor
 from .attachment import attach, detach, evaluation_mode
 from .expectations import Expectations, first_output
-from .masks import PaddedBatch, UnsupportedAttention, packed_rows_run, running
+from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
 from .shared_state import SharedState
 
 
@@ -108,7 +108,7 @@ class PaddedCalls:
 
     def _enter(self, model, args, kwargs):
         self._close()
-        if packed_rows_run():  # a soft prompt's own call of a model that is patched too
+        if outranks_patch():  # a soft prompt's own call of a model that is patched too
             return args, kwargs
         if self.shared is not None:
             kwargs = {**kwargs, "position_ids": self._positions(args, kwargs)}

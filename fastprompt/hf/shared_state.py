@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 
 class KeysValues(NamedTuple):
@@ -142,6 +143,12 @@ def layers_with_own_keys(config: PreTrainedConfig) -> int:
     """How many layers have keys and values of their own; in the models that share them, the last ones have none."""
     text = text_config(config)
     return text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+
+
+def layers_with_keys(config: PreTrainedConfig) -> list[int]:
+    """The indices of the layers that have keys and values of their own; recurrent layers, for example, have none."""
+    layers = DynamicCache(config=text_config(config)).layers[: layers_with_own_keys(config)]
+    return [index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
 
 
 def _with_borrowed(layers, config):

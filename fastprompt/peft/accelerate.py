@@ -10,6 +10,7 @@ from peft import PeftModel, PeftType
 
 from ..hf.attachment import is_attached
 from ..hf.engine import Engine
+from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
 from .call import PACKED_CLASSES, Call
 
@@ -167,10 +168,14 @@ def _forward_like(peft_class):
         call = _translate(self, state, original, args, kwargs)
         if call is None:
             return original(*args, **kwargs)
-        if call.direct:
-            return call.language_model()
-        with call.packed_backbone():
-            return original(*args, **kwargs)
+        try:
+            if call.direct:
+                return call.language_model()
+            with call.packed_backbone():
+                return original(*args, **kwargs)
+        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+            state.warn(str(reason))
+        return original(*args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.
     for name in ("__name__", "__qualname__", "__doc__", "__module__"):

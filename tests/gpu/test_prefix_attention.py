@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 from budget import assert_within
 from fastprompt.kernels.launch import Options
 from fastprompt.kernels.prefix_attention import config, schedule
@@ -203,6 +204,15 @@ def _shuffle_first(generator, results):
 def test_only_what_is_asked_for(kind, needs):
     seq = sequences(kind, [3, 20, 1], 2, 5)
     check(draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True), seq, needs)
+
+
+def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory():
+    seq = sequences("packed", [3, 9], 2000, 50)
+    q, k, v, prefix_k, prefix_v = draw(seq, torch.float32, prefixes=2000, prefix_length=50)[:5]
+    out, _ = prefix_attention(q.requires_grad_(), k, v, prefix_k, prefix_v, seq, backend="triton")
+    with Allocations() as made:
+        out.backward(torch.ones_like(out))
+    assert max(made.sizes) < prefix_k.numel() / 4  # the guards' bands among them
 
 
 def test_the_backward_skips_programs_nobody_asks_for():

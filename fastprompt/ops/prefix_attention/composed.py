@@ -77,7 +77,7 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window
     dq, dk, dv = (
         (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    dprefix_k, dprefix_v = (None if t is None else torch.zeros_like(t) for t in (prefix_k, prefix_v))
+    dprefix_k, dprefix_v = (torch.zeros_like(t) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:]))
     blocks, readers = _schedule(seq, causal, prefix_k)
     for block in blocks:
         part_q, part_k, part_v = _flash_backward(
@@ -109,9 +109,9 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window
         )
         reader.add(dq, part_q.permute(2, 1, 0, 3).flatten(1, 2))
         for total, part in ((dprefix_k, part_k), (dprefix_v, part_v)):
-            total[reader.prefix_id, : reader.length] = (
-                part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1).to(total.dtype)
-            )
+            if total is not None:
+                summed = part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1)
+                total[reader.prefix_id, : reader.length] = summed.to(total.dtype)
     dsinks = None
     if sinks is not None:
         delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [Rq, H]

@@ -37,7 +37,7 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
     call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
-    if prefix_k is not None and dprefix_k is None:  # a bank of prefixes without keys
+    if prefix_k is not None and dprefix_k is None and (needs[3] or needs[4]):  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
     dsinks = None
     if sinks is not None and needs[5]:
