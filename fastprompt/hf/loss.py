@@ -1,13 +1,15 @@
 """Cross-entropy behind a frozen linear head, without the logits.
 
-The gradient of a row's loss by its hidden state is ``softmax(hidden W^T) W - W[label]``: attention over the vocabulary, with
-the head's weight as keys and values. So it is computed as attention is: over a block of columns at a time, with a running
-maximum and sum, and the block's softmax weights are multiplied with the block's rows of the weight while they are in cache.
-The same two matrix products as with the logits in memory, and a buffer of a few MiB in their place.
+The gradient of a row's loss by its hidden state is ``softmax(hidden W^T) W - W[label]``: attention over the vocabulary,
+with the head's weight as keys and values. So it is computed as attention is: over a block of columns at a time, with a
+running maximum and sum, and the block's softmax weights are multiplied with the block's rows of the weight while they
+are in cache. The same two matrix products as with the logits in memory, and a buffer of a few MiB in their place.
 
-It is also closer to float64 than cross_entropy on a CPU (3e-7 against 1e-5 over 49k classes), so in training the two drift
-apart: up to ``ROWS`` labelled rows, where it would save little, the engine leaves the loss to the model.
+It is also closer to float64 than cross_entropy on a CPU (3e-7 against 1e-5 over 49k classes), so in training the two
+drift apart: up to ``ROWS`` labelled rows, where it would save little, the engine leaves the loss to the model.
 """
+
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ _SPREAD = 16  # unused columns, so that the rows of a block do not compete for t
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of ``hidden @ weight.T + bias`` against ``labels``; the gradient of ``hidden``.
+    """Sum over rows of the cross-entropy of ``hidden @ weight.T + bias`` against ``labels``; a gradient of ``hidden``.
 
     Args:
         hidden: ``[M, D]``.
@@ -30,7 +32,9 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
         rows, _ = block = _BLOCK.get(hidden.device.type, _LARGE_BLOCK)
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros(())
@@ -44,7 +48,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         return ctx.saved_tensors[0] * grad, None, None, None
 
 

@@ -10,6 +10,8 @@ and its activation is elementwise and without state. Both are looked at again at
 
 import functools
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +23,9 @@ class GatedActivation(torch.autograd.Function):
     """``activation(gate) * up`` for an elementwise activation; keeps ``gate`` and ``up`` only."""
 
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         activated = activation(gate)
@@ -30,7 +34,7 @@ class GatedActivation(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()

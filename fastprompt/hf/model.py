@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
-from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from ..methods import MultitaskPromptTuning, PrefixTuning
+from .arguments import Method, check_method, checked_prompt_ids
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
-from .shared_state import SharedState, layers_with_keys
-
-Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
+from .shared_state import SharedState
 
 
 class SoftPromptModel(nn.Module):
@@ -39,13 +38,17 @@ class SoftPromptModel(nn.Module):
         ValueError: the prompt does not fit the model.
     """
 
-    def __init__(self, base: PreTrainedModel, method: Method):
+    base: Any
+
+    def __init__(self, base: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
-        self._check_method(base, method)
+        check_method(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-        self._engine, self._warned, self._prefix_reason, ready = None, set(), None, False
+        self._engine: Any = None
+        self._warned: set[str] = set()
+        self._prefix_reason, ready = None, False
         try:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(_is_head(name))
@@ -123,8 +126,8 @@ class SoftPromptModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        prompt_ids = self._prompt_ids(prompt_ids)
+        tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        prompt_ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
         self._check(virtual_tokens, cu_seqlens, attention_mask, options)
         if cu_seqlens is None and attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
@@ -190,7 +193,7 @@ class SoftPromptModel(nn.Module):
             CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
         """
         batch = len(input_ids)
-        prompt, shared, ids = self._prompts(self._prompt_ids(prompt_ids))
+        prompt, shared, ids = self._prompts(checked_prompt_ids(prompt_ids, self.method.num_prompts))
         ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
         if self._is_prefix:
             if (reason := self._engine.refusal or self._prefix_reason) is not None:
@@ -226,26 +229,6 @@ class SoftPromptModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
-
-    def _prompt_ids(self, prompt_ids):
-        """``prompt_ids`` as a tensor, checked."""
-        if prompt_ids is None:
-            return None
-        try:
-            ids = torch.as_tensor(prompt_ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
-        if ids.dim() != 1:
-            raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
-        if ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.method.num_prompts:
-                raise ValueError(
-                    f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}"
-                )
-        return ids.long()
 
     def _check(self, virtual_tokens, cu_seqlens, attention_mask, options):
         if self._is_prefix and virtual_tokens is not None:
@@ -367,35 +350,6 @@ class SoftPromptModel(nn.Module):
             return_dict=True,
             **options,
         )
-
-    def _check_method(self, base, method):
-        """Raises ValueError if the prompt fits the model in no way."""
-        if not self._is_prefix:
-            width = base.get_input_embeddings().weight.shape[1]
-            if method.token_dim != width:
-                raise ValueError(
-                    f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
-                )
-            return
-        if base.config.is_encoder_decoder:
-            raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
-        config, last = base.config.get_text_config(), method.layers[-1]
-        if last >= config.num_hidden_layers:
-            raise ValueError(
-                f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
-            )
-        missing = sorted(set(layers_with_keys(config)) - set(method.layers))
-        if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
-            expected = "a prefix in every layer with keys and values of its own"
-            raise ValueError(f"method must have {expected}, got none in layers {missing}")
-        if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
-            return
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found = method.num_kv_heads, method.head_dim
-        if found != (heads, width):
-            expected = f"{heads} key heads of width {width} like the model"
-            raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")
 
     def _why_no_prefix(self):
         """None if the method's prefix can run packed, else why not."""

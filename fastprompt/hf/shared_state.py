@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -57,7 +57,8 @@ class SharedState:
     @classmethod
     def of_cache(cls, cache: Cache, config: PreTrainedConfig) -> "SharedState":
         """A ``Cache`` of batch size 1 that was filled before the first token; ``config`` as in :meth:`of_tensor`."""
-        filled = [(x.keys, x.values) if getattr(x, "is_initialized", False) else None for x in cache.layers]
+        own_layers: list[Any] = cache.layers
+        filled = [(x.keys, x.values) if getattr(x, "is_initialized", False) else None for x in own_layers]
         length = max((cache.get_seq_length(i) for i, layer in enumerate(filled) if layer is not None), default=0)
         layers = [layer and KeysValues(*(_rows_of_cache(x, length) for x in layer)) for layer in filled]
         return cls(_with_borrowed(layers, config))
@@ -144,7 +145,7 @@ def layers_with_own_keys(config: PreTrainedConfig) -> int:
     return text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
 
 
-def layers_with_keys(config) -> list[int]:
+def layers_with_keys(config: PreTrainedConfig) -> list[int]:
     """The indices of the layers that have keys and values of their own; recurrent layers, for example, have none."""
     layers = DynamicCache(config=text_config(config)).layers[: layers_with_own_keys(config)]
     return [index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
