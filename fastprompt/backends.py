@@ -195,6 +195,7 @@ TABLE = (
     Backend("linear_cross_entropy", "blocked", "PyTorch's own operations", (), (*_REAL, torch.float64)),
     _reference("linear_cross_entropy"),
     _reference("gated_activation"),
+    Backend("row_plan", "cpu", "the C++ kernels", ("cpu",), (), CPP, module="fastprompt.layout.cpu"),
     Backend(
         "row_plan",
         "triton",

@@ -1,6 +1,7 @@
 """Argument checks shared by all operators: every message names the argument, what came and what is expected."""
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -8,7 +9,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int64, torch.int32)
 
 
-def check_tensor(name, value, shape, *, dtypes=None, like=None):
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: tuple[str, torch.Tensor] | None = None,
+) -> None:
     """Check one tensor argument.
 
     Args:
@@ -36,7 +44,7 @@ def check_tensor(name, value, shape, *, dtypes=None, like=None):
             raise TypeError(f"{name} must have dtype {other.dtype} like {other_name}, got {value.dtype}")
 
 
-def check_range(name, ids, low, high):
+def check_range(name: str, ids: torch.Tensor, low: int, high: int) -> None:
     """Check that every value of the integer tensor ``ids`` lies in ``[low, high)``.
 
     On the CPU a violation raises ValueError. On an accelerator reading the values would stall the queue, so there the
@@ -52,17 +60,17 @@ def check_range(name, ids, low, high):
         raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
 
 
-def accumulator(dtype):
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: fp32 for the low precisions, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def without_autocast(device_type):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """A context for code whose matrix products autocast must not reach."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _fits(sizes, shape):
+def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
     if len(sizes) != len(shape):
         return False
     for size, expected in zip(sizes, shape):  # a loop: several times faster than all() of a generator
@@ -71,5 +79,5 @@ def _fits(sizes, shape):
     return True
 
 
-def _show(shape):
+def _show(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"

@@ -7,7 +7,7 @@ import torch
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
 
 
-def _load(library, language):
+def _load(library: Path, language: str) -> str | None:
     if not library.exists():
         return f"the {language} library was not compiled when fastprompt was installed"
     try:

@@ -103,11 +103,16 @@ def test_gradients_of_a_repeated_task_are_summed_in_fp32(dtype):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(ids=()), dict(length=0), dict(width=0), dict(rank=0), dict(ids=(), tasks=0), dict(ids=(), length=0, width=0),
+        dict(ids=()),
+        dict(length=0),
+        dict(width=0),
+        dict(rank=0),
+        dict(ids=(), tasks=0),
+        dict(ids=(), length=0, width=0),
         dict(ids=(), rank=0),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_empty_inputs(sizes):
     check(*map(guarded, inputs(**sizes)))
 
@@ -168,9 +173,13 @@ def test_the_order_of_programs_changes_no_bit(seed):
 
 
 @given(
-    ids=st.lists(st.integers(0, 2), max_size=4), length=st.integers(0, 9), width=st.integers(1, 20), rank=st.integers(1, 5),
-    seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    ids=st.lists(st.integers(0, 2), max_size=4),
+    length=st.integers(0, 9),
+    width=st.integers(1, 20),
+    rank=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
 @settings(max_examples=15, deadline=None)
 def test_any_shape(ids, length, width, rank, seed, dtype):
     check(*map(guarded, inputs(ids, length, width, 3, rank, dtype, seed)))

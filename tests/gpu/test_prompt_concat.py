@@ -201,9 +201,14 @@ def test_the_order_of_programs_changes_no_bit(seed):
 
 
 @given(
-    rows=st.integers(0, 2 * CHUNK + 9), vocabulary=st.integers(1, 5), prompts=st.integers(0, 5), width=st.integers(1, 20),
-    scale=st.sampled_from([1.0, 24.0]), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    rows=st.integers(0, 2 * CHUNK + 9),
+    vocabulary=st.integers(1, 5),
+    prompts=st.integers(0, 5),
+    width=st.integers(1, 20),
+    scale=st.sampled_from([1.0, 24.0]),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
 @settings(max_examples=15, deadline=None)
 def test_any_shape(rows, vocabulary, prompts, width, scale, seed, dtype):
     check(*map(guarded, inputs(rows, vocabulary, prompts, width, dtype, seed)), scale=scale)

@@ -19,7 +19,7 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         cols: ``[T, r, D]`` the right factors, likewise.
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+        backend: "auto", "reference", "cpu" or "triton". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
             "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:

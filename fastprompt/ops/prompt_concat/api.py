@@ -19,7 +19,7 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
         table: ``[V, D]`` token embeddings (or any rows to gather from).
         prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
         scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+        backend: "auto", "reference", "cpu" or "triton". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
             "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:

@@ -19,11 +19,11 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
     The next layer reads the hidden states of both directions side by side; in training each is dropped with
     probability ``dropout`` in between, as drawn from torch's generator, but not after the last layer.
 
-    "auto" takes the C++ library ("cpu") on a CPU: it was the faster one for every size measured, but for the forward pass
-    alone of 200 steps in bfloat16, which oneDNN multiplies without widening it. For float64 and where there is no library
-    it takes nn.LSTM's own code ("torch": oneDNN) for float32 and the reference for the other dtypes, where that trains
-    faster. On accelerators it takes nn.LSTM's own code ("torch": cuDNN); the reference for an empty ``x``, which nn.LSTM
-    refuses, and under torch.compile, which would unroll nn.LSTM step by step.
+    "auto" takes the C++ library ("cpu") on a CPU: it was the faster one for every size measured, but for the forward
+    pass alone of 200 steps in bfloat16, which oneDNN multiplies without widening it. For float64 and where there is no
+    library it takes nn.LSTM's own code ("torch": oneDNN) for float32 and the reference for the other dtypes, where that
+    trains faster. On accelerators it takes nn.LSTM's own code ("torch": cuDNN); the reference for an empty ``x``, which
+    nn.LSTM refuses, and under torch.compile, which would unroll nn.LSTM step by step.
 
     Args:
         x: ``[P, E]`` float32, float16, bfloat16 or float64.

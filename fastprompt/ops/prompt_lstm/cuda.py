@@ -1,7 +1,7 @@
 """prompt_lstm by the CUDA library: its kernels run the steps of a layer, torch the matrix products around them.
 
-No GPU has run these kernels yet. They are compiled for GPUs and tested under emulation on a CPU (``csrc/cuda/host``), and
-"auto" does not choose them before they are measured.
+No GPU has run these kernels yet. They are compiled for GPUs and tested under emulation on a CPU (``csrc/cuda/host``),
+and "auto" does not choose them before they are measured.
 """
 
 import torch
