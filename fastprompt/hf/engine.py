@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from ..ops import linear_cross_entropy
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
-from .attachment import attach, detach, evaluation_mode
+from .attachment import attach, detach, evaluation_mode, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
 from .masks import Recorded
@@ -73,15 +73,6 @@ class Engine:
         """Give the model its own attention and MLPs back; nothing is packed any more."""
         self.refusal = self.refusal or "the model was released"
         detach(self.base, self._user)
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """While the block runs, the model is as it was, as far as this engine is concerned."""
-        detach(self.base, self._user)
-        try:
-            yield
-        finally:
-            attach(self.base, self._user, mlps=True)
 
     @torch.compiler.disable
     def plan(self, request: Request) -> RowPlan:
@@ -172,7 +163,7 @@ class Engine:
         padding = getattr(self.base.config, "pad_token_id", None)
         with evaluation_mode(self.base):
             try:
-                with self.untouched():
+                with suspended(self.base):
                     expected = Expectations.behind_prefix(self.base, forward, padding)
                 mask, ids = expected.sample.masks["right"], expected.ids
                 plan = plan_padded_input(
