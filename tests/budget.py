@@ -13,7 +13,8 @@ def assert_sums_rounded_once(got, exact, size, terms):
     """Every number of ``got`` is a sum of ``terms`` products kept in fp32, in any order, and rounded once.
 
     ``exact`` is that sum in float64 and ``size`` the same sum over absolute values: what an order may lose is relative
-    to it (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), so that sums that cancel are judged fairly, too.
+    to it (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), so that sums that cancel are judged fairly,
+    too.
     """
     assert got.shape == exact.shape == size.shape
     kept, stored = torch.finfo(torch.float32), torch.finfo(got.dtype)

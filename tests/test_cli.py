@@ -175,3 +175,16 @@ def test_unparsable_commands_exit_with_usage(command, capsys):
 def test_doctor_is_called(monkeypatch):
     monkeypatch.setattr("fastprompt.doctor.main", lambda: 1)
     assert main(["doctor"]) == 1
+
+
+def test_help_needs_no_torch():
+    show = """
+import sys
+from fastprompt.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: fastprompt") and done.stdout.endswith("False\n"), done.stderr

@@ -104,3 +104,13 @@ def test_kernels_are_importable_from_the_editable_install():
     spec = find_spec("fastprompt.kernels")
     assert spec is not None, "install the checkout first: pip install -e ."
     assert Path(spec.origin) == ROOT / "kernels/__init__.py"
+
+
+def test_public_names_are_found_where_they_stand():
+    import fastprompt
+
+    assert sorted(fastprompt.__all__) == sorted(fastprompt._MODULES)
+    for name in fastprompt.__all__:
+        assert getattr(fastprompt, name).__module__.startswith("fastprompt.")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fastprompt.nothing  # noqa: B018

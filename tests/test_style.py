@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("fastprompt", "kernels", "csrc", "tests", "benchmarks", "examples")
+SOURCES = ("fastprompt", "kernels", "csrc", "tests", "benchmarks", "examples", "docs")
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", ".md")
 MOST_LINES, WIDEST = 400, 120
 

@@ -1,4 +1,4 @@
-// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them. Names are those of there.
+// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them and by its names.
 
 #include "tensors.h"
 
@@ -46,7 +46,9 @@ struct Cells {
   int64_t columns(int64_t b) const { return lengths ? lengths[b] : width; }
   bool is_real(int64_t place) const { return !real || real[place]; }
   // Without rows in front nothing predicts the first token.
-  bool is_wanted(int64_t place, int64_t column) const { return labels && labels[place] != IGNORE && (front || column > 0); }
+  bool is_wanted(int64_t place, int64_t column) const {
+    return labels && labels[place] != IGNORE && (front || column > 0);
+  }
 };
 
 // A [lines, n] tensor of int64, line by line.
@@ -70,8 +72,8 @@ int64_t agreement(const Cells& cells, const Ints& tokens, int64_t b, int64_t oth
 }
 
 // stats [8, B]: length, first, holes, labels, orphans, strangers, agree, prompt.
-void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids, MaybeTensor prompts,
-             MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
+void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids,
+             MaybeTensor prompts, MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
   const Cells cells(real, labels, virtual_tokens, starts, lengths, width, front);
   const MaybeInts tokens(token_ids), prompt(prompts);
   auto const batch = stats.size(1);
@@ -151,8 +153,8 @@ void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, Mayb
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
-  m.def("row_plan_measure_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? token_ids, Tensor? prompts, "
-        "Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, Tensor(a!) stats) -> ()");
+  m.def("row_plan_measure_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? token_ids, "
+        "Tensor? prompts, Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, Tensor(a!) stats) -> ()");
   m.def("row_plan_fill_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? starts, Tensor? lengths, "
         "Tensor table, int width, int front, int prompt_length, int prefix_length, Tensor(a!) source, "
         "Tensor(b!) position_ids, Tensor(c!) grid, Tensor(d!)? label_rows, Tensor(e!)? shifted) -> ()");

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
@@ -69,12 +70,12 @@ class Abilities:
 class Probe:
     """Asks one model: :meth:`expect` while it is untouched, :meth:`abilities` once it is attached."""
 
-    base: nn.Module
+    base: PreTrainedModel
     is_lm: bool = field(init=False)
     backbone: nn.Module = field(init=False)
     expected: Expectations = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
         self.backbone = self.base.get_decoder() if self.is_lm else self.base.base_model
 
@@ -215,7 +216,7 @@ class Probe:
 
 
 def loss_of_logits(
-    base: nn.Module,
+    base: PreTrainedModel,
     logits: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -227,7 +228,7 @@ def loss_of_logits(
     )
 
 
-def reason_of(base: nn.Module, error: Exception) -> str:
+def reason_of(base: PreTrainedModel, error: Exception) -> str:
     """An error on packed rows in words for users."""
     if "PackedMask" in str(error):  # what stands in place of the mask met code that wants a tensor
         return f"{type(base).__name__} computes attention in code of its own"

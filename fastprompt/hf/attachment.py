@@ -9,10 +9,10 @@ it.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
@@ -25,17 +25,18 @@ _OURS = {before: name for name, before in IMPLEMENTATIONS.items()}
 class _Record:
     """The configs of a model before and while its attention is switched."""
 
-    def __init__(self):
-        self.users = {}  # user -> does it want the gated MLPs patched, too?
-        self.replaced = []  # (module, its config before, its config meanwhile)
-        self.root = self.unchanged = None  # the config meanwhile, and what it would still equal had nobody changed it
+    def __init__(self) -> None:
+        self.users: dict[object, bool] = {}  # user -> does it want the gated MLPs patched, too?
+        self.replaced: list[tuple[Any, Any, Any]] = []  # (module, its config before, its config meanwhile)
+        self.root: Any = None  # the config meanwhile
+        self.unchanged: Any = None  # what it would still equal had nobody changed it
         self.complete = False
 
     def __setstate__(self, state):
         vars(self).update(state, complete=False)  # a pickle brings MLPs back unpatched
 
 
-def attach(model: nn.Module, user: object, mlps: bool = False) -> None:
+def attach(model: PreTrainedModel, user: object, mlps: bool = False) -> None:
     """Make ``model`` run on prefix_attention inside of ``running`` blocks; :func:`detach` undoes it.
 
     Args:
@@ -48,10 +49,10 @@ def attach(model: nn.Module, user: object, mlps: bool = False) -> None:
     """
     record = model.__dict__.get(_RECORD)
     if record is None:
-        copies = {}
+        copies: dict[int, Any] = {}
         root = copy.deepcopy(model.config, copies)
-        found = [(module, module.__dict__.get("config")) for module in model.modules()]
-        found = [(module, config, copies[id(config)]) for module, config in found if id(config) in copies]
+        configs = [(module, module.__dict__.get("config")) for module in model.modules()]
+        found = [(module, config, copies[id(config)]) for module, config in configs if id(config) in copies]
         _check(config for _, config, _ in found)
         record = _Record()
         record.replaced, record.root = found, root
@@ -66,13 +67,13 @@ def attach(model: nn.Module, user: object, mlps: bool = False) -> None:
     attach_again(model)
 
 
-def is_attached(model: nn.Module) -> bool:
+def is_attached(model: PreTrainedModel) -> bool:
     """Does ``model`` still run on prefix_attention? ``set_attn_implementation`` may have changed that."""
     record = model.__dict__.get(_RECORD)
     return record is not None and record.complete and model.config._attn_implementation in IMPLEMENTATIONS
 
 
-def attach_again(model: nn.Module) -> None:
+def attach_again(model: PreTrainedModel) -> None:
     """Make complete what :func:`is_attached` misses."""
     record = model.__dict__[_RECORD]
     _check(_configs(model))
@@ -82,7 +83,7 @@ def attach_again(model: nn.Module) -> None:
     record.complete = True
 
 
-def detach(model: nn.Module, user: object) -> None:
+def detach(model: PreTrainedModel, user: object) -> None:
     """Undo :func:`attach` for one user, whole or interrupted; the last one's leaving undoes it for the model.
 
     Every module then gets the config object back that it had. If the config was changed meanwhile, the changes count:
@@ -159,7 +160,7 @@ def _switch_back(model):
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without autocast for a while; every module gets its own flag back."""
     flags = [(module, module.training) for module in model.modules()]
     try:

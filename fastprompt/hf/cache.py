@@ -32,7 +32,7 @@ class PackedCache(DynamicCache):
         shared: SharedState | None,
         prompt_ids: torch.Tensor | None,
         config: PreTrainedConfig,
-    ):
+    ) -> None:
         super().__init__(config=text_config(config))
         self._pending = plan, recorded, shared or SharedState(), prompt_ids, layers_with_own_keys(config)
 

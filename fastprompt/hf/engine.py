@@ -5,23 +5,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checks import check_range
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..ops import linear_cross_entropy
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
 from .attachment import attach, detach, evaluation_mode, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
-from .loss import ROWS, SummedCrossEntropy
+from .masks import Recorded
 from .request import Request
 from .runner import Inputs
 from .shared_state import SharedState
 from .structure import active_dropout, is_plain_linear
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+# Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
+ROWS = 256
 
 
 class Engine:
@@ -37,8 +40,9 @@ class Engine:
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        self.base, self._user, self._prefixes = base, object(), {}
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base, self._user = base, object()
+        self._prefixes: dict[Hashable, str | None] = {}
         self.abilities = Abilities("it was not asked yet")
         try:
             self.abilities = self._probe()
@@ -84,7 +88,7 @@ class Engine:
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
-        options = dict(
+        options: dict[str, Any] = dict(
             prompt_ids=_on(device, request.prompt_ids),
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
@@ -92,8 +96,10 @@ class Engine:
         if request.cu_seqlens is not None:
             flat = {name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()}
             return plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
+        batch, width = request.tokens.shape[:2]
         plan = plan_padded_input(
-            *request.tokens.shape[:2],
+            batch,
+            width,
             request.num_virtual_tokens,
             attention_mask=_on(device, request.attention_mask),
             device=device,
@@ -115,7 +121,7 @@ class Engine:
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
             return CausalLMOutputWithPast(loss=self._loss(request, plan, rows))
-        recorded = {} if self._wants_cache(request) else None
+        recorded: Recorded | None = {} if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
@@ -127,7 +133,7 @@ class Engine:
     @contextmanager
     def packed_backbone(self, request: Request, plan: RowPlan, inputs: Inputs) -> Iterator[None]:
         """While the block runs, the model's own forward runs its backbone on the plan's rows; see Runner."""
-        recorded = {} if self._wants_cache(request) else None
+        recorded: Recorded | None = {} if self._wants_cache(request) else None
 
         def finish(output):
             if recorded is not None:
@@ -273,8 +279,7 @@ class Engine:
         if request.loss is None and self._chunked_loss(head, plan, rows):
             hidden = self.runner.hidden(plan, rows, shared)
             hidden = hidden.index_select(0, plan.label_rows.to(hidden.device))
-            check_range("labels", plan.labels, 0, len(head.weight))
-            total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
+            total = linear_cross_entropy(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
             items = request.num_items_in_batch
             return total / (len(plan.labels) if items is None else items)
         keep = _label_rows(request, plan)

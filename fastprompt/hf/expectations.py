@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layout import IGNORE
 from .precision import WideArithmetic
@@ -27,8 +28,8 @@ class Sample:
         masks: ``[3, 5]`` each: no padding, or two of the rows padded on the right or on the left.
     """
 
-    def __init__(self, model: nn.Module):
-        table = model.get_input_embeddings()
+    def __init__(self, model: PreTrainedModel) -> None:
+        table: Any = model.get_input_embeddings()
         vocabulary = min(table.weight.shape[0], model.config.get_text_config().vocab_size)
         self.ids = (torch.arange(15, device=table.weight.device).view(3, 5) * 7 + 3) % vocabulary
         self.embeds = table(self.ids)
@@ -46,7 +47,7 @@ class Sample:
         labels[0, 2] = IGNORE
         return torch.cat([labels.new_full((len(labels), len(self.prompt)), IGNORE), labels], 1)
 
-    def run(self, model: nn.Module, mask: torch.Tensor, **options: Any) -> Mapping[str, Any]:
+    def run(self, model: PreTrainedModel, mask: torch.Tensor, **options: Any) -> Mapping[str, Any]:
         """The model's output on padded rows, ``[3, 8]``, or as many of them as the mask has."""
         inputs = torch.cat([self.prompt.expand(len(mask), -1, -1), self.embeds[: len(mask)]], 1)
         if "use_cache" in inspect.signature(model.forward).parameters:
@@ -86,7 +87,7 @@ class Expectations:
     ids: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, base: nn.Module, backbone: nn.Module, is_lm: bool) -> "Expectations":
+    def of(cls, base: PreTrainedModel, backbone: nn.Module, is_lm: bool) -> "Expectations":
         """Ask the untouched ``base``, in wide arithmetic if it runs in it."""
         try:
             return cls._of(base, backbone, is_lm, WideArithmetic(base))
@@ -115,7 +116,7 @@ class Expectations:
 
     @classmethod
     def behind_prefix(
-        cls, base: nn.Module, forward: Callable[..., Mapping[str, Any]], padding: int | None
+        cls, base: PreTrainedModel, forward: Callable[..., Mapping[str, Any]], padding: int | None
     ) -> "Expectations":
         """What ``forward(input_ids=, attention_mask=)`` gives behind learned keys and values: output "right" and
         spread.

@@ -6,6 +6,7 @@ their code, and read without looking at a single pair; any other function is eva
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import masking_utils as masking
@@ -106,7 +107,7 @@ def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool 
     step = max(1, _CELLS // (batch * width))
     for start in range(0, width, step):
         queries = keys[start : start + step]
-        seen = masking.sdpa_mask(
+        mask: Any = masking.sdpa_mask(
             batch_size=batch,
             q_length=len(queries),
             kv_length=width,
@@ -115,8 +116,8 @@ def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool 
             allow_is_causal_skip=False,
             use_vmap=use_vmap,
             device=real.device,
-        )[:, 0]
-        seen = seen & real[:, queries, None] & real[:, None, :]
+        )
+        seen = mask[:, 0] & real[:, queries, None] & real[:, None, :]
         seen_pairs += int(seen.sum())
         distance = (keys - queries[:, None]).masked_fill(~seen.any(0), 0)
         ahead, behind = max(ahead, int(distance.max())), max(behind, -int(distance.min()))
@@ -125,7 +126,8 @@ def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool 
         if seen_pairs < _pairs_in_band(first, last, start + step, ahead, behind):
             return None
     hides_nothing = max(1, longest - 1)
-    return Pattern(*(None if bound >= hides_nothing else bound for bound in (ahead, behind)))
+    bounds = [None if bound >= hides_nothing else bound for bound in (ahead, behind)]
+    return Pattern(bounds[0], bounds[1])
 
 
 def _bounds(real):
@@ -221,7 +223,7 @@ _NAMES = {
     "blockwise_overlay": "attention both ways within blocks",
     "packed_sequence_mask_function": "a mask of sequences in no order",
 }
-_READERS = {
+_READERS: dict[str, Callable[..., Pattern | None]] = {
     "and_masks": _read_and,
     "or_masks": _read_or,
     "sliding_window_overlay": _read_window,

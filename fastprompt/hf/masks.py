@@ -4,11 +4,12 @@ Inside of a :func:`running` block a model that asks transformers for a mask is g
 through the layers, gradient checkpointing included, to the attention function, which finds everything it needs in it.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -16,6 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ..layout import RowPlan, Sequences
 from .mask_patterns import find_pattern, name_unread, read_pattern
 from .shared_state import SharedState
+
+# Each layer's keys and values [Hkv, R, Dh], by its index.
+Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -40,9 +44,9 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    recorded: Recorded | None = None
 
-    def to(self, *args, **kwargs) -> "PackedMask":
+    def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
         return self
 
@@ -61,7 +65,7 @@ class DenseMask:
     arguments: dict[str, Any]
     shared: SharedState = SharedState()
 
-    def to(self, *args, **kwargs) -> "DenseMask":
+    def to(self, *args: Any, **kwargs: Any) -> "DenseMask":
         """As :meth:`PackedMask.to`."""
         return self
 
@@ -99,17 +103,22 @@ class PackedRows:
     """
 
     def __init__(
-        self,
-        plan: RowPlan,
-        causal: bool = True,
-        shared: SharedState | None = None,
-        recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ):
-        self.plan, self.causal, self.recorded = plan, causal, recorded
+        self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
+    ) -> None:
+        self.sequences: Any = plan.sequences
+        self.causal, self.recorded = causal, recorded
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
     def mask(
-        self, before: str, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_
+        self,
+        before: str,
+        *,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
     ) -> PackedMask:
         """The mask of the plan's sequences.
 
@@ -117,7 +126,7 @@ class PackedRows:
             UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
                 sliding window, one with padding or sequences of its own, or one of other rows.
         """
-        rows = self.plan.sequences.rows
+        rows = self.sequences.rows
         if (batch_size, q_length, kv_length) != (1, rows, rows):
             raise UnsupportedAttention(
                 f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
@@ -131,11 +140,11 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
-        return PackedMask(self.plan.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
+        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
-        splits[self.plan.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
+        splits[self.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
         return bool(splits[:-1].any())
 
 
@@ -146,11 +155,11 @@ class PaddedBatch:
         asked: did the model ask for a mask at all?
     """
 
-    def __init__(self, shared: SharedState | None = None):
+    def __init__(self, shared: SharedState | None = None) -> None:
         self.shared = shared or SharedState()
         self.asked = False
 
-    def mask(self, before: str, **arguments) -> "PackedMask | DenseMask | torch.Tensor | None":
+    def mask(self, before: str, **arguments: Any) -> PackedMask | DenseMask | torch.Tensor | None:
         """A :class:`PackedMask` where one says the same on all pairs of real tokens, else the mask there was before.
 
         Raises:
@@ -163,7 +172,7 @@ class PaddedBatch:
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
             return packed
-        if not self.shared.learned:
+        if pattern is None or not self.shared.learned:
             return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
         if pattern.segments is not None:
             raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
@@ -198,7 +207,7 @@ class AsBefore:
 
     shared = SharedState()
 
-    def mask(self, before: str, **arguments) -> torch.Tensor | None:
+    def mask(self, before: str, **arguments: Any) -> Any:
         """The mask of the implementation before."""
         return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
 
@@ -232,11 +241,12 @@ def _runs(real, segments):
     return starts, ends - starts + 1, gaps
 
 
+Batch = TypeVar("Batch", bound=PackedRows | PaddedBatch | AsBefore)
 _ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fastprompt_active", default=None)
 
 
 @contextmanager
-def running(batch: "PackedRows | PaddedBatch | AsBefore"):
+def running(batch: Batch) -> Iterator[Batch]:
     """While the block runs, models that are attached run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
@@ -245,7 +255,7 @@ def running(batch: "PackedRows | PaddedBatch | AsBefore"):
         _ACTIVE.reset(token)
 
 
-def active() -> "PackedRows | PaddedBatch | AsBefore | None":
+def active() -> PackedRows | PaddedBatch | AsBefore | None:
     """The batch of the innermost :func:`running` block, or None outside of any."""
     return _ACTIVE.get()
 
@@ -256,7 +266,7 @@ def outranks_patch() -> bool:
 
 
 @torch.compiler.disable
-def make_mask(before: str, **arguments):
+def make_mask(before: str, **arguments: Any) -> Any:
     """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
     batch = _ACTIVE.get()
     if batch is None:

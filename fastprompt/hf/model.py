@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
+from .arguments import Method, check_method, checked_prompt_ids
 from .engine import Engine
-from .fit import Method, check_fits
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
@@ -38,13 +38,17 @@ class SoftPromptModel(nn.Module):
         ValueError: the prompt does not fit the model.
     """
 
-    def __init__(self, base: PreTrainedModel, method: Method):
+    base: Any
+
+    def __init__(self, base: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
-        check_fits(base, method)
+        check_method(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-        self._engine, self._warned, self._prefix_reason, ready = None, set(), None, False
+        self._engine: Any = None
+        self._warned: set[str] = set()
+        self._prefix_reason, ready = None, False
         try:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(_is_head(name))
@@ -122,8 +126,8 @@ class SoftPromptModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        prompt_ids = self._prompt_ids(prompt_ids)
+        tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        prompt_ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
         self._check(virtual_tokens, cu_seqlens, attention_mask, options)
         if cu_seqlens is None and attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
@@ -189,7 +193,7 @@ class SoftPromptModel(nn.Module):
             CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
         """
         batch = len(input_ids)
-        prompt, shared, ids = self._prompts(self._prompt_ids(prompt_ids))
+        prompt, shared, ids = self._prompts(checked_prompt_ids(prompt_ids, self.method.num_prompts))
         ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
         if self._is_prefix:
             if (reason := self._engine.refusal or self._prefix_reason) is not None:
@@ -225,26 +229,6 @@ class SoftPromptModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
-
-    def _prompt_ids(self, prompt_ids):
-        """``prompt_ids`` as a tensor, checked."""
-        if prompt_ids is None:
-            return None
-        try:
-            ids = torch.as_tensor(prompt_ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
-        if ids.dim() != 1:
-            raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
-        if ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.method.num_prompts:
-                raise ValueError(
-                    f"prompt_ids must lie in [0, {self.method.num_prompts}), got values from {low} to {high}"
-                )
-        return ids.long()
 
     def _check(self, virtual_tokens, cu_seqlens, attention_mask, options):
         if self._is_prefix and virtual_tokens is not None:

@@ -1,5 +1,7 @@
 """patch_attention: an ordinary Hugging Face model on prefix_attention, behind a learned prefix or none."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -64,8 +66,10 @@ class PaddedCalls:
         shared: the learned keys and values in front of every row, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, shared: SharedState | None = None):
-        self.model, self.shared, self._open, self._hooks = model, shared, [], []
+    def __init__(self, model: PreTrainedModel, shared: SharedState | None = None) -> None:
+        self.model, self.shared = model, shared
+        self._open: list[Any] = []
+        self._hooks: list[Any] = []
 
     def why_not(self) -> str | None:
         """Attach; None, or the reason why the model does not give what it gave before."""

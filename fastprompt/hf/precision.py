@@ -18,7 +18,7 @@ class WideArithmetic(TorchDispatchMode):
         exact: did everything run in it so far?
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.narrow = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
         device = model.device.type

@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ..checks import INTS, check_range, check_tensor
 from .attachment import evaluation_mode
@@ -14,7 +14,7 @@ from .shared_state import layers_with_keys, layers_with_own_keys, text_config
 
 
 @torch.no_grad()
-def prefix_of_text(model: nn.Module, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def prefix_of_text(model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """The keys and values of a real text in the frozen model: what Prefix-Tuning starts best from.
 
     As a prefix they are the text in front, in layers with a sliding window too, whose cache would keep its end only.
@@ -39,12 +39,13 @@ def prefix_of_text(model: nn.Module, token_ids: Sequence[int] | torch.Tensor) ->
     cache = DynamicCache()
     with evaluation_mode(model), running(AsBefore()):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    shapes = {None if x is None else tuple(x.shape) for layer in layers for x in layer}
-    if len(layers) != layers_with_own_keys(model.config) or None in shapes:
+    filled: list[Any] = cache.layers
+    layers = [(layer.keys, layer.values) for layer in filled if layer.keys is not None]
+    shapes = {tuple(x.shape) for layer in layers for x in layer}
+    if len(layers) != layers_with_own_keys(model.config) or len(layers) != len(filled):
         raise ValueError(
             f"model must keep keys and values in {layers_with_own_keys(model.config)} layers, "
-            f"but {sum(layer[0] is not None for layer in layers)} of a {type(model).__name__} did"
+            f"but {len(layers)} of a {type(model).__name__} did"
         )
     if len(shapes) > 1:
         raise ValueError(f"model must have keys and values of one shape in all layers, got {sorted(shapes)}")

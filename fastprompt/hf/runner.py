@@ -42,7 +42,7 @@ class Runner:
     position_offset: int = 0
     compact_positions: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
 
@@ -183,7 +183,7 @@ def _unpacked(plan, backbone, output):
     return pooled_again(backbone, output)
 
 
-def pooled_again(backbone: nn.Module, output: ModelOutput) -> ModelOutput:
+def pooled_again(backbone: Any, output: Any) -> Any:
     """A backbone's output with what it pools from its hidden states, if anything, made of those it has now."""
     if output.get("pooler_output") is not None:
         output.pooler_output = backbone.pooler(output.last_hidden_state)

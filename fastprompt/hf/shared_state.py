@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -57,7 +57,8 @@ class SharedState:
     @classmethod
     def of_cache(cls, cache: Cache, config: PreTrainedConfig) -> "SharedState":
         """A ``Cache`` of batch size 1 that was filled before the first token; ``config`` as in :meth:`of_tensor`."""
-        filled = [(x.keys, x.values) if getattr(x, "is_initialized", False) else None for x in cache.layers]
+        own_layers: list[Any] = cache.layers
+        filled = [(x.keys, x.values) if getattr(x, "is_initialized", False) else None for x in own_layers]
         length = max((cache.get_seq_length(i) for i, layer in enumerate(filled) if layer is not None), default=0)
         layers = [layer and KeysValues(*(_rows_of_cache(x, length) for x in layer)) for layer in filled]
         return cls(_with_borrowed(layers, config))

@@ -50,13 +50,13 @@ def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel
     state = _State(peft_model, keep_logits)
     try:
         peft_model.__dict__[_STATE] = state
-        state.attach(peft_model)
+        engine = state.attach(peft_model)
         state.attached = True
     finally:
         if not state.attached:
             restore(peft_model)
-    if state.engine.refusal is not None:
-        state.warn(state.engine.refusal)
+    if engine.refusal is not None:
+        state.warn(engine.refusal)
     return peft_model
 
 
@@ -94,6 +94,7 @@ class _State:
         if self.config_is_base_s:
             model.config = base.config
         model.forward = _Forward(model)
+        return self.engine
 
     def detach(self, model):
         if self.own_forward is not None:

@@ -68,7 +68,7 @@ class Call:
         ValueError: wrong arguments.
     """
 
-    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any]):
+    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any]) -> None:
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
         self.config = model.active_peft_config
         self.length = self.config.num_virtual_tokens

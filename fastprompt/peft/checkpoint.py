@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..hf.arguments import Method
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
 _WEIGHTS, _CONFIG, _ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
@@ -78,7 +79,8 @@ def save(
         if isinstance(method, PrefixTuning):
             peft_config, adapters, encoder, notes = _prefix_to_peft(method, common, _own_layers(text))
         else:
-            peft_config, adapters, encoder, notes = *_to_peft(method, common), {}
+            peft_config, adapters, encoder = _to_peft(method, common)
+            notes = {}
     for index, tensors in enumerate(adapters):
         folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
         _write(
@@ -89,7 +91,7 @@ def save(
             (stale / _CONFIG).unlink(missing_ok=True)
 
 
-def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None) -> nn.Module:
+def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None) -> Method:
     """Read a method from a folder that PEFT or :func:`save` wrote.
 
     A trained P-Tuning encoder comes back whole from ``encoder.safetensors``. Without that file, as PEFT leaves it, its

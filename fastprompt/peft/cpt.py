@@ -18,7 +18,9 @@ class CPTLoss:
         type_mask: ``[B, S]``, PEFT's ``input_type_mask``: 4, 8, ... where a token is a label of an example; None: 4.
     """
 
-    def __init__(self, config: CPTConfig, decay: CPTConfig, labels: torch.Tensor, type_mask: torch.Tensor | None):
+    def __init__(
+        self, config: CPTConfig, decay: CPTConfig, labels: torch.Tensor, type_mask: torch.Tensor | None
+    ) -> None:
         batch, device = len(labels), labels.device
         prefix = torch.tensor(config.cpt_tokens_type_mask, device=device).expand(batch, -1)
         types = torch.full_like(labels, 4) if type_mask is None else type_mask.to(device)

@@ -26,7 +26,7 @@ def fast_encoder(encoder: nn.Module, outputs: MutableMapping[nn.Module, CachedOu
     if type(encoder) is not PromptEncoder or "forward" in vars(encoder) or torch.compiler.is_compiling():
         yield
         return
-    encoder.forward = lambda indices: _forward(encoder, indices, outputs)
+    encoder.__dict__["forward"] = lambda indices: _forward(encoder, indices, outputs)
     try:
         yield
     finally:

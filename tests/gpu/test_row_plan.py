@@ -26,18 +26,18 @@ def check(make, *arguments, **options):
     return exact
 
 
-QUIET = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(padded())
-@QUIET
+@FEW
 def test_padded_input(example):
     *sizes, chosen = example
     check(plan_padded_input, *sizes, **chosen)
 
 
 @given(packed())
-@QUIET
+@FEW
 def test_packed_input(example):
     *sizes, chosen = example
     check(plan_packed_input, *sizes, **chosen)

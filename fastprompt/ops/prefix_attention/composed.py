@@ -24,19 +24,6 @@ _PAIRS_PER_CALL = 2000
 _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
 
 
-def unsupported(q, seq, prefix_length, window, softcap):
-    """None if this backend can run the call, else the reason why not."""
-    if q.device.type != "cpu":
-        return f"q is on {q.device}"
-    if softcap is not None:
-        return "torch's CPU flash attention has no softcap"
-    if seq.kind == "decode":
-        return "decode runs on the reference"
-    if window is not None and window < seq.span(prefix_length):
-        return f"torch's CPU flash attention has no sliding window, and {window} is shorter than the longest sequence"
-    return None
-
-
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
     heads, kv_heads = q.shape[1], k.shape[1]
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written below

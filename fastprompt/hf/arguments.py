@@ -1,13 +1,39 @@
-"""Does a method's prompt fit a model?"""
+"""What a SoftPromptModel is made of and called with, checked."""
 
-from transformers import PreTrainedModel
+from typing import Any
+
+import torch
 
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from .shared_state import layers_with_keys
 
 Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
 
 
-def check_fits(base: PreTrainedModel, method: Method) -> None:
+def checked_prompt_ids(prompt_ids: Any, num_prompts: int) -> torch.Tensor | None:
+    """``prompt_ids`` as ``[B]`` int64, or None.
+
+    Raises:
+        TypeError, ValueError: no integers, another shape, or ids that are not in ``[0, num_prompts)``.
+    """
+    if prompt_ids is None:
+        return None
+    try:
+        ids = torch.as_tensor(prompt_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
+    if ids.dim() != 1:
+        raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= num_prompts:
+            raise ValueError(f"prompt_ids must lie in [0, {num_prompts}), got values from {low} to {high}")
+    return ids.long()
+
+
+def check_method(base: Any, method: Method) -> None:
     """Raises ValueError if the prompt fits the model in no way."""
     if not isinstance(method, PrefixTuning):
         width = base.get_input_embeddings().weight.shape[1]
