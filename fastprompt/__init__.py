@@ -16,7 +16,10 @@ if TYPE_CHECKING:
         distillation_loss,
         ensemble_vote,
     )
-    from .ops import multitask_prompt, prefix_attention, prompt_concat, prompt_lstm
+    from .ops.multitask_prompt.api import multitask_prompt
+    from .ops.prefix_attention.api import prefix_attention
+    from .ops.prompt_concat.api import prompt_concat
+    from .ops.prompt_lstm.api import prompt_lstm
     from .peft.accelerate import accelerate, restore
     from .peft.model import SoftPromptModel
 

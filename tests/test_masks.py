@@ -56,12 +56,7 @@ def all_pairs(mask_function, real=None):
 
 def said(pattern, real=None):
     """``[B, S, S]`` of what a pattern says."""
-    distance = torch.arange(WIDTH) - torch.arange(WIDTH)[:, None]
-    seen = torch.ones(2, WIDTH, WIDTH, dtype=torch.bool)
-    if pattern.ahead is not None:
-        seen = seen & (distance <= pattern.ahead)
-    if pattern.behind is not None:
-        seen = seen & (-distance <= pattern.behind)
+    seen = all_pairs(pattern.sees)
     if pattern.segments is not None:
         seen = seen & (pattern.segments[:, :, None] == pattern.segments[:, None, :])
     return seen if real is None else seen & real[:, :, None] & real[:, None, :]
@@ -240,6 +235,19 @@ def test_a_mask_of_another_form_leaves_no_place_for_a_prefix():
     patched(input_ids=IDS, token_type_ids=0 * TYPES)
     with pytest.raises(UnsupportedAttention, match="attention both ways within blocks leaves no place for a prefix"):
         patched(input_ids=IDS, token_type_ids=TYPES)
+
+
+def test_holes_behind_a_prefix_in_a_model_that_knows_blocks():
+    model, text = image_blocks(), IDS[:1, :4]
+    mask = MASK.clone()
+    mask[0, 3] = 0
+    whole = torch.cat([text.expand(3, -1), IDS], 1)
+    with torch.no_grad():
+        front = torch.cat([torch.ones_like(IDS[:, :4]), mask], 1)
+        expected = model(input_ids=whole, attention_mask=front, token_type_ids=torch.zeros_like(whole)).logits[:, 4:]
+        fastprompt.patch_attention(model, fastprompt.prefix_of_text(model, text))
+        got = model(input_ids=IDS, attention_mask=mask, token_type_ids=0 * TYPES).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
 # Planned rows.

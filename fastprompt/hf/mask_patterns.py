@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import masking_utils as masking
 
-_CELLS = 1 << 22  # pairs that are looked at at once: 4 MiB of booleans
+_CELLS = 1 << 20  # pairs that are looked at at once: 1 MiB of booleans
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,15 @@ class Pattern:
     def window(self) -> int | None:
         """prefix_attention's: keys nearer than this are seen."""
         return None if self.behind is None else self.behind + 1
+
+    def sees(self, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """As a mask function of transformers, the segments left out."""
+        seen = (query >= 0) & (key >= 0)  # all of them
+        if self.ahead is not None:
+            seen = seen & (key - query <= self.ahead)
+        if self.behind is not None:
+            seen = seen & (query - key <= self.behind)
+        return seen
 
     def __and__(self, other: "Pattern") -> "Pattern | None":
         """What both let see; None if both have segments."""
@@ -89,13 +98,13 @@ def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool 
         use_vmap: as transformers hands it to a mask interface: the function cannot be broadcast.
     """
     batch, width = real.shape
-    lengths = real.sum(1)
-    longest = int(lengths.max()) if batch else 0
+    first, last = _bounds(real)
+    longest = int((last - first).max()) if batch else 0
     if longest == 0:
         return Pattern(ahead=0)
     keys = torch.arange(width, device=real.device)
-    ahead, behind, seen_pairs = -width, -width, 0
-    step = max(1, _CELLS // max(1, batch * width))
+    ahead = behind = seen_pairs = 0
+    step = max(1, _CELLS // (batch * width))
     for start in range(0, width, step):
         queries = keys[start : start + step]
         mask: Any = masking.sdpa_mask(
@@ -110,22 +119,29 @@ def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool 
         )
         seen = mask[:, 0] & real[:, queries, None] & real[:, None, :]
         seen_pairs += int(seen.sum())
-        distance = keys - queries[:, None]
-        hidden = ~seen.any(0)
-        ahead = max(ahead, int(distance.masked_fill(hidden, -width).max()))
-        behind = max(behind, int((-distance).masked_fill(hidden, -width).max()))
-    # Every pair that is seen lies in the band of these two bounds. If as many are seen as the band has, it is the band.
-    if min(ahead, behind) < 0 or seen_pairs != _pairs_in_band(lengths, ahead, behind):
-        return None
+        distance = (keys - queries[:, None]).masked_fill(~seen.any(0), 0)
+        ahead, behind = max(ahead, int(distance.max())), max(behind, -int(distance.min()))
+        # Every pair that is seen lies in the band of these two bounds. If as many are seen as the band has, it is the
+        # band; and one that has too many already will not have fewer.
+        if seen_pairs < _pairs_in_band(first, last, start + step, ahead, behind):
+            return None
     hides_nothing = max(1, longest - 1)
     bounds = [None if bound >= hides_nothing else bound for bound in (ahead, behind)]
     return Pattern(bounds[0], bounds[1])
 
 
-def _pairs_in_band(lengths, ahead, behind):
-    """How many pairs of tokens of a run have ``-behind <= key - query <= ahead``, summed over runs of these lengths."""
-    distances = torch.arange(-behind, ahead + 1, device=lengths.device).abs()
-    return int((lengths[:, None] - distances).clamp(min=0).sum())
+def _bounds(real):
+    """``[B]`` each: the first token of each row's run, and what follows the last one."""
+    first = real.int().argmax(1)
+    return first, first + real.sum(1)
+
+
+def _pairs_in_band(first, last, end, ahead, behind):
+    """How many pairs of tokens of a run have ``-behind <= key - query <= ahead``, for queries before column ``end``."""
+    distance = torch.arange(-behind, ahead + 1, device=first.device)
+    begins = first[:, None] - distance.clamp(max=0)
+    ends = (last[:, None] - distance.clamp(min=0)).clamp(max=end)
+    return int((ends - begins).clamp(min=0).sum())
 
 
 def _least(*bounds):

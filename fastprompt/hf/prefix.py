@@ -53,7 +53,7 @@ def prefix_of_text(model: PreTrainedModel, token_ids: Sequence[int] | torch.Tens
         raise ValueError(
             f"model must run the {ids.shape[1]} tokens of the text alone, got keys of {layers[0][0].shape[2]}"
         )
-    return torch.stack([torch.stack([x[0].transpose(0, 1) for x in layer]) for layer in layers])
+    return torch.stack([torch.stack([x[0].transpose(0, 1).to(ids.device) for x in layer]) for layer in layers])
 
 
 def _checked_ids(model, token_ids):

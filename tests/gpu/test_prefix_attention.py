@@ -63,7 +63,7 @@ def draw(seq, dtype, heads=4, kv_heads=2, head_dim=16, prefixes=0, prefix_length
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    room = max((n for _, n, _, _ in seq.host), default=0) + 2
+    room = int(seq.host.lengths.max(initial=0)) + 2
     own = (seq.rows, kv_heads, room, head_dim) if seq.kind == "decode" else (seq.rows, kv_heads, head_dim)
     bank = [normal(prefixes, prefix_length, kv_heads, head_dim) for _ in range(2)] if prefixes else [None, None]
     q = normal(seq.rows, heads, head_dim)

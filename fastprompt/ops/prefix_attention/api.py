@@ -155,15 +155,15 @@ def _implementation(q, prefix_k, seq, window, softcap, requested):
 def _check_ranges(k, prefix_k, seq):
     """What only the values of seq tell, from the host, where they have to be known anyway."""
     if seq.kind == "decode":
-        check_range("seq.lengths", torch.tensor([n for _, n, _, _ in seq.host]), 0, k.shape[2] + 1)
+        check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
     if prefix_k is not None:
         if seq.prefix_ids is None:
             if len(seq.starts) and prefix_k.shape[0] == 0:
                 raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
         else:
-            check_range("seq.prefix_ids", torch.tensor([p for _, _, p, _ in seq.host]), -1, prefix_k.shape[0])
+            check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, prefix_k.shape[0])
         if seq.prefix_lens is not None:
-            check_range("seq.prefix_lens", torch.tensor(seq.host_prefix_lens), 0, prefix_k.shape[1] + 1)
+            check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, prefix_k.shape[1] + 1)
 
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):

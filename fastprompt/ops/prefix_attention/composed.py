@@ -9,6 +9,7 @@ dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse
 through two flash calls would be wrong, it takes lse for a constant.
 """
 
+import numpy as np
 import torch
 
 from ...checks import accumulator
@@ -133,9 +134,10 @@ class _Rows:
     """A set of rows in rising order, read and written without a copy where they stand together."""
 
     def __init__(self, rows):
-        together = rows[-1] - rows[0] + 1 == len(rows)
-        self.slice = slice(rows[0], rows[-1] + 1) if together else None
-        self.index = None if together else torch.tensor(rows)
+        first, last = int(rows[0]), int(rows[-1])
+        together = last - first + 1 == len(rows)
+        self.slice = slice(first, last + 1) if together else None
+        self.index = None if together else torch.from_numpy(rows)
 
     def read(self, x):
         rows = x.index_select(0, self.index) if self.slice is None else x[self.slice]
@@ -159,9 +161,9 @@ class _Run:
 
     mask = None
 
-    def __init__(self, sequences, causal):
-        (start, self.length), self.causal = sequences[0], causal
-        self.rows = _Rows(range(start, start + len(sequences) * self.length))
+    def __init__(self, start, length, count, causal):
+        self.length, self.causal = length, causal
+        self.rows = _Rows(range(start, start + count * length))
 
     def read(self, x):
         """``[R, H, ...]`` -> ``[b, H, L, ...]``."""
@@ -183,24 +185,28 @@ class _Tiles:
 
     causal = False  # the mask says it all
 
-    def __init__(self, tiles, width, causal):
-        self.width = width
-        source = torch.tensor([[tile[0][0]] * width for tile in tiles])  # [tiles, width], the row in each place
-        owner = torch.full_like(source, -1)
-        for i, tile in enumerate(tiles):
-            column = 0
-            for number, (start, length) in enumerate(tile):
-                source[i, column : column + length] = torch.arange(start, start + length)
-                owner[i, column : column + length] = number
-                column += length
-        seen = owner[:, :, None] == owner[:, None, :]
+    def __init__(self, starts, lengths, tile, width, causal):
+        order = np.argsort(tile, kind="stable")
+        starts, lengths, tile = starts[order], lengths[order], tile[order]
+        ends = lengths.cumsum()
+        first = np.flatnonzero(np.diff(tile, prepend=-1))  # sequence of each tile
+        column = ends - lengths
+        column -= column[first][tile]
+        places, rows = _ranges(tile * width + column, lengths), _ranges(starts, lengths)
+        source = np.repeat(starts[first], width)  # [tiles * width], the row in each place
+        source[places] = rows
+        owner = np.full(len(source), -1)
+        owner[places] = np.repeat(np.arange(len(lengths)), lengths)
+
+        self.width, self.source, owner = width, torch.from_numpy(source), torch.from_numpy(owner)
+        in_tile = owner.view(-1, width)
+        seen = in_tile[:, :, None] == in_tile[:, None, :]
         if causal:
             seen = seen.tril()
         self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # [tiles, 1, width, width]
-        self.source, self.left_over = source.flatten(), (owner < 0).flatten()[:, None]
-        places = (owner >= 0).flatten().nonzero()[:, 0]
-        rows, order = self.source[places].sort()
-        self.rows, self.places = _Rows(rows.tolist()), places[order]
+        self.left_over = (owner < 0)[:, None]
+        order = np.argsort(rows)
+        self.rows, self.places = _Rows(rows[order]), torch.from_numpy(places[order])
 
     def read(self, x):
         """``[R, H, ...]`` -> ``[tiles, H, width, ...]``."""
@@ -220,7 +226,7 @@ class _Reader(_Rows):
     """All rows that read one prefix, whichever sequence they belong to."""
 
     def __init__(self, prefix_id, length, rows):
-        super().__init__(sorted(rows))
+        super().__init__(rows)
         self.prefix_id, self.length = prefix_id, length
 
     def fold(self, x, kv_heads):
@@ -248,50 +254,66 @@ def _blocks(seq, causal):
     How many run by themselves is decided by counting pairs: tiles cost ``rows * width`` of them, a run its lengths
     squared, and each call ``_PAIRS_PER_CALL`` more.
     """
-    groups = []  # sequences of one length, side by side
-    for start, length in sorted((s, n) for s, n, _, _ in seq.host if n):
-        if groups and groups[-1][-1] == (start - length, length):
-            groups[-1].append((start, length))
-        else:
-            groups.append([(start, length)])
-    groups.sort(key=lambda group: -group[0][1])
-    rows = sum(len(group) * group[0][1] for group in groups)
-    best, alone, spent = torch.inf, 0, 0
-    for i, group in enumerate([*groups, [(0, 0)]]):  # the first i groups by themselves
-        width = _width(group[0][1])
-        cost = spent + (rows * width + _PAIRS_PER_CALL if rows else 0)
-        if cost < best:
-            best, alone = cost, i
-        spent += len(group) * group[0][1] ** 2 + _PAIRS_PER_CALL
-        rows -= len(group) * group[0][1]
-    blocks = [_Run(group, causal) for group in groups[:alone]]
-    if short := [sequence for group in groups[alone:] for sequence in group]:
-        width = _width(short[0][1])
-        blocks.append(_Tiles(_fill(short, width), width, causal))
+    host = seq.host
+    order = np.lexsort((host.starts, -host.lengths))
+    order = order[host.lengths[order] > 0]
+    starts, lengths = host.starts[order], host.lengths[order]
+    if not len(order):
+        return []
+    joined = (lengths[1:] == lengths[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1])
+    first = np.flatnonzero(np.append(True, ~joined))  # sequences of one length side by side are a group
+    last = np.append(first[1:], len(order))
+    length, count = lengths[first], last - first
+
+    # The cost if the first 0, 1, ... groups run by themselves.
+    alone = np.append(0, np.cumsum(count * length**2 + _PAIRS_PER_CALL))
+    rows = np.append(np.cumsum((count * length)[::-1])[::-1], 0)
+    tiles = rows * np.append(_width(length), 0) + _PAIRS_PER_CALL * (rows > 0)
+    best = int((alone + tiles).argmin())
+    runs = zip(starts[first[:best]].tolist(), length[:best].tolist(), count[:best].tolist())
+    blocks = [_Run(*run, causal) for run in runs]
+    if best < len(first):
+        short = slice(first[best], None)
+        width = int(_width(length[best]))
+        blocks.append(_Tiles(starts[short], lengths[short], _fill(lengths[short], width), width, causal))
     return blocks
 
 
-def _fill(sequences, width):
-    """Sequences, longest first, into tiles of ``width`` rows: each into the first that has room."""
-    tiles, room = [], []
-    for sequence in sequences:
-        i = next((i for i, free in enumerate(room) if free >= sequence[1]), len(tiles))
-        if i == len(tiles):
-            tiles.append([])
-            room.append(width)
-        tiles[i].append(sequence)
-        room[i] -= sequence[1]
-    return tiles
+def _fill(lengths, width):
+    """The tile of ``width`` rows that each sequence goes to, longest first: the first that has room.
+
+    Sequences of one length are placed at once: they fill up one tile after the other.
+    """
+    tile, room = [], np.zeros(0, np.int64)
+    for negative, count in zip(*np.unique(-lengths, return_counts=True)):
+        length = -negative
+        missing = max(0, count - (room // length).sum())
+        room = np.append(room, np.full(-(-missing // (width // length)), width))
+        fit = room // length
+        taken = np.clip(count - (fit.cumsum() - fit), 0, fit)
+        tile.append(np.repeat(np.arange(len(room)), taken))
+        room -= taken * length
+    return np.concatenate(tile)
 
 
 def _readers(seq, room):
-    rows = {}
-    for start, length, prefix_id, _ in seq.host:
-        if length and seq.prefix_length(prefix_id, room):
-            rows.setdefault(prefix_id, []).extend(range(start, start + length))
-    return [_Reader(i, seq.prefix_length(i, room), found) for i, found in sorted(rows.items())]
+    host, prefix_lengths = seq.host, seq.prefix_lengths(room)
+    order = np.lexsort((host.starts, host.prefix_ids))
+    order = order[(host.lengths[order] > 0) & (prefix_lengths[order] > 0)]
+    prefix, first = np.unique(host.prefix_ids[order], return_index=True)
+    sequences = np.split(order, first[1:])  # of each prefix
+    return [
+        _Reader(i, int(prefix_lengths[some[0]]), _ranges(host.starts[some], host.lengths[some]))
+        for i, some in zip(prefix.tolist(), sequences)
+    ]
+
+
+def _ranges(starts, lengths):
+    """``[starts[i], starts[i] + lengths[i])`` for all i, one after the other."""
+    before = lengths.cumsum() - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
 def _width(longest):
-    """The width of a tile that holds a sequence of this length."""
-    return max(-(-longest // _STEP) * _STEP, _NARROWEST_TILE)
+    """The width of tiles that hold sequences of these lengths."""
+    return np.maximum(-(-longest // _STEP) * _STEP, _NARROWEST_TILE)

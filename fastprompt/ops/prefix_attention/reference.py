@@ -63,12 +63,12 @@ class _Part:
     """One sequence with its prefix in front: queries, keys and values in the accumulator's dtype, heads repeated."""
 
     def __init__(self, seq, index, q, k, v, prefix_k, prefix_v):
-        start, length, prefix_id, gap = seq.host[index]
+        start, length, prefix_id, gap = (int(x[index]) for x in seq.host[:4])
         self.decode, self.index = seq.kind == "decode", index
         queries = 1 if self.decode else length
         self.rows, self.length = slice(start, start + queries), length
         self.prefix_id = prefix_id if prefix_k is not None else -1
-        self.prefix = seq.prefix_length(self.prefix_id, 0 if prefix_k is None else prefix_k.shape[1])
+        self.prefix = int(seq.prefix_lengths(0 if prefix_k is None else prefix_k.shape[1])[index])
         acc = accumulator(q.dtype)
         keys, values = self.own(k), self.own(v)
         if self.prefix:
@@ -102,7 +102,7 @@ class _Part:
 
 
 def _parts(seq, q, k, v, prefix_k, prefix_v):
-    for index, (_, length, _, _) in enumerate(seq.host):
+    for index, length in enumerate(seq.host.lengths):
         if length:
             yield _Part(seq, index, q, k, v, prefix_k, prefix_v)
 
