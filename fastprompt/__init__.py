@@ -16,14 +16,12 @@ if TYPE_CHECKING:
         distillation_loss,
         ensemble_vote,
     )
-    from .ops import (
-        gated_activation,
-        linear_cross_entropy,
-        multitask_prompt,
-        prefix_attention,
-        prompt_concat,
-        prompt_lstm,
-    )
+    from .ops.gated_activation.api import gated_activation
+    from .ops.linear_cross_entropy.api import linear_cross_entropy
+    from .ops.multitask_prompt.api import multitask_prompt
+    from .ops.prefix_attention.api import prefix_attention
+    from .ops.prompt_concat.api import prompt_concat
+    from .ops.prompt_lstm.api import prompt_lstm
     from .peft.accelerate import accelerate, restore
     from .peft.model import SoftPromptModel
 

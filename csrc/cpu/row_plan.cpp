@@ -71,31 +71,31 @@ int64_t agreement(const Cells& cells, const Ints& tokens, int64_t b, int64_t oth
   return c;
 }
 
-// stats [8, B]: length, first, holes, labels, orphans, strangers, agree, prompt.
-void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids,
-             MaybeTensor prompts, MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
+// stats [8, B]: length, first, holes, labels, behind_padding, out_of_range, agree, prompt.
+void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids, MaybeTensor prompts,
+             MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
   const Cells cells(real, labels, virtual_tokens, starts, lengths, width, front);
   const MaybeInts tokens(token_ids), prompt(prompts);
   auto const batch = stats.size(1);
   for (int64_t b = 0; b < batch; ++b) {
     auto const begin = cells.begin(b), columns = cells.columns(b);
-    int64_t length = 0, first = 0, runs = 0, wanted = 0, orphans = 0, strangers = 0;
+    int64_t length = 0, first = 0, runs = 0, wanted = 0, behind_padding = 0, out_of_range = 0;
     bool before = false;
     for (int64_t c = 0; c < columns; ++c) {
       auto const place = begin + c;
       auto const live = cells.is_real(place);
       if (cells.is_wanted(place, c)) {
         ++wanted;
-        orphans += c > 0 && !before;
+        behind_padding += c > 0 && !before;
       }
       if (live) {
         if (length++ == 0) first = c;
         runs += !before;
-        strangers += cells.virtual_tokens && cells.virtual_tokens[place] >= prompt_length;
+        out_of_range += cells.virtual_tokens && cells.virtual_tokens[place] >= prompt_length;
       }
       before = live;
     }
-    const int64_t found[] = {length, first, runs > 1, wanted, orphans > 0, strangers > 0, 0, prompt ? prompt[b] : 0};
+    const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0, prompt ? prompt[b] : 0};
     for (int64_t i = 0; i < stats.size(0); ++i) line(stats, i)[b] = found[i];
   }
   if (!tokens) return;

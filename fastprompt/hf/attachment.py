@@ -107,7 +107,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
 
 
 @contextmanager
-def suspended(model: nn.Module) -> Iterator[None]:
+def suspended(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, an attached model computes as it did before, whoever is attached to it."""
     try:
         _switch_back(model)

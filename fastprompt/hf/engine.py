@@ -94,7 +94,9 @@ class Engine:
             layout=self.abilities.layout,
         )
         if request.cu_seqlens is not None:
-            flat = {name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()}
+            flat: dict[str, Any] = {
+                name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()
+            }
             return plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
         batch, width = request.tokens.shape[:2]
         plan = plan_padded_input(

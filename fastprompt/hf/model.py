@@ -30,7 +30,7 @@ class SoftPromptModel(nn.Module):
 
     Args:
         base: a Hugging Face model. Its parameters are frozen but for those of a new head (``score``, ``classifier``,
-            ``qa_outputs``); its attention is switched over, see :class:`Engine`.
+            ``qa_outputs``); it is attached, see :class:`Engine`.
         method: a :class:`PromptTuning`, :class:`PTuning`, :class:`MultitaskPromptTuning` or :class:`PrefixTuning`; its
             parameters are what trains.
 

@@ -17,8 +17,8 @@ STATS = (
     "first",  # the column of the first of them
     "holes",  # whether others than real tokens stand among them
     "labels",  # how many there are
-    "orphans",  # whether one of them follows what is no token
-    "strangers",  # whether a virtual token is none of the prompt's
+    "behind_padding",  # whether one of them follows what is no token
+    "out_of_range",  # whether a virtual token is none of the prompt's
     "agree",  # the tokens from the first column on that are those of the first sequence of the same prompt with a token
     "prompt",
 )
@@ -89,12 +89,12 @@ def measure(batch: Batch) -> torch.Tensor:
     length, first = real.sum(1), _first(real)
     starts = real & ~_shifted(real, False)  # real tokens that none stands before
     holes = starts.sum(1) > 1
-    labels = orphans = strangers = agree = nothing
+    labels = behind_padding = out_of_range = agree = nothing
     if batch.labels is not None:
         labels = cells.wanted.sum(1)
-        orphans = (cells.wanted & ~_shifted(real, True)).sum(1) > 0
+        behind_padding = (cells.wanted & ~_shifted(real, True)).sum(1) > 0
     if batch.virtual is not None:
-        strangers = (real & (cells.of(batch.virtual) >= batch.prompt_length)).any(1)
+        out_of_range = (real & (cells.of(batch.virtual) >= batch.prompt_length)).any(1)
     if batch.token_ids is not None:
         code = cells.of(batch.token_ids).long()
         if batch.virtual is not None:
@@ -104,7 +104,7 @@ def measure(batch: Batch) -> torch.Tensor:
         alike = code == code.index_select(0, leader)
         agree = _first(~(alike & real & real.index_select(0, leader)))
     prompts = nothing if batch.prompts is None else batch.prompts
-    return torch.stack([length, first, holes, labels, orphans, strangers, agree, prompts])
+    return torch.stack([length, first, holes, labels, behind_padding, out_of_range, agree, prompts])
 
 
 def _first(flags: torch.Tensor) -> torch.Tensor:

@@ -206,13 +206,13 @@ def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
     if layout != "padded":
         if stats.holes.any():
             raise CannotPack("the attention mask has holes")
-        if batch.virtual is not None and stats.strangers.any():
+        if batch.virtual is not None and stats.out_of_range.any():
             raise ValueError(
                 f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}"
             )
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
-    if layout != "padded" and stats.orphans.any():
+    if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
     labels = int(stats.labels.sum())
     entries["first_label"] = stats.labels.cumsum() - stats.labels
@@ -235,8 +235,8 @@ class _Stats(NamedTuple):
     first: np.ndarray
     holes: np.ndarray
     labels: np.ndarray
-    orphans: np.ndarray
-    strangers: np.ndarray
+    behind_padding: np.ndarray
+    out_of_range: np.ndarray
     agree: np.ndarray
     prompt: np.ndarray
 
