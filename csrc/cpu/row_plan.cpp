@@ -72,8 +72,9 @@ int64_t agreement(const Cells& cells, const Ints& tokens, int64_t b, int64_t oth
 }
 
 // stats [8, B]: length, first, holes, labels, behind_padding, out_of_range, agree, prompt.
-void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids, MaybeTensor prompts,
-             MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
+void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids,
+             MaybeTensor prompts, MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length,
+             bool front, Tensor stats) {
   const Cells cells(real, labels, virtual_tokens, starts, lengths, width, front);
   const MaybeInts tokens(token_ids), prompt(prompts);
   auto const batch = stats.size(1);
@@ -154,7 +155,8 @@ void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, Mayb
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
   m.def("row_plan_measure_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? token_ids, "
-        "Tensor? prompts, Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, Tensor(a!) stats) -> ()");
+        "Tensor? prompts, Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, "
+        "Tensor(a!) stats) -> ()");
   m.def("row_plan_fill_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? starts, Tensor? lengths, "
         "Tensor table, int width, int front, int prompt_length, int prefix_length, Tensor(a!) source, "
         "Tensor(b!) position_ids, Tensor(c!) grid, Tensor(d!)? label_rows, Tensor(e!)? shifted) -> ()");
