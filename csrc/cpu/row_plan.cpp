@@ -1,4 +1,5 @@
-// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them. Names are those of there.
+// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them. Names are those of
+// there.
 
 #include "tensors.h"
 
@@ -46,7 +47,9 @@ struct Cells {
   int64_t columns(int64_t b) const { return lengths ? lengths[b] : width; }
   bool is_real(int64_t place) const { return !real || real[place]; }
   // Without rows in front nothing predicts the first token.
-  bool is_wanted(int64_t place, int64_t column) const { return labels && labels[place] != IGNORE && (front || column > 0); }
+  bool is_wanted(int64_t place, int64_t column) const {
+    return labels && labels[place] != IGNORE && (front || column > 0);
+  }
 };
 
 // A [lines, n] tensor of int64, line by line.
@@ -70,8 +73,9 @@ int64_t agreement(const Cells& cells, const Ints& tokens, int64_t b, int64_t oth
 }
 
 // stats [8, B]: length, first, holes, labels, behind_padding, out_of_range, agree, prompt.
-void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids, MaybeTensor prompts,
-             MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length, bool front, Tensor stats) {
+void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids,
+             MaybeTensor prompts, MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length,
+             bool front, Tensor stats) {
   const Cells cells(real, labels, virtual_tokens, starts, lengths, width, front);
   const MaybeInts tokens(token_ids), prompt(prompts);
   auto const batch = stats.size(1);
@@ -93,7 +97,8 @@ void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, M
       }
       before = live;
     }
-    const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0, prompt ? prompt[b] : 0};
+    const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0,
+                             prompt ? prompt[b] : 0};
     for (int64_t i = 0; i < stats.size(0); ++i) line(stats, i)[b] = found[i];
   }
   if (!tokens) return;
@@ -151,8 +156,9 @@ void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, Mayb
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
-  m.def("row_plan_measure_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? token_ids, Tensor? prompts, "
-        "Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, Tensor(a!) stats) -> ()");
+  m.def("row_plan_measure_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? token_ids, "
+        "Tensor? prompts, Tensor? starts, Tensor? lengths, int width, int prompt_length, bool front, "
+        "Tensor(a!) stats) -> ()");
   m.def("row_plan_fill_cpu(Tensor? real, Tensor? labels, Tensor? virtual_tokens, Tensor? starts, Tensor? lengths, "
         "Tensor table, int width, int front, int prompt_length, int prefix_length, Tensor(a!) source, "
         "Tensor(b!) position_ids, Tensor(c!) grid, Tensor(d!)? label_rows, Tensor(e!)? shifted) -> ()");
