@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         distillation_loss,
         ensemble_vote,
     )
+    from .ops.gated_activation.api import gated_activation
+    from .ops.linear_cross_entropy.api import linear_cross_entropy
     from .ops.multitask_prompt.api import multitask_prompt
     from .ops.prefix_attention.api import prefix_attention
     from .ops.prompt_concat.api import prompt_concat
@@ -34,6 +36,8 @@ __all__ = [
     "accelerate",
     "distillation_loss",
     "ensemble_vote",
+    "gated_activation",
+    "linear_cross_entropy",
     "multitask_prompt",
     "patch_attention",
     "prefix_attention",
@@ -57,6 +61,8 @@ _MODULES = {
     "accelerate": "peft.accelerate",
     "distillation_loss": "methods",
     "ensemble_vote": "methods",
+    "gated_activation": "ops",
+    "linear_cross_entropy": "ops",
     "multitask_prompt": "ops",
     "patch_attention": "hf.patch",
     "prefix_attention": "ops",

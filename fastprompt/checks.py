@@ -1,9 +1,7 @@
 """Argument checks shared by all operators: every message names the argument, what came and what is expected."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib import import_module
 
 import torch
 
@@ -60,38 +58,6 @@ def check_range(name: str, ids: torch.Tensor, low: int, high: int) -> None:
     smallest, largest = (int(x) for x in torch.aminmax(ids))
     if smallest < low or largest >= high:
         raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
-
-
-@cache
-def import_backend(package, backend):
-    """The module ``<package>.<backend>`` and None, or None and the reason why it cannot be imported."""
-    try:
-        return import_module(f"{package}.{backend}"), None
-    except ImportError as error:
-        return None, f"the {backend.capitalize()} kernels cannot be imported: {error}"
-
-
-def choose_backend(op, requested, available: Mapping[str, str | None], preferred):
-    """Resolve ``backend=``: an explicit request is honoured or refused with its reason; "auto" takes the first
-    of ``preferred`` that is available.
-
-    Args:
-        op: the operator's name, for messages.
-        requested: what the caller passed as ``backend``.
-        available: backend name -> None if it can run this call, else why not.
-        preferred: backend names, the fastest first.
-
-    Raises:
-        ValueError: an unknown name.
-        RuntimeError: a known backend that cannot run this call.
-    """
-    if requested == "auto":
-        return next(name for name in preferred if available.get(name, "unknown") is None)
-    if requested not in available:
-        raise ValueError(f"backend of {op} must be 'auto' or one of {sorted(available)}, got {requested!r}")
-    if available[requested] is not None:
-        raise RuntimeError(f"backend {requested!r} of {op} cannot run this call: {available[requested]}")
-    return requested
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,10 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from .versions import OLDEST
+
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm", "rich")
 OPTIONAL = ("triton",)
-OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.
 MAIN_JOB = ("fastprompt.peft.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
@@ -95,8 +96,10 @@ def show_devices(hints: list[Finding]) -> list[str]:
         kind = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
         row(f"cuda:{index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB")
     if gpus:
-        if load("triton")[1]:
-            hints.append(("the GPU kernels need triton", "pip install triton"))
+        backends = load("fastprompt.backends")[0]
+        missing = backends and backends.TRITON.missing()
+        if missing:
+            hints.append((missing, f'pip install "triton>={OLDEST["triton"]}"'))
         return ["cpu", "cuda"]
     row("gpu", "none that torch can use")
     if shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
@@ -131,23 +134,26 @@ def show_library(hints: list[Finding]) -> None:
 def show_operators(device_types: list[str], errors: list[Finding]) -> None:
     """Print the backends of each operator."""
     heading('Operators: the backend that "auto" takes')
-    for name in OPERATORS:
-        api, problem = load(f"fastprompt.ops.{name}.api")
+    backends, problem = load("fastprompt.backends")
+    if problem:
+        row("none", problem)
+        errors.append((f"fastprompt.backends: {problem}", REINSTALL))
+        return
+    for name in backends.OPERATORS:
         try:
-            backends = {} if problem else api.available_backends()
-            chosen = {} if problem else {device: api.select_backend(device) for device in device_types}
+            reasons = backends.available(name, device_types)
+            chosen = {device: backends.choose(name, "auto", device) for device in device_types}
         except Exception as error:
             problem = f"selects no backend: {describe(error)}"
-        if problem:
             row(name, problem)
             errors.append((f"{name}: {problem}", REINSTALL))
             continue
-        others = [backend for backend, reason in backends.items() if not reason and backend not in chosen.values()]
+        others = [backend for backend, reason in reasons.items() if not reason and backend not in chosen.values()]
         row(
             name,
             *(f"{device} -> {backend}" for device, backend in chosen.items()),
             *(f"on request: {backend}" for backend in others),
-            *(f"not {backend}: {reason}" for backend, reason in backends.items() if reason),
+            *(f"not {backend}: {reason}" for backend, reason in reasons.items() if reason),
         )
 
 

@@ -119,6 +119,15 @@ def test_accelerate_s_wrappers_are_taken_off_alone():
     assert "forward" not in vars(fastprompt.restore(bare))
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+def test_there_is_one_config(method):
+    model, inputs = fastprompt.accelerate(peft_model("llama", method)), batch("right")
+    model(**inputs)
+    assert model.config is model.base_model.config is model.base_model.model.config
+    soft = fastprompt.SoftPromptModel(build("llama"), fastprompt.PrefixTuning(P, 3, 2, 8))
+    assert soft.config is soft.base.config
+
+
 def test_the_signature_is_peft_s():
     model = peft_model("llama")
     before = inspect.signature(model.forward)

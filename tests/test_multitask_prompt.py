@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.budget import Budget
-from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
+from fastprompt.backends import available, choose
+from fastprompt.ops.multitask_prompt.api import multitask_prompt
 
-BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+BACKENDS = [name for name, problem in available("multitask_prompt").items() if problem is None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -246,9 +247,9 @@ def test_fake_tensors_take_the_registered_operator():
 
 
 def test_backends():
-    assert available_backends()["reference"] is None
-    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
-    assert select_backend("cuda") in ("triton", "reference")
+    assert available("multitask_prompt")["reference"] is None
+    assert choose("multitask_prompt", "auto", "cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert choose("multitask_prompt", "auto", "cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
         with pytest.raises(
             RuntimeError, match="'cpu' of multitask_prompt cannot run this call: the C.. kernels have no float64"

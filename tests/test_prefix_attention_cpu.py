@@ -14,7 +14,7 @@ from test_prefix_attention import FLAGS, dense, largest_in_backward, layout, run
 
 from benchmarks import prefix_attention as benchmark
 from benchmarks.budget import attention_budget
-from fastprompt import Sequences, native, prefix_attention
+from fastprompt import Sequences, backends, native, prefix_attention
 from fastprompt.ops.prefix_attention import api
 
 pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
@@ -302,14 +302,15 @@ def test_compiles_without_a_graph_break():
 def test_auto_takes_the_library_where_it_can(monkeypatch):
     seq, _ = layout([4, 6], "packed", 1, 3, seed=0, mixed=False)
     inputs = tensors(seq.rows, 2, 2, 8, 1, 3, torch.float32)[:5]
-    assert api.select_backend("cpu") == "cpu"
+    assert backends.choose("prefix_attention", "auto", "cpu") == "cpu"
     assert torch.equal(prefix_attention(*inputs, seq, softcap=2.0)[0], ours(*inputs, seq, softcap=2.0)[0])
     with pytest.raises(
         RuntimeError, match="'cpu' of prefix_attention cannot run this call: the C.. kernels have no float64"
     ):
         ours(*(t.double() for t in inputs), seq)
     monkeypatch.setattr(native, "missing", "it was not compiled")
-    assert api.select_backend("cpu") == "composed"
+    monkeypatch.setattr(api, "implementation", backends.implementation.__wrapped__)  # which remembers the library
+    assert backends.choose("prefix_attention", "auto", "cpu") == "composed"
     assert torch.equal(prefix_attention(*inputs, seq)[0], prefix_attention(*inputs, seq, backend="composed")[0])
     with pytest.raises(RuntimeError, match="'cpu' of prefix_attention cannot run this call: it was not compiled"):
         ours(*inputs, seq)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastprompt.backends import available, choose
 from fastprompt.ops import prompt_concat
-from fastprompt.ops.prompt_concat.api import available_backends, select_backend
 
-BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+BACKENDS = [name for name, problem in available("prompt_concat").items() if problem is None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -176,8 +176,8 @@ def test_a_source_out_of_range_names_the_values(backend):
 
 
 def test_backends():
-    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
-    assert select_backend("cuda") in ("triton", "reference")
+    assert choose("prompt_concat", "auto", "cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert choose("prompt_concat", "auto", "cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
         with pytest.raises(
             RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"

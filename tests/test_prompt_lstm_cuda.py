@@ -11,9 +11,9 @@ from faults import assert_found, lstm_faults
 from benchmarks.budget import DRAWS, Budget
 from benchmarks.gpu import cuda_matrix, lstm_plan
 from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, Args, Chip, Problem
-from fastprompt import native
+from fastprompt import backends, native
 from fastprompt.ops.prompt_lstm import reference
-from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
+from fastprompt.ops.prompt_lstm.api import prompt_lstm
 
 pytestmark = pytest.mark.skipif(not lstm_plan.COMPILER, reason="there is no C++ compiler")
 
@@ -274,9 +274,10 @@ def test_large_numbers_and_nan(variant, library, emulation):
 
 def test_it_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(native, "missing_cuda", None)
-    assert available_backends()["cuda"] is None and select_backend("cuda") == "torch"
+    assert backends.available("prompt_lstm", ["cuda"])["cuda"] is None
+    assert backends.choose("prompt_lstm", "auto", "cuda") == "torch"
     x, weights, _, _ = inputs(4, 3, 2, torch.float32)
-    with pytest.raises(RuntimeError, match="backend 'cuda' of prompt_lstm cannot run this call: x is on cpu"):
+    with pytest.raises(RuntimeError, match="'cuda' of prompt_lstm cannot run this call: the CUDA kernels run on a GPU"):
         prompt_lstm(x, weights, num_layers=1, backend="cuda")
     monkeypatch.setattr(native, "missing_cuda", "the reason")
     with pytest.raises(RuntimeError, match="cannot run this call: the reason"):

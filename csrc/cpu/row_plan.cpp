@@ -1,5 +1,4 @@
-// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them. Names are those of
-// there.
+// The cells of a row plan: what fastprompt/layout/cells.py does in PyTorch, in one pass over them and by its names.
 
 #include "tensors.h"
 

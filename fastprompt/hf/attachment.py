@@ -76,9 +76,8 @@ def is_attached(model: PreTrainedModel) -> bool:
 def attach_again(model: PreTrainedModel) -> None:
     """Make complete what :func:`is_attached` misses."""
     record = model.__dict__[_RECORD]
-    if model.config._attn_implementation not in IMPLEMENTATIONS:
-        _check(_configs(model))
-        _switch(model)
+    _check(_configs(model))
+    _switch(model)
     if any(record.users.values()):
         patch_gated_mlps(model)
     record.complete = True
@@ -99,15 +98,23 @@ def detach(model: PreTrainedModel, user: object) -> None:
     if record.users:
         return
     changed = record.unchanged is not None and not _same(record.root, record.unchanged)
-    for config in _configs(model):
-        before = IMPLEMENTATIONS.get(config._attn_implementation)
-        if before is not None:
-            config._attn_implementation_internal = before
+    _switch_back(model)
     if not changed:
         for module, config, own in record.replaced:
             if module.__dict__.get("config") is own:
                 module.config = config
     model.__dict__.pop(_RECORD, None)
+
+
+@contextmanager
+def suspended(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, an attached model computes as it did before, whoever is attached to it."""
+    try:
+        _switch_back(model)
+        unpatch_gated_mlps(model)
+        yield
+    finally:
+        attach_again(model)
 
 
 def _same(config, other):
@@ -143,6 +150,13 @@ def _switch(model):
     for config in _configs(model):
         # The public setter would also overwrite sub-configs, which may run on something else.
         config._attn_implementation_internal = _OURS.get(config._attn_implementation, config._attn_implementation)
+
+
+def _switch_back(model):
+    for config in _configs(model):
+        before = IMPLEMENTATIONS.get(config._attn_implementation)
+        if before is not None:
+            config._attn_implementation_internal = before
 
 
 @contextmanager

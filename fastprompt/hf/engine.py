@@ -9,13 +9,12 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checks import check_range
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..ops import linear_cross_entropy
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
-from .attachment import attach, detach, evaluation_mode
+from .attachment import attach, detach, evaluation_mode, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
-from .loss import ROWS, SummedCrossEntropy
 from .masks import Recorded
 from .request import Request
 from .runner import Inputs
@@ -23,6 +22,9 @@ from .shared_state import SharedState
 from .structure import active_dropout, is_plain_linear
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+# Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
+ROWS = 256
 
 
 class Engine:
@@ -71,15 +73,6 @@ class Engine:
         """Give the model its own attention and MLPs back; nothing is packed any more."""
         self.refusal = self.refusal or "the model was released"
         detach(self.base, self._user)
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """While the block runs, the model is as it was, as far as this engine is concerned."""
-        detach(self.base, self._user)
-        try:
-            yield
-        finally:
-            attach(self.base, self._user, mlps=True)
 
     @torch.compiler.disable
     def plan(self, request: Request) -> RowPlan:
@@ -172,7 +165,7 @@ class Engine:
         padding = getattr(self.base.config, "pad_token_id", None)
         with evaluation_mode(self.base):
             try:
-                with self.untouched():
+                with suspended(self.base):
                     expected = Expectations.behind_prefix(self.base, forward, padding)
                 mask, ids = expected.sample.masks["right"], expected.ids
                 plan = plan_padded_input(
@@ -288,8 +281,7 @@ class Engine:
         if request.loss is None and self._chunked_loss(head, plan, rows):
             hidden = self.runner.hidden(plan, rows, shared)
             hidden = hidden.index_select(0, plan.label_rows.to(hidden.device))
-            check_range("labels", plan.labels, 0, len(head.weight))
-            total = SummedCrossEntropy.apply(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
+            total = linear_cross_entropy(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
             items = request.num_items_in_batch
             return total / (len(plan.labels) if items is None else items)
         keep = _label_rows(request, plan)

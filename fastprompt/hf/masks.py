@@ -172,9 +172,9 @@ class PaddedBatch:
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
             return packed
-        if not self.shared.learned:
+        if pattern is None or not self.shared.learned:
             return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
-        if pattern is None or pattern.segments is not None:
+        if pattern.segments is not None:
             raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
         # Of indices alone, which moves behind the prefix; a function over the tokens of the batch would not.
         return DenseMask(before, arguments | dict(mask_function=pattern.sees, use_vmap=False), self.shared)
@@ -247,7 +247,7 @@ _ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fa
 
 @contextmanager
 def running(batch: Batch) -> Iterator[Batch]:
-    """While the block runs, models that were attached run ``batch`` on prefix_attention."""
+    """While the block runs, models that are attached run ``batch`` on prefix_attention."""
     token = _ACTIVE.set(batch)
     try:
         yield batch

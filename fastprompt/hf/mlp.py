@@ -10,40 +10,13 @@ and its activation is elementwise and without state. Both are looked at again at
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import activations
 
-
-class GatedActivation(torch.autograd.Function):
-    """``activation(gate) * up`` for an elementwise activation; keeps ``gate`` and ``up`` only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        activated = activation(gate)
-        # In place where the activation made a tensor: what comes and goes between saved ones leaves holes in the heap.
-        return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.activation(leaf)
-        dgate = torch.autograd.grad(activated, leaf, grad * up)[0] if ctx.needs_input_grad[0] else None
-        dup = activated.detach()
-        # In place, since a step's memory peaks here; not into what was saved, which an identity would hand back.
-        dup = grad * dup if dup.data_ptr() == gate.data_ptr() else dup.mul_(grad)
-        return dgate, dup if ctx.needs_input_grad[1] else None, None
+from ..ops.gated_activation.api import GatedActivation
 
 
 def patch_gated_mlps(model: nn.Module) -> None:

@@ -2,13 +2,7 @@
 
 import torch
 
-from .. import native
 from .cells import STATS, Batch, Filled
-
-
-def unsupported(device_type: str) -> str | None:
-    """None if the library can run on such a device, else the reason why not."""
-    return native.unsupported(device_type, torch.int64)
 
 
 def measure(batch: Batch) -> torch.Tensor:

@@ -7,14 +7,14 @@
 """
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..checks import INTS, check_tensor, choose_backend, import_backend
-from . import cells, cpu
+from ..backends import implementation
+from ..checks import INTS, check_tensor
+from . import cells
 from .cells import IGNORE as IGNORE
 from .sequences import Ints, Sequences
 
@@ -193,22 +193,13 @@ def _length(name: str, value: int) -> int:
     return value
 
 
-def _implementation(requested: str, device: torch.device) -> ModuleType:
-    """The module whose ``measure`` and ``fill`` look at the cells."""
-    backends, modules = {"cpu": cpu.unsupported(device.type), "reference": None}, {"cpu": cpu, "reference": cells}
-    if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
-        triton, problem = import_backend(__package__, "triton")
-        backends["triton"], modules["triton"] = problem or triton.unsupported(device.type), triton
-    return modules[choose_backend("the row plan", requested, backends, ["triton", "cpu", "reference"])]
-
-
 def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
     rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
         batch = replace(batch, token_ids=None)
-    on_device = _implementation(backend, batch.device)
+    on_device = implementation("row_plan", backend, batch.device.type)
     stats = _Stats(*on_device.measure(batch).cpu().numpy())
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")

@@ -12,11 +12,6 @@ _COLUMNS = 1024
 _OPTIONS = launch.Options(num_warps=4, num_stages=1)
 
 
-def unsupported(device_type: str) -> str | None:
-    """None if the kernels run on such a device, else the reason why not."""
-    return launch.unsupported(device_type, torch.int64)
-
-
 def measure(batch: Batch) -> torch.Tensor:
     stats = torch.empty(len(STATS), batch.size, dtype=torch.int64, device=batch.device)
     measure_kernel(

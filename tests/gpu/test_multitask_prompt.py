@@ -10,7 +10,8 @@ from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.ops.multitask_prompt.api import MultitaskPrompt, available_backends, multitask_prompt, select_backend
+from fastprompt.backends import available, choose
+from fastprompt.ops.multitask_prompt.api import MultitaskPrompt, multitask_prompt
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -228,8 +229,8 @@ def test_a_task_out_of_range_is_refused_before_anything_is_read():
 
 
 def test_backends():
-    assert available_backends()["triton"] is None
-    assert select_backend("cuda") == "triton" != select_backend("cpu")
+    assert available("multitask_prompt")["triton"] is None
+    assert choose("multitask_prompt", "auto", "cuda") == "triton" != choose("multitask_prompt", "auto", "cpu")
     shared, rows, cols, task_ids, _ = (x.to(DEVICE) for x in inputs())
     double = [x.double() for x in (shared, rows, cols)]
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):

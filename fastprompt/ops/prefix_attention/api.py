@@ -2,23 +2,9 @@
 
 import torch
 
-from ... import native
-from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend, without_autocast
+from ...backends import implementation, is_eager
+from ...checks import FLOATS, accumulator, check_range, check_tensor, without_autocast
 from ...layout import Sequences
-from ..launcher import available, available_here, is_eager, launcher
-from . import composed
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return available_here("prefix_attention", 64) | {"composed": None}
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call on ``device_type``."""
-    if device_type == "cpu":
-        return "composed" if native.missing else "cpu"
-    return "reference" if launcher("prefix_attention", "triton")[1] else "triton"
 
 
 def prefix_attention(
@@ -39,7 +25,7 @@ def prefix_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
         scale: factor on the scores, ``Dh ** -0.5`` by default.
-        backend: "auto", "reference", "composed", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", the C++ library.
+        backend: "auto", "reference", "composed", "cpu" or "triton". On a CPU "auto" takes "cpu", the C++ library.
             For float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
             for softcap, a window shorter than a sequence, and decode, which "composed" does not have. On a GPU it takes
             "triton", and "reference" for float64, for heads wider than 256 and where Triton is not installed.
@@ -140,16 +126,21 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
 
 def _implementation(q, prefix_k, seq, window, softcap, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
-    on_cpu = q.device.type == "cpu"
-    if requested == "auto" and on_cpu:  # without a look at Triton, whose import takes time
-        backends = {"reference": None}
-    else:
-        backends = available("prefix_attention", q.device.type, q.dtype, q.shape[-1])
-    room = 0 if prefix_k is None else prefix_k.shape[1]
-    backends["cpu"] = native.unsupported(q.device.type, q.dtype)
-    backends["composed"] = composed.unsupported(q, seq, room, window, softcap)
-    preferred = ["cpu", "composed", "reference"] if on_cpu else ["triton", "reference"]
-    return launcher("prefix_attention", choose_backend("prefix_attention", requested, backends, preferred))[0]
+    short_window, on_cpu = None, q.device.type == "cpu"
+    if window is not None and on_cpu:  # a backend of the CPU alone asks for it
+        room = 0 if prefix_k is None else prefix_k.shape[1]
+        span = seq.cached(("span", room), lambda: seq.span(room))
+        short_window = window if window < span else None
+    return implementation(
+        "prefix_attention",
+        requested,
+        q.device.type,
+        q.dtype,
+        head_dim=q.shape[-1],
+        decode=seq.kind == "decode",
+        softcap=softcap is not None,
+        short_window=short_window,
+    )
 
 
 def _check_ranges(k, prefix_k, seq):
@@ -169,20 +160,20 @@ def _check_ranges(k, prefix_k, seq):
 def _forward(q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
     room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
     seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
-    implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
+    runner = _implementation(q, prefix_k, seq, window, softcap, backend)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     with without_autocast(q.device.type):
-        return implementation.forward(q, k, v, prefix_k, prefix_v, seq, **options)
+        return runner.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
 def _backward(grad, q, k, v, prefix_k, prefix_v, sinks, out, lse, seq, causal, window, softcap, scale, backend, needs):
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
-    implementation = _implementation(q, prefix_k, seq, window, softcap, backend)
+    runner = _implementation(q, prefix_k, seq, window, softcap, backend)
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, needs=needs)
     with without_autocast(q.device.type):
-        grads = implementation.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
+        grads = runner.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
     return [g.to(x.dtype) if need else None for x, g, need in zip(inputs, grads, needs)]
 
 

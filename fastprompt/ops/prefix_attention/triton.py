@@ -11,15 +11,6 @@ from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
 
-LARGEST_HEAD = 256
-
-
-def unsupported(device_type, dtype, head_dim):
-    """None if the kernels take such tensors, else the reason why not."""
-    if head_dim > LARGEST_HEAD:
-        return f"the Triton kernels have heads of at most {LARGEST_HEAD}, q has {head_dim}"
-    return launch.unsupported(device_type, dtype)
-
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
     call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
