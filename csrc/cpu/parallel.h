@@ -27,8 +27,8 @@ inline int64_t num_threads() {
 // How many threads so many multiplications are worth: one takes microseconds to wake.
 inline int64_t threads_for(int64_t products) { return products / (1 << 20) + 1; }
 
-// What the first of several threads failed with. An exception must not leave the thread it was thrown in: nobody up the stack
-// of a worker catches it, and the process would end.
+// What the first of several threads failed with. An exception must not leave the thread it was thrown in: nobody up the
+// stack of a worker catches it, and the process would end.
 class FirstError {
  public:
   template <typename Function>

@@ -96,7 +96,8 @@ void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, M
       }
       before = live;
     }
-    const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0, prompt ? prompt[b] : 0};
+    const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0,
+                             prompt ? prompt[b] : 0};
     for (int64_t i = 0; i < stats.size(0); ++i) line(stats, i)[b] = found[i];
   }
   if (!tokens) return;

@@ -1,4 +1,4 @@
-"""A program walks over the columns of one sequence, ``BC`` at a time. Bytes do not matter here, the number of launches does."""
+"""A program walks over the columns of one sequence, ``BC`` at a time. Launches matter here, bytes do not."""
 
 import triton
 import triton.language as tl

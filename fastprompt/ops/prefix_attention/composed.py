@@ -4,9 +4,9 @@ Each query's softmax is split in two: over its prefix and over its own keys. The
 the first, so a prefix is read once however many sequences share it. In the second, long sequences run alone and short
 ones share tiles, several in one, kept apart by a mask. The halves are merged by their log-sum-exp.
 
-The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and
-dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd
-through two flash calls would be wrong, it takes lse for a constant.
+The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and dscore = p
+(dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd through
+two flash calls would be wrong, it takes lse for a constant.
 """
 
 import numpy as np
@@ -59,7 +59,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 
 def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs):
-    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    heads, kv_heads = q.shape[1], k.shape[1]
     lse = lse.t()  # [Rq, H]
     whole = seq.kind == "packed"
     dq, dk, dv = (
@@ -217,7 +217,7 @@ class _Reader(_Rows):
         self.prefix_id, self.length = prefix_id, length
 
     def fold(self, x, kv_heads):
-        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: the query heads of a group become a batch that shares one key head."""
+        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: a group's query heads become a batch that shares one key head."""
         return self.read(x).unflatten(1, (kv_heads, -1)).permute(2, 1, 0, 3)
 
     def prefix(self, bank, heads):
