@@ -1,5 +1,7 @@
 """prefix_attention: attention of packed, padded or decoding sequences over a shared prefix and their own keys."""
 
+from typing import Any
+
 import torch
 
 from ...backends import implementation, is_eager
@@ -8,8 +10,20 @@ from ...layout import Sequences
 
 
 def prefix_attention(
-    q, k, v, prefix_k, prefix_v, seq, *, causal=True, window=None, softcap=None, sinks=None, scale=None, backend="auto"
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    seq: Sequences,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
 
     Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
@@ -65,7 +79,21 @@ class PrefixAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, prefix_k, prefix_v, sinks, seq, causal, window, softcap, scale, backend):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prefix_k: torch.Tensor | None,
+        prefix_v: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        seq: Sequences,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        scale: float,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         options = (causal, window, softcap, scale, backend)
         if is_eager(q):
             out, lse = _forward(q, k, v, prefix_k, prefix_v, sinks, seq, *options)
@@ -81,14 +109,15 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
         if grad is None:
             return (None,) * 12
         q, k, v, prefix_k, prefix_v, sinks, out, lse = ctx.saved_tensors
         seq, tensors = ctx.seq, (grad, q, k, v, prefix_k, prefix_v, sinks, out, lse)
         needs = list(ctx.needs_input_grad[:6])
         if is_eager(grad):
-            grads = _backward(*tensors, seq, *ctx.options, needs)
+            eagerly: Any = _backward
+            grads = eagerly(*tensors, seq, *ctx.options, needs)
         else:
             grads = torch.ops.fastprompt.prefix_attention_backward(
                 *tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options, needs
