@@ -40,8 +40,8 @@ def backward(
 
 
 def _in_wide_loads(x):
-    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these must:
-    the copy costs less than loads of single elements. None stays None."""
+    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these
+    must: the copy costs less than loads of single elements. None stays None."""
     if x is None:
         return None
     misplaced = x.data_ptr() % launch.ALIGNMENT or any(stride % launch.DIVISOR for stride in x.stride()[:-1])
@@ -92,8 +92,8 @@ class _Call:
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
-            (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v, sinks,
-            out, lse, table, *self.schedule.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
+            (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
+            sinks, out, lse, table, *self.schedule.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
             **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, CACHE=False,
         )  # fmt: skip
 
@@ -148,17 +148,18 @@ class _Call:
             (len(items), self.heads // fold), tiles.options, q, k, self.v, self.prefix_k, self.prefix_v, out, grad, lse,
             dq, dk, dv, partial_k, partial_v, items, *self.schedule.tensors, *self.numbers, kv_heads, *self.strides,
             lse.stride(0), out.stride(0), *grad.stride()[:-1], kv_heads * self.room * self.head_dim, *stride_dk,
-            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries, KEYS_BN=tiles.key_keys,
-            CACHE=self.cache,
+            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries,
+            KEYS_BN=tiles.key_keys, CACHE=self.cache,
         )  # fmt: skip
         dprefix_k = dprefix_v = None
         if need_prefix:
             dprefix_k, dprefix_v = (q.new_empty(self.prefix_k.shape) for _ in range(2))
             rows = 16
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4), partial_k, partial_v,
-                dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads, -(-self.prefix_room // tiles.key_keys),
-                DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys, ROWS=rows,
+                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4), partial_k,
+                partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
+                -(-self.prefix_room // tiles.key_keys), DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys,
+                ROWS=rows,
             )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
 
