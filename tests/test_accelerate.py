@@ -105,24 +105,6 @@ def test_what_cannot_be_packed_runs_peft_and_says_why_once(change, reason):
         model(**inputs)
 
 
-def test_active_dropout_takes_the_padded_path_until_it_is_off():
-    model, inputs = peft_model("gpt2", resid_pdrop=0.1), batch("right")
-    fastprompt.accelerate(model)
-    with pytest.warns(UserWarning, match=PADDED + r"dropout is active in the base model \(Dropout.p = 0.1\)"):
-        assert model(**inputs).logits is not None
-    model.base_model.eval()  # the prompt trains, the frozen model does not drop
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert model(**inputs).logits is None
-
-
-def test_attention_dropout_is_never_ignored():
-    model, inputs = peft_model("llama", attention_dropout=0.5), batch("right")
-    fastprompt.accelerate(model)
-    with pytest.warns(UserWarning, match=PADDED + "dropout is active in the base model .*attention_dropout = 0.5"):
-        model(**inputs)
-
-
 def test_an_attention_that_does_not_reach_the_interface_is_found_by_the_probe():
     model = peft_model("llama")
     for layer in model.base_model.model.layers:

@@ -86,13 +86,13 @@ def test_every_method_on_a_model_that_cannot_be_packed(method):
 
 
 def test_a_prefix_on_the_padded_path():
-    """Dropout in the base model keeps a batch from being packed; where p is too small to drop, nothing changes."""
+    """A router's noise keeps a batch from being packed; no layer here reads it, so nothing changes."""
     inputs = batch("right")
     module, _ = method_of(peft_model("llama", "prefix"), "prefix")
     model = SoftPromptModel(build("llama"), module)
     packed = step(model, inputs)
-    model.base.model.layers[0].self_attn.attention_dropout = 1e-30
-    with pytest.warns(UserWarning, match="dropout is active in the base model"):
+    model.base.model.layers[0].mlp.router_jitter_noise = 0.1
+    with pytest.warns(UserWarning, match="router_jitter_noise = 0.1 is at work in the base model"):
         assert_equal(step(model, inputs), packed, inputs)
 
 

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
-from ..ops import linear_cross_entropy
+from ..ops import linear_cross_entropy, prompt_concat
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
 from .attachment import attach, detach, evaluation_mode, suspended
 from .cache import PackedCache
@@ -19,7 +19,7 @@ from .masks import Recorded
 from .request import Request
 from .runner import Inputs
 from .shared_state import SharedState
-from .structure import active_dropout, is_plain_linear
+from .structure import is_plain_linear, why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,8 +127,7 @@ class Engine:
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
-            label_rows = _label_rows(request, plan)
-            loss = self._loss_of_logits(request, plan, logits[label_rows.to(logits.device)])
+            loss = self._loss_of_logits(request, plan, _gather(logits, _label_rows(request, plan)))
         cache = None if recorded is None else self._cache(request, plan, recorded)
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
 
@@ -186,10 +185,9 @@ class Engine:
         if self.refusal is not None:
             return self.refusal
         found, mask = self.abilities, request.attention_mask
-        dropout = active_dropout(self.base if self.is_lm else self.runner.backbone)
-        if dropout is not None:
-            remedy = "set it to 0 in its config or call .eval() on the base model"
-            return f"dropout is active in the base model ({dropout}); {remedy}"
+        noise = why_drawn_otherwise(self.base if self.is_lm else self.runner.backbone)
+        if noise is not None:
+            return f"{noise} is at work in the base model; call .eval() on it"
         if mask is not None:
             if mask.dim() != 2:
                 return f"the attention mask has {mask.dim()} dimensions"
@@ -279,19 +277,19 @@ class Engine:
         """The model's own loss over the plan's labelled rows, the head run on those rows only."""
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
-            hidden = self.runner.hidden(plan, rows, shared)
-            hidden = hidden.index_select(0, plan.label_rows.to(hidden.device))
+            hidden = _gather(self.runner.hidden(plan, rows, shared), plan.label_rows)
             total = linear_cross_entropy(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
             items = request.num_items_in_batch
             return total / (len(plan.labels) if items is None else items)
-        keep = _label_rows(request, plan)
-        if self.abilities.keeps_rows:
-            device = head.weight.device  # the last one of a model that is spread over several
-            logits = self.runner.logits(plan, rows, shared, keep if device.type == "meta" else keep.to(device))
-        else:
+        label_rows = _label_rows(request, plan)
+        if not self.abilities.keeps_rows:
             logits = self.runner.logits(plan, rows, shared)
-            logits = logits[keep.to(logits.device)]
-        return self._loss_of_logits(request, plan, logits)
+            return self._loss_of_logits(request, plan, _gather(logits, label_rows))
+        # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
+        keep, places = label_rows.unique(return_inverse=True)
+        device = head.weight.device  # the last one of a model that is spread over several
+        logits = self.runner.logits(plan, rows, shared, keep if device.type == "meta" else keep.to(device))
+        return self._loss_of_logits(request, plan, _gather(logits, places))
 
     def _loss_of_logits(self, request, plan, logits):
         """The loss of the labelled rows' logits ``[M, V]``."""
@@ -310,6 +308,11 @@ class Engine:
             and not torch.is_autocast_enabled(rows.device.type)
             and not torch.compiler.is_compiling()
         )
+
+
+def _gather(rows, index):
+    """``rows[index]``, with a gradient that adds up what repeats in a fixed order, on every device."""
+    return prompt_concat(index.to(rows.device), rows, rows[:0])
 
 
 def _label_rows(request, plan):

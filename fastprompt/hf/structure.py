@@ -67,18 +67,25 @@ def _names_used(kind):
     return names
 
 
-def active_dropout(module: nn.Module) -> str | None:
-    """The first dropout or routing noise that is at work inside of ``module`` right now, or None.
+_WHOLE_FEATURES = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+
+
+def why_drawn_otherwise(module: nn.Module) -> str | None:
+    """The first random part inside of ``module`` that packed rows would draw from another distribution now, or None.
+
+    Dropout of single numbers is none: every row of a batch sees a prompt, and text it shares with others, whose numbers
+    are dropped with the same probability as in the padded forward, and its own tokens draw their own mask. So the loss
+    and the gradient of each row have the distribution they have there; rows that share a prompt share its mask.
 
     Looked for in every call: adapters may be added and modes changed at any time.
     """
     for part in module.modules():
         if not part.training:
             continue
+        if isinstance(part, _WHOLE_FEATURES) and part.p > 0:
+            return f"{type(part).__name__}, which drops a feature of a whole row,"
         for name, value in vars(part).items():
-            if type(value) not in (int, float) or value <= 0:
-                continue
-            if "drop" in name or "jitter" in name or (name == "p" and isinstance(part, nn.Dropout)):
+            if "jitter" in name and type(value) in (int, float) and value > 0:
                 return f"{type(part).__name__}.{name} = {value}"
     return None
 
