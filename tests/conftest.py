@@ -46,6 +46,24 @@ def _openblas_core():
     return "unknown"
 
 
+@pytest.fixture
+def every_isa():
+    """An iterator over the instruction sets that there are, each in force while it is at work."""
+    from fastprompt import native
+
+    if native.missing:
+        pytest.skip(native.missing)
+    highest = torch.ops.fastprompt.cpu_isa()
+
+    def in_turn():
+        for name in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]:
+            torch.ops.fastprompt.limit_cpu_isa(name)
+            yield name
+
+    yield in_turn()
+    torch.ops.fastprompt.limit_cpu_isa(highest)
+
+
 @pytest.fixture(params=INSTRUCTION_SETS)
 def cpu_isa(request):
     """Each instruction set that the C++ library and this CPU have, in turn."""
