@@ -275,6 +275,7 @@ def test_opcheck():
         prefix_k,
         prefix_v,
         sinks,
+        None,
         seq.tensors(),
         seq.kind,
         seq.rows,
@@ -282,6 +283,7 @@ def test_opcheck():
         None,
         None,
         0.25,
+        0.0,
         "triton",
     )
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, arguments)

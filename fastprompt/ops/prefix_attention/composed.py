@@ -5,8 +5,8 @@ the first, so a prefix is read once however many sequences share it. In the seco
 ones share tiles, several in one, kept apart by a mask. The halves are merged by their log-sum-exp.
 
 The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and
-dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd
-through two flash calls would be wrong, it takes lse for a constant.
+dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole.
+Autograd through two flash calls would be wrong, it takes lse for a constant.
 """
 
 import torch
@@ -23,12 +23,14 @@ _PAIRS_PER_CALL = 2000
 _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
 
 
-def unsupported(q, seq, prefix_length, window, softcap):
+def unsupported(q, seq, prefix_length, window, softcap, dropout_p):
     """None if this backend can run the call, else the reason why not."""
     if q.device.type != "cpu":
         return f"q is on {q.device}"
     if softcap is not None:
         return "torch's CPU flash attention has no softcap"
+    if dropout_p > 0:
+        return "torch's CPU flash attention takes no dropout mask"
     if seq.kind == "decode":
         return "decode runs on the reference"
     if window is not None and window < seq.span(prefix_length):
@@ -36,7 +38,7 @@ def unsupported(q, seq, prefix_length, window, softcap):
     return None
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     heads, kv_heads = q.shape[1], k.shape[1]
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written below
     out = (torch.empty_like if whole else torch.zeros_like)(q, memory_format=torch.contiguous_format)
@@ -70,8 +72,10 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     return out, lse.t()
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs):
-    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+def backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs, dropout=None
+):
+    heads, kv_heads = q.shape[1], k.shape[1]
     lse = lse.t()  # [Rq, H]
     whole = seq.kind == "packed"
     dq, dk, dv = (
@@ -224,7 +228,7 @@ class _Reader(_Rows):
         self.prefix_id, self.length = prefix_id, length
 
     def fold(self, x, kv_heads):
-        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: the query heads of a group become a batch that shares one key head."""
+        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: the heads of a group become a batch that shares one key head."""
         return self.read(x).unflatten(1, (kv_heads, -1)).permute(2, 1, 0, 3)
 
     def prefix(self, bank, heads):

@@ -48,8 +48,8 @@ def backward(
 
 
 def _in_wide_loads(x):
-    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these must:
-    the copy costs less than loads of single elements. None stays None."""
+    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these
+    must: the copy costs less than loads of single elements. None stays None."""
     if x is None:
         return None
     misplaced = x.data_ptr() % launch.ALIGNMENT or any(stride % launch.DIVISOR for stride in x.stride()[:-1])
