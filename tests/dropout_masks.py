@@ -1,10 +1,11 @@
 """Inputs of prefix_attention whose results are its dropout mask, and that mask as it should be."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from fastprompt import prefix_attention
+from fastprompt import Sequences, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
 
@@ -91,3 +92,22 @@ class Described:
             if used:
                 mask[:, rows, :used] = dprefix_v[prefix, :used, :, rows].permute(1, 2, 0)
         return mask
+
+
+def describe(kind, lengths, prefixes, room, dropout, causal=True):
+    """Sequences that read each of the prefixes and none in turn, the prefixes of uneven lengths, with gaps."""
+    batch = len(lengths)
+    ids = [b % (prefixes + 1) - 1 for b in range(batch)]
+    gaps = [b % 3 for b in range(batch)]
+    options = dict(prefix_ids=ids, prefix_lens=[room - p for p in range(prefixes)], gaps=gaps)
+    if kind == "decode":
+        seq, starts = Sequences.decode(lengths, **options), list(range(batch))
+    elif kind == "padded":
+        width = max(lengths) + 2
+        seq = Sequences.padded([b % 3 for b in range(batch)], lengths, width, **options)
+        starts = [b * width + b % 3 for b in range(batch)]
+    else:
+        starts = [0, *accumulate(lengths)]
+        seq = Sequences.packed(starts, **options)
+    used = [room - i if i >= 0 else 0 for i in ids]
+    return Described(seq, list(zip(starts, lengths, ids, used, gaps)), prefixes, room, dropout, causal)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from dropout_masks import Described
+from dropout_masks import describe
 from test_prefix_attention import FLAGS, dense, layout, run, tensors
 from test_prefix_attention_cpu import assert_all_within_budget
 
@@ -240,25 +240,12 @@ def test_checkpointing_draws_the_same_mask_again(backend, use_reentrant):
     assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
-def described(kind, lengths, prefixes, room, dropout, causal=True):
-    if kind == "decode":
-        ids, gaps = torch.arange(len(lengths)) % (prefixes + 1) - 1, torch.arange(len(lengths)) % 3
-        used = torch.tensor([room - p for p in range(prefixes)])
-        seq = Sequences.decode(lengths, ids, used, gaps=gaps)
-        sequences = [
-            (b, n, int(ids[b]), room - int(ids[b]) if ids[b] >= 0 else 0, int(gaps[b])) for b, n in enumerate(lengths)
-        ]
-    else:
-        seq, sequences = layout(lengths, kind, prefixes, room, seed=4, mixed=True)
-    return Described(seq, sequences, prefixes, room, dropout, causal)
-
-
 @pytest.mark.parametrize("p", PROBABILITIES[:2])
 @pytest.mark.parametrize("kind", ["packed", "padded", "decode"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_forward_and_backward_of_the_reference_draw_the_mask(kind, causal, heads, kv_heads, p):
-    case = described(kind, [5, 0, 9, 1, 5, 2], 2, 20, Dropout(p, 77), causal)
+    case = describe(kind, [5, 0, 9, 1, 5, 2], 2, 20, Dropout(p, 77), causal)
     expected = case.expected(heads)
     assert torch.equal(case.of_forward(heads, kv_heads, torch.float64, "reference"), expected)
     if heads == kv_heads:
@@ -271,7 +258,7 @@ def test_forward_and_backward_of_the_reference_draw_the_mask(kind, causal, heads
 @pytest.mark.parametrize("seed", [0, 77, -(2**62) - 5])
 def test_the_library_draws_the_same_mask_bit_for_bit(cpu_isa, kind, causal, seed, p):
     """Over several blocks of keys, and over tiles of several sequences and of part of one."""
-    case = described(kind, [5, 0, 9, 1, 205, 2], 2, 150, Dropout(p, seed), causal)
+    case = describe(kind, [5, 0, 9, 1, 205, 2], 2, 150, Dropout(p, seed), causal)
     assert torch.equal(case.of_forward(6, 2, torch.float32, "cpu"), case.expected(6))
     assert torch.equal(case.of_backward(2, torch.float32, "cpu"), case.expected(2))
 

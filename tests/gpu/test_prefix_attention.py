@@ -1,4 +1,4 @@
-"""The Triton kernels of prefix_attention against the float64 reference: every flag, layout and dtype, both directions."""
+"""prefix_attention's Triton kernels against the float64 reference: every flag, layout and dtype, both directions."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
+from dropout_masks import describe
 from fastprompt.kernels.launch import Options
 from fastprompt.kernels.prefix_attention import config, schedule
 from guard import DEVICE, guarded
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastprompt import Sequences, prefix_attention
+from fastprompt.ops.prefix_attention.dropout import Dropout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["packed", "padded", "decode"]
@@ -306,8 +308,8 @@ def test_any_shape(lengths, kind, groups, head_dim, prefixes, prefix_length, win
     tensors = draw(seq, torch.float32, *groups, head_dim, prefixes, prefix_length, seed=seed)
     actual = run([None if x is None else guarded(x) for x in tensors], seq, "triton", window=window, causal=causal)
     exact = run([None if x is None else x.double() for x in tensors], seq, "reference", window=window, causal=causal)
-    # About rows and masks, where a mistake is of the size of the values. The budget says nothing about shapes this small:
-    # of a single number the reference's error may be zero.
+    # About rows and masks, where a mistake is of the size of the values. The budget says nothing about shapes this
+    # small: of a single number the reference's error may be zero.
     for a, b in zip(actual, exact):
         if b is not None:
             torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
@@ -321,3 +323,37 @@ def test_refusals():
     double = torch.zeros(2, 1, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="no float64"):
         prefix_attention(double, double, double, None, None, seq, backend="triton")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_the_mask_of_the_reference_bit_for_bit(kind, causal, p):
+    case = describe(kind, [5, 0, 11, 1, 8], 2, 21, Dropout(p, -(2**62) - 5), causal)
+    assert torch.equal(case.of_forward(4, 2, torch.float32, "triton", guarded), case.expected(4))
+    assert torch.equal(case.of_backward(2, torch.float32, "triton", guarded), case.expected(2))
+
+
+@pytest.mark.parametrize("queries, keys", [(16, 64), (64, 16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_the_same_mask_in_other_tiles(monkeypatch, kind, queries, keys):
+    small_tiles(monkeypatch, queries, keys)
+    case = describe(kind, [5, 0, 11, 1, 8], 3, 40, Dropout(0.3, 2**63 - 1))
+    assert torch.equal(case.of_forward(2, 1, torch.float32, "triton", guarded), case.expected(2))
+    assert torch.equal(case.of_backward(2, torch.float32, "triton", guarded), case.expected(2))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_with_every_flag(kind, flags):
+    seq = sequences(kind, LENGTHS, 2, 19)
+    tensors = draw(seq, torch.float32, 2, 1, prefixes=2, prefix_length=19, sinks=True)
+    check(tensors, seq, dropout_p=0.3, dropout_seed=5, **flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.5, 0.999])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_every_dtype(kind, p, dtype):
+    seq = sequences(kind, [3, 20, 1], 2, 5)
+    check(draw(seq, dtype, 6, 2, prefixes=2, prefix_length=5), seq, dropout_p=p, dropout_seed=5)

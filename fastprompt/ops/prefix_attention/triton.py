@@ -20,8 +20,8 @@ def unsupported(device_type, dtype, head_dim):
     return launch.unsupported(device_type, dtype)
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
     out, lse = call.new_outputs()
     sinks = None if sinks is None else sinks.contiguous()
     if seq.kind == "decode":
@@ -32,10 +32,11 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 
 def backward(
-    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=(True,) * 6
-):
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    needs=(True,) * 6,
+):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
     if prefix_k is not None and dprefix_k is None:  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
@@ -58,10 +59,18 @@ def _in_wide_loads(x):
     return x
 
 
+def _dropout_arguments(dropout):
+    """The halves of the key and the threshold as int32, and the scale; kernels without dropout lack these arguments."""
+    if dropout is None:
+        return None, None, None, None
+    words = dropout.key, dropout.key >> 32, dropout.threshold
+    return *((word + 2**31) % 2**32 - 2**31 for word in words), dropout.scale
+
+
 class _Call:
     """The inputs of one call and the constants that all its kernels share."""
 
-    def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale):
+    def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout):
         if prefix_k is not None and prefix_k.shape[1] == 0:
             prefix_k = prefix_v = None
         self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
@@ -69,11 +78,14 @@ class _Call:
         self.rows, self.heads, self.head_dim = q.shape
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
+        self.dropout = dropout is not None
         self.width = config.block_width(self.head_dim)
         self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
-        self.numbers = self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0
+        self.numbers = (
+            self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0, *_dropout_arguments(dropout),
+        )  # fmt: skip
         self.constants = dict(
             GROUP=self.group, DH=self.head_dim, BD=self.width, CAUSAL=causal, WINDOW=window is not None,
             SOFTCAP=softcap is not None, GATHER=not self.plan.batch.in_order,
@@ -100,8 +112,8 @@ class _Call:
         fold = config.fold(self.group, tiles.queries)
         table = self.plan.query_tiles(tiles.queries // fold)
         forward_kernel(
-            (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v, sinks,
-            out, lse, table, *self.plan.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
+            (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
+            sinks, out, lse, table, *self.plan.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
             **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, CACHE=False,
         )  # fmt: skip
 
@@ -133,7 +145,7 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(*self.tiled_by, group=self.group)
+        tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.plan.backward_items(
@@ -155,16 +167,17 @@ class _Call:
             (len(items), self.heads // fold), tiles.options, q, k, self.v, self.prefix_k, self.prefix_v, out, grad, lse,
             dq, dk, dv, partial_k, partial_v, items, *self.plan.tensors, *self.numbers, kv_heads, *self.strides,
             lse.stride(0), out.stride(0), *grad.stride()[:-1], kv_heads * self.room * self.head_dim, *stride_dk,
-            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries, KEYS_BN=tiles.key_keys,
-            CACHE=self.cache,
+            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries,
+            KEYS_BN=tiles.key_keys, CACHE=self.cache,
         )  # fmt: skip
         dprefix_k = dprefix_v = None
         if need_prefix:
             dprefix_k, dprefix_v = (q.new_empty(self.prefix_k.shape) for _ in range(2))
             rows = 16
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4), partial_k, partial_v,
-                dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads, -(-self.prefix_room // tiles.key_keys),
+                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4),
+                partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
+                -(-self.prefix_room // tiles.key_keys),
                 DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys, ROWS=rows,
             )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
