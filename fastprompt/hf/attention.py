@@ -75,7 +75,7 @@ class MaskPlan:
         window: see prefix_attention.
         causal: see prefix_attention.
         shared: the rows whose keys and values other sequences share, as in RowPlan.
-        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: no layer has any.
+        prefix: for each layer its learned ``(keys, values)``, ``[N, P, Hkv, Dh]`` each, or None; None: no layer has.
         dense: a mask of the implementation before over prefix and own keys, for a batch that ``seq`` cannot describe.
     """
 
@@ -105,7 +105,8 @@ class PackedRows:
 class PaddedBatch:
     """A batch as users pass it: padded, packed by its position ids, or decoding, with learned prefixes or without.
 
-    ``prefix_ids [B]`` says which of the N stands in front of each row, or of each B-th part of them (beams); None: the first.
+    ``prefix_ids [B]`` says which of the N stands in front of each row, or of each B-th part of them (beams); None: the
+    first.
     """
 
     def __init__(self, prefix=None, prefix_ids=None):
@@ -281,11 +282,6 @@ def _of_layer(module, prefix, key):
 
 
 def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
-    if dropout:
-        raise UnsupportedAttention(
-            f"{type(module).__name__} asks for attention dropout {dropout}, which prefix_attention does not have: "
-            "set it to 0 in the model's config, or call model.eval()"
-        )
     unknown = sorted(name for name, x in other.items() if name not in _WITHOUT_EFFECT and x is not None)
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
@@ -309,6 +305,7 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,
+        dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )
     return out.view(batch, width, heads, out.shape[-1])
 
@@ -316,8 +313,8 @@ def _run(module, query, key, value, plan, prefix, *, scaling=None, dropout=0.0, 
 def _bank(learned, rows, shared):
     """The prefixes that sequences refer to, ``[N, length, Hkv, Dh]``, of keys or of values, or None.
 
-    Learned ones, shared rows, or both: then every prompt stands there twice, the learned prefix alone for the shared rows
-    behind it, and with them for the rest; ``prefix_lens`` tells the two apart.
+    Learned ones, shared rows, or both: then every prompt stands there twice, the learned prefix alone for the shared
+    rows behind it, and with them for the rest; ``prefix_lens`` tells the two apart.
     """
     if not shared:
         return learned
