@@ -3,10 +3,10 @@
 ``kernels/`` at the top level would collide with the PyPI package of that name, which transformers imports.
 
 A library is compiled where its compiler and torch's headers are found, and left out where not: an installation never
-fails for it, and ``fastprompt doctor`` says what is missing. That of CUDA is tried where torch is a build with CUDA. torch
-itself is never imported, nor needed in an isolated build: its headers are looked for in the environment that is installed
-into. The libraries use torch's stable C interface and nothing of Python's, so that one build runs on all versions of both;
-``fastprompt/native.py`` loads them.
+fails for it, and ``fastprompt doctor`` says what is missing. That of CUDA is tried where torch is a build with CUDA.
+torch itself is never imported, nor needed in an isolated build: its headers are looked for in the environment that is
+installed into. The libraries use torch's stable C interface and nothing of Python's, so that one build runs on all
+versions of both; ``fastprompt/native.py`` loads them.
 """
 
 import os
@@ -107,7 +107,7 @@ class Wheel(bdist_wheel):
 
 
 def find_torch():
-    """The folder of torch where the package goes to; an isolated build hides it from sys.path, but not from sysconfig."""
+    """The folder of torch where the package goes; an isolated build hides it from sys.path, not from sysconfig."""
     paths = [*sys.path, *(sysconfig.get_path(name) for name in ("purelib", "platlib")), site.getusersitepackages()]
     for path in paths:
         if Path(path, "torch/include/torch/csrc/stable/library.h").is_file():

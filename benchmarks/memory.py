@@ -1,8 +1,9 @@
 """Peak memory of one training step, PEFT and fastprompt, each in a process of its own.
 
-The peak is that of the resident set. It holds Python and the libraries, whose size has nothing to do with the model or the
-method and which were there before the model was built; the second ratio leaves them out on both sides, so that it is of weights
-and step, what an accelerator's allocator would report. The resident set right after the model was built shows the weights' part.
+The peak is that of the resident set. It holds Python and the libraries, whose size has nothing to do with the model or
+the method and which were there before the model was built; the second ratio leaves them out on both sides, so that it
+is of weights and step, what an accelerator's allocator would report. The resident set right after the model was built
+shows the weights' part.
 """
 
 import json

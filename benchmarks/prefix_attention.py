@@ -1,14 +1,15 @@
-"""prefix_attention alone, forward and backward, against what PyTorch offers for it on a CPU, and against its matrix products.
+"""prefix_attention alone, forward and backward, against what PyTorch offers on a CPU and against its matrix products.
 
-* ``SDPA``: torch's scaled_dot_product_attention on the padded batch, the prefix expanded and concatenated in front of the
-  keys, a mask, grouped heads. Concatenation is part of the step, building the mask is not.
+* ``SDPA``: torch's scaled_dot_product_attention on the padded batch, the prefix expanded and concatenated in front of
+  the keys, a mask, grouped heads. Concatenation is part of the step, building the mask is not.
 * ``composed``: the backend of that name, torch's flash attention on packed rows.
 * ``FlexAttention`` has no backward on a CPU (torch 2.13 raises NotImplementedError), so it is not here.
 
-All run interleaved in one process on the same numbers, after a check of results and gradients against float64; batches of
-more than ``CHECKED`` GFLOP are checked on their first sequences. GFLOP count what the maths needs, ``14 H Dh`` for every
-visible pair of a query and a key: two products forward, five backward. The GEMM rate is that of ``torch.mm`` on two 1024 x
-1024 fp32 matrices, interleaved with the rest. A sample is as many calls as take a few milliseconds, their mean.
+All run interleaved in one process on the same numbers, after a check of results and gradients against float64; batches
+of more than ``CHECKED`` GFLOP are checked on their first sequences. GFLOP count what the maths needs, ``14 H Dh`` for
+every visible pair of a query and a key: two products forward, five backward. The GEMM rate is that of ``torch.mm`` on
+two 1024 x 1024 fp32 matrices, interleaved with the rest. A sample is as many calls as take a few milliseconds, their
+mean.
 """
 
 from dataclasses import dataclass

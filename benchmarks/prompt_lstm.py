@@ -1,13 +1,14 @@
 """prompt_lstm alone on a CPU, forward and backward, against nn.LSTM and against its matrix products.
 
-P-Tuning's encoder: two layers, both directions, ``INPUTS`` inputs, fp32, gradients of the input and of all weights. ``nn.LSTM``
-is torch's own code (the backend "torch", oneDNN). torch.compile is not here: it unrolls the steps of an LSTM written in
-PyTorch, and compiling 10 of them alone takes 40 s (see NOTES.md).
+P-Tuning's encoder: two layers, both directions, ``INPUTS`` inputs, fp32, gradients of the input and of all weights.
+``nn.LSTM`` is torch's own code (the backend "torch", oneDNN). torch.compile is not here: it unrolls the steps of an
+LSTM written in PyTorch, and compiling 10 of them alone takes 40 s (see NOTES.md).
 
-All run interleaved in one process on the same numbers, after a check of results and gradients against float64. The bound is
-the larger of two times: of the FLOPs, ``48 P H (INPUTS + 4 H)``, at the rate of ``torch.mm`` on two 1024 x 1024 matrices, and of
-the bytes of the weights, read forward, read backward and written as gradients, at the rate of torch's sum over a gigabyte of
-floats. It leaves out that each of the P steps has to read the recurrent weights anew, from the cache they fit in.
+All run interleaved in one process on the same numbers, after a check of results and gradients against float64. The
+bound is the larger of two times: of the FLOPs, ``48 P H (INPUTS + 4 H)``, at the rate of ``torch.mm`` on two 1024 x
+1024 matrices, and of the bytes of the weights, read forward, read backward and written as gradients, at the rate of
+torch's sum over a gigabyte of floats. It leaves out that each of the P steps has to read the recurrent weights anew,
+from the cache they fit in.
 """
 
 from itertools import product

@@ -45,7 +45,7 @@ def table(columns, rows):
 
 
 def figure(width, height, title=None):
-    """An empty matplotlib Figure under a title or the header; None, and a word about it, where matplotlib is not installed.
+    """An empty matplotlib Figure under a title or the header; None, and a word, where matplotlib is not installed.
 
     Not pyplot, which would choose a window system for the whole process.
     """

@@ -6,11 +6,11 @@ on the same right-padded batch with the same labels. Times are medians over the 
 rounds' ratios, so that a machine that is slow for a while does not count for one side only.
 
 The **floor** is the least work that the method leaves: the bare frozen model, forward and gradient of inputs_embeds, on
-R rows (those of every distinct prompt once, none for Prefix-Tuning, and the T real tokens), head and loss on as many rows as there are labels. It runs the R
-rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the model's own attention, b the divisor of R next
-to B (the lengths of the workloads are trimmed so that it is B, except those that are equal by intention). The loss is
-the faster one of torch's. Its rows attend to R / b keys at most, where a real token attends to P more: a bound that
-cannot be reached quite, not an implementation.
+R rows (those of every distinct prompt once, none for Prefix-Tuning, and the T real tokens), head and loss on as many
+rows as there are labels. It runs the R rows as one ``[b, R / b]`` batch: equal lengths, no mask, no padding, the
+model's own attention, b the divisor of R next to B (the lengths of the workloads are trimmed so that it is B, except
+those that are equal by intention). The loss is the faster one of torch's. Its rows attend to R / b keys at most, where
+a real token attends to P more: a bound that cannot be reached quite, not an implementation.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def measure(workload, rounds, steps, progress=None):
     grad_error = float((grads["fastprompt"] - grads["PEFT"]).norm() / grads["PEFT"].norm())
     times = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name in names:
             start = perf_counter()
             steps[name]()
@@ -153,30 +153,7 @@ def summary(results):
         "loss diff",
         "grad diff",
     ]
-    rows = []
-    for result in results:
-        w = result.workload
-        times = [f"{result.seconds(name) * 1e3:.0f}" for name in names]
-        ratios = (
-            [
-                f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
-                for title, pair in _ratios(names).items()
-            ]
-            if result.right
-            else ["WRONG"] * len(_ratios(names))
-        )
-        rows.append(
-            [
-                w.name,
-                str(w.tokens),
-                "all" if w.all_labels else "one a row",
-                *times,
-                *ratios,
-                f"{result.loss_error:.0e}",
-                f"{result.grad_error:.0e}",
-            ]
-        )
-    text = report.table(columns, rows)
+    text = report.table(columns, [_row(result, names) for result in results])
     if not all(result.right for result in results):
         return text + (
             f"\nWRONG: loss or gradient is not PEFT's (at most {LOSS_TOLERANCE:.0e} and "
@@ -187,6 +164,26 @@ def summary(results):
         f"{title} {geometric_mean(r.ratio(*pair) for r in uneven):.3f}" for title, pair in _ratios(names).items()
     )
     return text + f"\ngeometric means of the {len(uneven)} uneven workloads: {means}"
+
+
+def _row(result, names):
+    """The cells of the table for one workload."""
+    w = result.workload
+    return [
+        w.name,
+        str(w.tokens),
+        "all" if w.all_labels else "one a row",
+        *(f"{result.seconds(name) * 1e3:.0f}" for name in names),
+        *(_ratio(result, title, pair) for title, pair in _ratios(names).items()),
+        f"{result.loss_error:.0e}",
+        f"{result.grad_error:.0e}",
+    ]
+
+
+def _ratio(result, title, pair):
+    if not result.right:
+        return "WRONG"
+    return f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
 
 
 def _ratios(names):

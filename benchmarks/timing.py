@@ -1,4 +1,4 @@
-"""How operators are timed beside one another, the yardstick of their matrix products, and what is made of the records."""
+"""How operators are timed beside one another, the rate of matrix products, and what is made of the records."""
 
 from time import perf_counter
 
@@ -34,9 +34,10 @@ def seconds_of(step, calls=1):
 
 
 def interleaved(steps, *, fewest, most, seconds):
-    """Name -> seconds of the samples, in rounds whose order turns: at least ``fewest``, then until ``seconds`` or ``most``.
+    """Name -> seconds of the samples, in rounds whose order turns.
 
-    A sample is as many calls as take ``SAMPLE``, their mean.
+    There are at least ``fewest`` rounds, then more until ``seconds`` or ``most``. A sample is as many calls as take
+    ``SAMPLE``, their mean.
     """
     calls = {name: max(1, round(SAMPLE / seconds_of(step))) for name, step in steps.items()}  # warms up, too
     names, times, start = list(steps), {name: [] for name in steps}, perf_counter()

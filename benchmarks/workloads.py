@@ -46,7 +46,7 @@ class Workload:
         return self.tokens if self.all_labels else len(self.lengths)
 
     def batch(self, vocabulary):
-        """input_ids, attention_mask and labels ``[B, S]``, padded on the right, and ``task_ids`` if there are several."""
+        """input_ids, attention_mask, labels ``[B, S]``, padded on the right, and ``task_ids`` if there are several."""
         lengths = torch.tensor(self.lengths)[:, None]
         column = torch.arange(max(self.lengths))
         real = column < lengths
@@ -63,7 +63,7 @@ class Workload:
 
 
 def uneven_lengths(prompt, batch, longest):
-    """Lengths as in real text: the quantiles of a log-normal, in random order, trimmed so that B divides prompt rows + T."""
+    """Lengths as in real text: quantiles of a log-normal, in random order, trimmed so that B divides prompt + T."""
     quantiles = [NormalDist(0, 0.55).inv_cdf((i + 0.5) / batch) for i in range(batch)]
     lengths = (torch.tensor(quantiles) - quantiles[-1]).exp().mul(longest).round().long()
     surplus = (prompt + int(lengths.sum())) % batch  # < B, so it is one token off some of the longer rows

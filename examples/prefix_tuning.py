@@ -17,5 +17,6 @@ if __name__ == "__main__":
         method="prefix-tuning",
         init="text",
         steps=100,
-        init_text="Say whether the review of the movie is positive or negative: did its author like the movie or not?\n",
+        init_text="Say whether the review of the movie is positive or negative: "
+        "did its author like the movie or not?\n",
     )

@@ -168,7 +168,8 @@ def main():
     loss, gradient = result["largest_loss_difference"], result["largest_gradient_difference"]
     if not loss <= LOSS_TOLERANCE:
         raise SystemExit(
-            f"WRONG: the loss differs from plain PEFT's by {loss:.1e}, {LOSS_TOLERANCE:.0e} is allowed; no speed-up is given"
+            f"WRONG: the loss differs from plain PEFT's by {loss:.1e}, {LOSS_TOLERANCE:.0e} is allowed; "
+            "no speed-up is given"
         )
     print(
         f"""

@@ -1,29 +1,9 @@
 """fastprompt: soft prompts for frozen language models, run once per batch."""
 
-__all__ = [
-    "MultitaskPromptTuning",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "Sequences",
-    "SoftPromptModel",
-    "Template",
-    "accelerate",
-    "distillation_loss",
-    "ensemble_vote",
-    "multitask_prompt",
-    "patch_attention",
-    "prefix_attention",
-    "prefix_of_text",
-    "prompt_concat",
-    "prompt_lstm",
-    "restore",
-    "unpatch_attention",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-try:
-    from .accelerate import accelerate, restore
-    from .hf.model import SoftPromptModel
+if TYPE_CHECKING:
     from .hf.patch import patch_attention, unpatch_attention
     from .hf.prefix import prefix_of_text
     from .hf.template import Template
@@ -36,12 +16,74 @@ try:
         distillation_loss,
         ensemble_vote,
     )
-    from .ops import multitask_prompt, prefix_attention, prompt_concat, prompt_lstm
-except Exception as error:
-    # `fastprompt doctor` has to run where a requirement is missing or broken; every name below then says why it is.
-    _problem = error
+    from .ops.gated_activation.api import gated_activation
+    from .ops.linear_cross_entropy.api import linear_cross_entropy
+    from .ops.multitask_prompt.api import multitask_prompt
+    from .ops.prefix_attention.api import prefix_attention
+    from .ops.prompt_concat.api import prompt_concat
+    from .ops.prompt_lstm.api import prompt_lstm
+    from .peft.accelerate import accelerate, restore
+    from .peft.model import SoftPromptModel
 
-    def __getattr__(name):
-        if name in __all__:
-            raise ImportError(f"{_problem} (`fastprompt doctor` says what to install)") from _problem
+__all__ = [
+    "MultitaskPromptTuning",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Sequences",
+    "SoftPromptModel",
+    "Template",
+    "accelerate",
+    "distillation_loss",
+    "ensemble_vote",
+    "gated_activation",
+    "linear_cross_entropy",
+    "multitask_prompt",
+    "patch_attention",
+    "prefix_attention",
+    "prefix_of_text",
+    "prompt_concat",
+    "prompt_lstm",
+    "restore",
+    "unpatch_attention",
+]
+
+# Where each of these names stands. They are imported when they are asked for: `fastprompt --help` needs no torch, and
+# the operators need neither transformers nor PEFT.
+_MODULES = {
+    "MultitaskPromptTuning": "methods",
+    "PTuning": "methods",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
+    "Sequences": "layout",
+    "SoftPromptModel": "peft.model",
+    "Template": "hf.template",
+    "accelerate": "peft.accelerate",
+    "distillation_loss": "methods",
+    "ensemble_vote": "methods",
+    "gated_activation": "ops",
+    "linear_cross_entropy": "ops",
+    "multitask_prompt": "ops",
+    "patch_attention": "hf.patch",
+    "prefix_attention": "ops",
+    "prefix_of_text": "hf.prefix",
+    "prompt_concat": "ops",
+    "prompt_lstm": "ops",
+    "restore": "peft.accelerate",
+    "unpatch_attention": "hf.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except Exception as error:
+        raise ImportError(f"{error} (`fastprompt doctor` says what to install)") from error
+    globals()[name] = value  # found without a detour from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,9 +1,7 @@
 """Argument checks shared by all operators: every message names the argument, what came and what is expected."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -11,7 +9,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int64, torch.int32)
 
 
-def check_tensor(name, value, shape, *, dtypes=None, like=None):
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: tuple[str, torch.Tensor] | None = None,
+) -> None:
     """Check one tensor argument.
 
     Args:
@@ -39,7 +44,7 @@ def check_tensor(name, value, shape, *, dtypes=None, like=None):
             raise TypeError(f"{name} must have dtype {other.dtype} like {other_name}, got {value.dtype}")
 
 
-def check_range(name, ids, low, high):
+def check_range(name: str, ids: torch.Tensor, low: int, high: int) -> None:
     """Check that every value of the integer tensor ``ids`` lies in ``[low, high)``.
 
     On the CPU a violation raises ValueError. On an accelerator reading the values would stall the queue, so there the
@@ -55,49 +60,17 @@ def check_range(name, ids, low, high):
         raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
 
 
-@cache
-def import_backend(package, backend):
-    """The module ``<package>.<backend>`` and None, or None and the reason why it cannot be imported."""
-    try:
-        return import_module(f"{package}.{backend}"), None
-    except ImportError as error:
-        return None, f"the {backend.capitalize()} kernels cannot be imported: {error}"
-
-
-def choose_backend(op, requested, available: Mapping[str, str | None], preferred):
-    """Resolve ``backend=``: an explicit request is honoured or refused with its reason; "auto" takes the first
-    of ``preferred`` that is available.
-
-    Args:
-        op: the operator's name, for messages.
-        requested: what the caller passed as ``backend``.
-        available: backend name -> None if it can run this call, else why not.
-        preferred: backend names, the fastest first.
-
-    Raises:
-        ValueError: an unknown name.
-        RuntimeError: a known backend that cannot run this call.
-    """
-    if requested == "auto":
-        return next(name for name in preferred if available.get(name, "unknown") is None)
-    if requested not in available:
-        raise ValueError(f"backend of {op} must be 'auto' or one of {sorted(available)}, got {requested!r}")
-    if available[requested] is not None:
-        raise RuntimeError(f"backend {requested!r} of {op} cannot run this call: {available[requested]}")
-    return requested
-
-
-def accumulator(dtype):
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: fp32 for the low precisions, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def without_autocast(device_type):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """A context for code whose matrix products autocast must not reach."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _fits(sizes, shape):
+def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
     if len(sizes) != len(shape):
         return False
     for size, expected in zip(sizes, shape):  # a loop: several times faster than all() of a generator
@@ -106,5 +79,5 @@ def _fits(sizes, shape):
     return True
 
 
-def _show(shape):
+def _show(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"

@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 # Nothing that needs torch is imported up here: `--help` answers at once, and `doctor` has to run without it.
 
@@ -25,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(**options):
+def train(**options: Any) -> None:
+    """Train a soft prompt and print the last entry of the log."""
     from fastprompt.training import TrainingConfig, train
 
     if "verbaliser" in options:
@@ -34,21 +37,32 @@ def train(**options):
     print(json.dumps(history[-1]))
 
 
-def evaluate(data=None, task=None, **options):
+def evaluate(data: str | None = None, task: str | None = None, **options: Any) -> None:
+    """Print loss and accuracy of a trained soft prompt."""
     from fastprompt.training import TrainedAdapter
 
     print(json.dumps(TrainedAdapter(**options).evaluate(data, task)))
 
 
-def generate(prompt=None, text=None, max_new_tokens=64, temperature=0.0, seed=0, task=None, **options):
+def generate(
+    prompt: list[str] | None = None,
+    text: list[str] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    task: str | None = None,
+    **options: Any,
+) -> None:
+    """Print what follows each text."""
     from fastprompt.training import TrainedAdapter
 
     adapter = TrainedAdapter(**options)
-    for start in prompt or [adapter.task.prompt(text) for text in text]:
+    for start in prompt or [adapter.task.prompt(one) for one in text or ()]:
         print(adapter.generate(start, max_new_tokens, temperature, seed, task))
 
 
-def inspect(output=None, as_json=False, **options):
+def inspect(output: str | None = None, as_json: bool = False, **options: Any) -> None:
+    """Print what a soft prompt looks like, and write pictures of it into ``output``."""
     from pathlib import Path
 
     from fastprompt.inspect import check_output, inspect_prompt
@@ -66,6 +80,7 @@ def inspect(output=None, as_json=False, **options):
 
 
 def doctor() -> int:
+    """Print what is installed."""
     from fastprompt.doctor import main
 
     return main()
@@ -73,7 +88,7 @@ def doctor() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Defaults stand in `TrainingConfig` and the functions above: an option that is not given is not passed on.
-    def command(name, run, help):
+    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(name, help=help, description=help, argument_default=argparse.SUPPRESS)
         parser.set_defaults(run=run)
         return parser
@@ -88,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(parser):
+def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, metavar="PATH", help="folder of a causal language model, or its name on the hub")
     add("--gguf-file", metavar="NAME", help="a GGUF file in that folder")
@@ -147,18 +162,18 @@ def _add_train(parser):
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
 
 
-def _add_adapter(parser):
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the --output of `fastprompt train`")
     _add_model(parser)
 
 
-def _add_model(parser):
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="where the model is now (default: where the run found it)")
     parser.add_argument("--gguf-file", metavar="NAME", help="likewise")
     parser.add_argument("--precision", help="of the weights: fp32, bf16 or fp16 (default: as in training)")
 
 
-def _add_eval(parser):
+def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument(
         "--data", metavar="FILE", help="with the run's columns (default: the rows that the run held out)"
@@ -166,7 +181,7 @@ def _add_eval(parser):
     parser.add_argument("--task", metavar="NAME", help="of a multitask run: only the rows of this task")
 
 
-def _add_generate(parser):
+def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to complete as they stand")
@@ -177,7 +192,7 @@ def _add_generate(parser):
     parser.add_argument("--task", metavar="NAME", help="of a multitask run: whose prompt to use")
 
 
-def _add_inspect(parser):
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", required=True, metavar="DIR", help="output of a run, or any prompt adapter of PEFT"
     )

@@ -10,14 +10,20 @@ import re
 import shutil
 import sys
 from importlib import metadata
+from typing import Any
+
+from .versions import OLDEST
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tqdm", "rich")
 OPTIONAL = ("triton",)
-OPERATORS = ("prompt_concat", "prefix_attention", "multitask_prompt", "prompt_lstm")
 # What `fastprompt train` and an accelerated PEFT script import.
-MAIN_JOB = ("fastprompt.accelerate", "fastprompt.training")
+MAIN_JOB = ("fastprompt.peft.accelerate", "fastprompt.training")
 REINSTALL = "in a checkout of fastprompt: pip install --force-reinstall --no-deps ."
-COMPILE = "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . (which says why, if it fails again)"
+COMPILE = (
+    "in a checkout of fastprompt: pip install --force-reinstall --no-deps --verbose . "
+    "(which says why, if it fails again)"
+)
+Finding = tuple[str, str]  # a problem and its remedy
 NOT_INSTALLED = "not installed"
 NEEDS = "needs {}, which is not installed"
 
@@ -26,7 +32,9 @@ SIMD = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asi
 
 def main() -> int:
     """Print the report; 0 if soft prompts can be trained here, 1 if not."""
-    errors, own_errors, hints = [], [], []
+    errors: list[Finding] = []
+    own_errors: list[Finding] = []
+    hints: list[Finding] = []
     heading(f"fastprompt {distribution_version('fastprompt') or '(not installed)'}")
     show_versions(errors, hints)
     device_types = show_devices(hints)
@@ -44,7 +52,8 @@ def main() -> int:
     return 1 if errors else 0
 
 
-def show_versions(errors, hints):
+def show_versions(errors: list[Finding], hints: list[Finding]) -> None:
+    """Print the versions of all requirements."""
     heading("Versions")
     row("python", platform.python_version())
     ranges = required_ranges()
@@ -69,7 +78,7 @@ def show_versions(errors, hints):
         row(name, f"{problem} (optional)" if problem else version_of(module))
 
 
-def show_devices(hints):
+def show_devices(hints: list[Finding]) -> list[str]:
     """Print the devices and return their types as torch names them."""
     heading("Devices")
     name, features = describe_cpu()
@@ -87,8 +96,10 @@ def show_devices(hints):
         kind = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
         row(f"cuda:{index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB")
     if gpus:
-        if load("triton")[1]:
-            hints.append(("the GPU kernels need triton", "pip install triton"))
+        backends = load("fastprompt.backends")[0]
+        missing = backends and backends.TRITON.missing()
+        if missing:
+            hints.append((missing, f'pip install "triton>={OLDEST["triton"]}"'))
         return ["cpu", "cuda"]
     row("gpu", "none that torch can use")
     if shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
@@ -101,7 +112,7 @@ def show_devices(hints):
     return ["cpu"]
 
 
-def show_library(hints):
+def show_library(hints: list[Finding]) -> None:
     """Print what the C++ and CUDA kernels are compiled for, or say how to get those of C++, which "auto" takes."""
     native, problem = load("fastprompt.native")
     if problem:
@@ -120,36 +131,41 @@ def show_library(hints):
     )
 
 
-def show_operators(device_types, errors):
+def show_operators(device_types: list[str], errors: list[Finding]) -> None:
+    """Print the backends of each operator."""
     heading('Operators: the backend that "auto" takes')
-    for name in OPERATORS:
-        api, problem = load(f"fastprompt.ops.{name}.api")
+    backends, problem = load("fastprompt.backends")
+    if problem:
+        row("none", problem)
+        errors.append((f"fastprompt.backends: {problem}", REINSTALL))
+        return
+    for name in backends.OPERATORS:
         try:
-            backends = {} if problem else api.available_backends()
-            chosen = {} if problem else {device: api.select_backend(device) for device in device_types}
+            reasons = backends.available(name, device_types)
+            chosen = {device: backends.choose(name, "auto", device) for device in device_types}
         except Exception as error:
             problem = f"selects no backend: {describe(error)}"
-        if problem:
             row(name, problem)
             errors.append((f"{name}: {problem}", REINSTALL))
             continue
-        others = [backend for backend, reason in backends.items() if not reason and backend not in chosen.values()]
+        others = [backend for backend, reason in reasons.items() if not reason and backend not in chosen.values()]
         row(
             name,
             *(f"{device} -> {backend}" for device, backend in chosen.items()),
             *(f"on request: {backend}" for backend in others),
-            *(f"not {backend}: {reason}" for backend, reason in backends.items() if reason),
+            *(f"not {backend}: {reason}" for backend, reason in reasons.items() if reason),
         )
 
 
-def check_main_job(errors):
+def check_main_job(errors: list[Finding]) -> None:
+    """Import what training needs."""
     for name in MAIN_JOB:
         problem = load(name)[1]
         if problem:
             errors.append((f"{name}: {problem}", REINSTALL))
 
 
-def load(name):
+def load(name: str) -> tuple[Any, str | None]:
     """Import a module and return ``(module, None)``, or ``(None, problem)`` where that fails in any way."""
     try:
         return importlib.import_module(name), None
@@ -161,54 +177,61 @@ def load(name):
         return None, f"cannot be imported: {describe(error)}"
 
 
-def describe(error):
+def describe(error: BaseException) -> str:
+    """Type and first line of an error."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def version_of(module):
+def version_of(module: Any) -> str:
+    """The version of an imported module, "unknown" where nothing tells it."""
     return str(getattr(module, "__version__", None) or distribution_version(module.__name__) or "unknown")
 
 
-def distribution_version(name):
+def distribution_version(name: str) -> str | None:
+    """The installed version of a distribution."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def required_ranges():
+def required_ranges() -> dict[str, str]:
     """Name -> version range of the required packages, as the installed metadata states it; empty if not installed."""
     try:
         requirements = metadata.requires("fastprompt") or []
     except metadata.PackageNotFoundError:
         return {}
     core = [requirement for requirement in requirements if ";" not in requirement]
-    return dict(re.match(r"([\w.-]+)\s*(.*)", requirement).groups() for requirement in core)
+    found = [re.match(r"([\w.-]+)\s*(.*)", requirement) for requirement in core]
+    return {match[1]: match[2] for match in found if match}
 
 
-def fits(version, wanted):
+def fits(version: str, wanted: str) -> bool:
+    """Whether a version lies in a range; True where that cannot be told."""
     specifiers, problem = load("packaging.specifiers")
     if problem or not wanted or version == "unknown":
         return True
     return specifiers.SpecifierSet(wanted).contains(version, prereleases=True)
 
 
-def describe_cpu():
+def describe_cpu() -> tuple[str, list[str]]:
     """Model name and the SIMD features that the kernels may use."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = dict(re.split(r"\s*:\s*", line.rstrip(), maxsplit=1) for line in file if ":" in line)
+            pairs = (line.partition(":") for line in file)
+            fields = {name.strip(): value.strip() for name, colon, value in pairs if colon}
     except OSError:
         fields = {}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     return fields.get("model name") or platform.processor() or platform.machine(), [f for f in SIMD if f in flags]
 
 
-def heading(text):
+def heading(text: str) -> None:
+    """Print the title of a section."""
     print(f"\n{text}")
 
 
-def row(label, *lines):
+def row(label: str, *lines: str) -> None:
     """One labelled entry; further lines stand under the first."""
     for line in lines:
         print(f"  {label:<17} {line}")

@@ -1,18 +1,24 @@
 """What a soft prompt looks like: its nearest words, its norms, and how alike its virtual tokens are."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftType
-from peft.utils import load_peft_weights
+from transformers import PreTrainedTokenizerBase
 
-from .training import InputError, load_base, load_tokenizer, read_record
+from .training import InputError, load_base, load_tokenizer, read_adapter, read_record
 from .training.files import RUN_FILE, replacing
 
-EMBEDDINGS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
-KEYS_AND_VALUES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# PEFT's names of the methods.
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", MULTITASK, "CPT")
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 CHUNK = 4096  # rows of the vocabulary that are compared at a time
 
 
@@ -55,8 +61,13 @@ class EmbeddingReport:
                 }
                 for p in range(self.norms.shape[1])
             ]
-            task = None if self.tasks is None else self.tasks[n]
-            prompts.append({"task": task, "virtual_tokens": virtual_tokens, "similarity": self.similarity[n].tolist()})
+            prompts.append(
+                {
+                    "task": None if self.tasks is None else self.tasks[n],
+                    "virtual_tokens": virtual_tokens,
+                    "similarity": self.similarity[n].tolist(),
+                }
+            )
         quantiles = self.vocabulary_norms.quantile(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0]))
         norms = dict(zip(("smallest", "5%", "median", "95%", "largest"), quantiles.tolist()))
         return {
@@ -66,7 +77,7 @@ class EmbeddingReport:
             "prompts": prompts,
         }
 
-    def show(self):
+    def show(self) -> None:
         """Print a table for each prompt."""
         from rich.console import Console
         from rich.text import Text
@@ -107,7 +118,8 @@ class EmbeddingReport:
         right.legend(fontsize="small")
         return _save(folder, {"similarity.png": maps, "norms.png": figure})
 
-    def _nearest(self, n: int, p: int):
+    def _nearest(self, n: int, p: int) -> Iterator[tuple[int, str, str, float]]:
+        """Id, token, text and cosine of each of the nearest tokens of a virtual one."""
         return zip(self.ids[n, p].tolist(), self.tokens[n][p], self.texts[n][p], self.similarities[n, p].tolist())
 
 
@@ -137,7 +149,7 @@ class PrefixReport:
             **{name: getattr(self, name).tolist() for name in arrays},
         }
 
-    def show(self):
+    def show(self) -> None:
         """Print a table of the layers."""
         from rich.console import Console
 
@@ -185,24 +197,21 @@ def inspect_prompt(
     """
     if top < 1:
         raise InputError("top", f"expected at least 1, got {top}")
-    if not Path(adapter, "adapter_config.json").is_file():
-        raise InputError("adapter", f"{adapter!r} holds no adapter_config.json; expected a run or an adapter of PEFT")
-    config = PeftConfig.from_pretrained(adapter)
-    method = PeftType(config.peft_type)
+    stored = read_adapter(adapter)
+    method, weights = stored.method, stored.weights
     if method not in EMBEDDINGS + KEYS_AND_VALUES:
-        raise InputError("adapter", f"{adapter!r} holds a {method.value} adapter, which has no prompt")
-    weights = {name: weight.float() for name, weight in load_peft_weights(adapter, device="cpu").items()}
+        raise InputError("adapter", f"{adapter!r} holds a {method} adapter, which has no prompt")
     if method in KEYS_AND_VALUES:
-        return _prefix_report(method, weights["prompt_embeddings"], config)
+        return _prefix_report(method, weights["prompt_embeddings"], stored.config)
 
     record = read_record(Path(adapter)) if Path(adapter, RUN_FILE).is_file() else {}
-    own = {"model": config.base_model_name_or_path, "gguf_file": None, "precision": "fp32"}
+    own = {"model": stored.config.base_model_name_or_path, "gguf_file": None, "precision": "fp32"}
     found = record.get("config", own)
     model, gguf_file = model or found["model"], gguf_file or found["gguf_file"]
     if not model:
         raise InputError("model", f"{adapter!r} does not say which model it is for; expected a folder or hub name")
     prompts, tasks = weights["prompt_embeddings"][None], None
-    if method == PeftType.MULTITASK_PROMPT_TUNING:
+    if method == MULTITASK:
         prompts = prompts * (weights["prefix_task_cols"] @ weights["prefix_task_rows"])  # [T, P, D]
         tasks = list(record.get("tasks") or (f"task {t}" for t in range(len(prompts))))
     tokenizer = load_tokenizer(model, gguf_file)
@@ -211,34 +220,41 @@ def inspect_prompt(
 
 
 @torch.no_grad()
-def _embedding_report(method, prompts, tasks, embedding, tokenizer, top) -> EmbeddingReport:
+def _embedding_report(
+    method: str,
+    prompts: torch.Tensor,
+    tasks: list[str] | None,
+    embedding: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    top: int,
+) -> EmbeddingReport:
     device, size = embedding.weight.device, embedding.weight.shape[0]
     prompts = prompts.to(device)
     rows = torch.nn.functional.normalize(prompts.flatten(0, 1), dim=-1)
     best = torch.empty(len(rows), 0, device=device)
     ids = best.long()
-    vocabulary_norms = []
+    chunks = []
     for start in range(0, size, CHUNK):
         numbers = torch.arange(start, min(start + CHUNK, size), device=device)
         words = embedding(numbers).float()  # called, not read: some models scale in there
         if words.shape[1] != rows.shape[1]:
             raise InputError("model", f"its embeddings have {words.shape[1]} values, and the prompt's {rows.shape[1]}")
-        vocabulary_norms.append(words.norm(dim=1))
+        chunks.append(words.norm(dim=1))
         cosine = rows @ torch.nn.functional.normalize(words, dim=-1).t()
         best, order = torch.cat([best, cosine], 1).topk(min(top, best.shape[1] + len(numbers)))
         ids = torch.cat([ids, numbers.expand(len(rows), -1)], 1).gather(1, order)
 
     shape = (*prompts.shape[:2], -1)
-    norms, vocabulary_norms = prompts.norm(dim=-1).cpu(), torch.cat(vocabulary_norms).cpu()
-    smaller = torch.searchsorted(vocabulary_norms.sort().values, norms)
+    norms = prompts.norm(dim=-1).cpu()
+    vocabulary_norms = torch.cat(chunks).cpu()
+    smaller = torch.searchsorted(torch.sort(vocabulary_norms).values, norms)
     ids = ids.view(shape).cpu()
     return EmbeddingReport(
-        method=method.value,
+        method=method,
         tasks=tasks,
         ids=ids,
-        # Rows that fill up the table to a round number have no token.
-        tokens=[[[token or "" for token in tokenizer.convert_ids_to_tokens(p)] for p in n] for n in ids.tolist()],
-        texts=[[[tokenizer.decode([token]) for token in p] for p in n] for n in ids.tolist()],
+        tokens=[[_names(nearest, tokenizer) for nearest in prompt] for prompt in ids.tolist()],
+        texts=[[_texts(nearest, tokenizer) for nearest in prompt] for prompt in ids.tolist()],
         similarities=best.view(shape).cpu(),
         norms=norms,
         percentiles=100 * smaller / size,
@@ -247,12 +263,21 @@ def _embedding_report(method, prompts, tasks, embedding, tokenizer, top) -> Embe
     )
 
 
-def _prefix_report(method, flat, config) -> PrefixReport:
+def _names(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # Rows that fill up the table to a round number have no token.
+    return [token or "" for token in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(tokenizer.decode([token])) for token in ids]
+
+
+def _prefix_report(method: str, flat: torch.Tensor, config: Any) -> PrefixReport:
     # PEFT keeps a layer's keys and then its values: [P, L * 2 * H * Dh].
     states = flat.view(len(flat), config.num_layers, 2, config.num_attention_heads, -1).permute(2, 1, 0, 3, 4)
     keys, values = states  # [L, P, H, Dh]
     return PrefixReport(
-        method=method.value,
+        method=method,
         key_norms=keys.norm(dim=-1).mean(-1),
         value_norms=values.norm(dim=-1).mean(-1),
         key_similarity=_cosines(keys.flatten(2)).mean(0),
@@ -260,7 +285,7 @@ def _prefix_report(method, flat, config) -> PrefixReport:
     )
 
 
-def _cosines(rows):
+def _cosines(rows: torch.Tensor) -> torch.Tensor:
     """``[..., P, D]`` -> ``[..., P, P]``."""
     rows = torch.nn.functional.normalize(rows, dim=-1)
     return rows @ rows.transpose(-1, -2)
@@ -270,7 +295,7 @@ def _unbroken(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def _table(title: str, numbers: list[str], text: str | None = None):
+def _table(title: str, numbers: list[str], text: str | None = None) -> "Table":
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -281,7 +306,7 @@ def _table(title: str, numbers: list[str], text: str | None = None):
     return table
 
 
-def check_output(folder: Path):
+def check_output(folder: Path) -> None:
     """Raise `InputError` where `save_pictures` could not draw or not write."""
     if find_spec("matplotlib") is None:
         raise InputError("output", "pictures need matplotlib: pip install matplotlib")
@@ -289,14 +314,14 @@ def check_output(folder: Path):
         raise InputError("output", f"{str(folder)!r} is a file; expected a folder, which may be missing")
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> Any:
     # Not pyplot, which would choose a window system for the whole process.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _maps(similarities, titles, words=None):
+def _maps(similarities: torch.Tensor, titles: list[str], words: list[list[str]] | None = None) -> Any:
     """A square map for each of ``similarities [N, P, P]``, the virtual tokens named by ``words`` where they are few."""
     count, length = similarities.shape[:2]
     columns = min(count, 3)

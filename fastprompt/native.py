@@ -7,7 +7,7 @@ import torch
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
 
 
-def _load(library, language):
+def _load(library: Path, language: str) -> str | None:
     if not library.exists():
         return f"the {language} library was not compiled when fastprompt was installed"
     try:
@@ -24,12 +24,3 @@ missing_cuda: str | None = (
     _load(LIBRARY.with_name("_cuda.abi3.so"), "CUDA") if torch.version.cuda else "this torch is built without CUDA"
 )
 """None if the operators of the CUDA library are there, else the reason why not."""
-
-
-def unsupported(device_type, dtype):
-    """None if the library's kernels can run such a call, else the reason why not."""
-    if missing:
-        return missing
-    if device_type != "cpu":
-        return f"the C++ kernels run on a CPU, not on {device_type}"
-    return "the C++ kernels have no float64" if dtype == torch.float64 else None

@@ -35,8 +35,9 @@ _captured = ContextVar("captured", default=None)
 
 @dataclass(frozen=True)
 class Options:
-    """What the compiler is told beside the source: how many warps run a program, how deep loads are pipelined, and how many
-    registers a thread may have (NVIDIA; None: the compiler may spill a few where more programs then fit a processor)."""
+    """What the compiler is told beside the source: how many warps run a program, how deep loads are pipelined, and how
+    many registers a thread may have (NVIDIA; None: the compiler may spill a few where more programs then fit a
+    processor)."""
 
     num_warps: int = 4
     num_stages: int = 2
@@ -63,8 +64,8 @@ class Kernel:
     """A Triton kernel: ``kernel(grid, options, *arguments, **constants)``.
 
     Conventions for the function it wraps: constexpr parameters come last; integers named ``stride_*`` are int64
-    elements, so every address computed with them is int64; other integers are int32, floats fp32; an argument that may be
-    None is a constant where it is.
+    elements, so every address computed with them is int64; other integers are int32, floats fp32; an argument that may
+    be None is a constant where it is.
     """
 
     def __init__(self, function):
@@ -142,7 +143,7 @@ class Kernel:
 
 @cache
 def _tensors(classes):
-    """Which of the arguments with these classes are tensors: to ask each argument anew would cost more than all the rest."""
+    """Which of the arguments with these classes are tensors: to ask each anew would cost more than all the rest."""
     return [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
 
 
@@ -191,12 +192,3 @@ def _target(device):
 def _on(device):
     """Within it the device is the current one."""
     return _ANYWHERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-def unsupported(device_type, dtype):
-    """None if kernels can run on such tensors, else the reason why not."""
-    if dtype == torch.float64:
-        return "the Triton kernels have no float64"
-    if INTERPRETED or _captured.get() is not None or device_type == "cuda":
-        return None
-    return f"Triton kernels run on a GPU, the tensors are on {device_type}"

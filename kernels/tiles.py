@@ -22,8 +22,8 @@ def row_tile(width, element_size, loads=4, most_columns=1024):
 
     Rows that do not all start at 16 bytes are loaded by single elements, of which a thread can hold fewer.
 
-    A tile as wide as the row would leave up to half its threads idle. The widest is taken that wastes at most an eighth,
-    but never less than 128 bytes, a cache line.
+    A tile as wide as the row would leave up to half its threads idle. The widest is taken that wastes at most an
+    eighth, but never less than 128 bytes, a cache line.
     """
     values = _THREADS * loads * (_LOAD // element_size if width % 16 == 0 else 2)
     columns = power_of_two(width)

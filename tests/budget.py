@@ -1,22 +1,20 @@
-"""How far a result may be from the exact one."""
+"""How far a result may be from the exact one; see :mod:`benchmarks.budget`."""
 
 import torch
 
-from benchmarks.budget import over_budget
 
-
-def assert_within_budget(got, plain, exact, dtype=None):
-    """See :func:`benchmarks.budget.over_budget`. ``dtype``: what was computed in, if results are not all of that dtype."""
-    assert got.shape == plain.shape == exact.shape and (dtype or got.dtype == plain.dtype)
-    ratio = over_budget(got, plain, exact, dtype)
+def assert_within(budget, results):
+    """Every number of every result within its budget."""
+    ratio = budget.ratio(results)
     assert ratio <= 1, f"error {ratio:.3g} times over the budget"  # NaN fails, too
 
 
 def assert_sums_rounded_once(got, exact, size, terms):
     """Every number of ``got`` is a sum of ``terms`` products kept in fp32, in any order, and rounded once.
 
-    ``exact`` is that sum in float64 and ``size`` the same sum over absolute values: what an order may lose is relative to
-    it (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), so that sums that cancel are judged fairly, too.
+    ``exact`` is that sum in float64 and ``size`` the same sum over absolute values: what an order may lose is relative
+    to it (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), so that sums that cancel are judged fairly,
+    too.
     """
     assert got.shape == exact.shape == size.shape
     kept, stored = torch.finfo(torch.float32), torch.finfo(got.dtype)

@@ -14,7 +14,39 @@ kernels_run = find_spec("triton") and (torch.cuda.is_available() or os.environ.g
 collect_ignore = [] if kernels_run else ["gpu"]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which instruction sets the tests ran on, and which this machine has not."""
+    from fastprompt import native
+
+    ran = []
+    if native.missing is None:
+        highest = torch.ops.fastprompt.cpu_isa()
+        ran = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]
+    skipped = [name for name in INSTRUCTION_SETS if name not in ran]
+    terminalreporter.write_line(
+        f"instruction sets: C++ kernels ran {', '.join(ran) or 'none'}; skipped {', '.join(skipped) or 'none'}; "
+        f"torch {torch.backends.cpu.get_cpu_capability()}; numpy's OpenBLAS {_openblas_core()}"
+    )
+
+
+def _openblas_core():
+    """The processor that numpy's matrix product was written for, as OPENBLAS_CORETYPE names it."""
+    import ctypes
+
+    import numpy
+
+    for library in Path(numpy.__file__).parent.with_name("numpy.libs").glob("*openblas*"):
+        name = getattr(ctypes.CDLL(str(library)), "scipy_openblas_get_corename64_", None)
+        if name is not None:
+            name.restype = ctypes.c_char_p
+            return name().decode()
+    return "unknown"
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def cpu_isa(request):
     """Each instruction set that the C++ library and this CPU have, in turn."""
     from fastprompt import native

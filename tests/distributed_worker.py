@@ -42,7 +42,8 @@ def main(mode, method, result):
         torch.save(trained, result)
     if dist.is_initialized():
         dist.barrier()
-    # No destructors: that of DDP's reducer destroys the gloo group, waiting with the GIL for a thread that needs the GIL.
+    # No destructors: that of DDP's reducer destroys the gloo group, waiting with the GIL for a thread that needs the
+    # GIL.
     os._exit(0)
 
 

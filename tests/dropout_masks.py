@@ -9,6 +9,17 @@ from fastprompt import Sequences, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
 
+class InEveryDraw(Dropout):
+    """For the error budget, which runs the reference on copies of all heads at once: each with the same masks."""
+
+    def __init__(self, p, seed, heads):
+        super().__init__(p, seed)
+        object.__setattr__(self, "heads", heads)
+
+    def kept(self, rows, heads, positions):
+        return super().kept(rows, self.heads, positions).repeat(heads // self.heads, 1, 1)
+
+
 @dataclass
 class Described:
     """Sequences ``(first row or place in the cache's batch, length, prefix id, keys of the prefix, gap)`` and sizes.

@@ -1,4 +1,4 @@
-"""What the tests against PEFT share: tiny PEFT models of every method, batches, one training step, and how to compare."""
+"""What the tests against PEFT share: tiny PEFT models of every method, batches, a training step, how to compare."""
 
 import warnings
 

@@ -6,10 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from dropout_masks import describe
+from budget import assert_within
+from dropout_masks import InEveryDraw, describe
 from test_prefix_attention import FLAGS, dense, layout, run, tensors
-from test_prefix_attention_cpu import assert_all_within_budget
+from test_prefix_attention_cpu import all_results
 
+from benchmarks.budget import attention_budget
 from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
@@ -184,7 +186,7 @@ def test_the_mean_over_seeds_is_attention_without_dropout():
         (dict(dropout_seed=2**63), ValueError, r"dropout_seed must lie in \[-2\*\*63, 2\*\*63\)"),
         (dict(dropout_seed=torch.tensor(1.0)), ValueError, r"dropout_seed must be one int64, got torch.float32"),
         (dict(dropout_seed=torch.tensor([1, 2])), ValueError, r"dropout_seed must be one int64, .* shape \[2\]"),
-        (dict(backend="composed"), RuntimeError, "'composed' .* cannot run this call: torch's .* no dropout mask"),
+        (dict(backend="composed"), RuntimeError, "'composed' .* cannot run this call: torch's .* take no dropout mask"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
@@ -252,10 +254,9 @@ def test_forward_and_backward_of_the_reference_draw_the_mask(kind, causal, heads
         assert torch.equal(case.of_backward(heads, torch.float64, "reference"), expected)
 
 
-@pytest.mark.parametrize("p", [0.02, *PROBABILITIES])
+@pytest.mark.parametrize("p, seed", [(0.02, 0), (0.5, -(2**62) - 5)])
 @pytest.mark.parametrize("kind", ["packed", "padded", "decode"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("seed", [0, 77, -(2**62) - 5])
 def test_the_library_draws_the_same_mask_bit_for_bit(cpu_isa, kind, causal, seed, p):
     """Over several blocks of keys, and over tiles of several sequences and of part of one."""
     case = describe(kind, [5, 0, 9, 1, 205, 2], 2, 150, Dropout(p, seed), causal)
@@ -263,34 +264,26 @@ def test_the_library_draws_the_same_mask_bit_for_bit(cpu_isa, kind, causal, seed
     assert torch.equal(case.of_backward(2, torch.float32, "cpu"), case.expected(2))
 
 
-def compare_with_float64(backend, seq, inputs, grad, **flags):
-    """The results against the reference in float64, in units of what the reference itself is off in this precision."""
-    exact = run(
-        prefix_attention,
-        [t if t is None else t.double() for t in inputs],
-        grad.double(),
-        seq,
-        backend="reference",
-        **flags,
-    )
-    plain = [run(prefix_attention, inputs, grad, seq, backend="reference", **flags)]
-    assert_all_within_budget(run(prefix_attention, inputs, grad, seq, backend=backend, **flags), plain, exact)
+def check_library(seq, inputs, grad, p, **flags):
+    """The results of the C++ library within the error budget."""
+    budget = attention_budget(inputs, grad, seq, dropout=InEveryDraw(p, 5, inputs[0].shape[1]), **flags)
+    got = run(prefix_attention, inputs, grad, seq, backend="cpu", dropout_p=p, dropout_seed=5, **flags)
+    assert_within(budget, all_results(got, inputs))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("heads, kv_heads, prefixes", [(6, 2, 3), (2, 2, 0)])
+@pytest.mark.parametrize("kind, heads, kv_heads, prefixes", [("packed", 6, 2, 3), ("padded", 2, 2, 0)])
 def test_the_library_with_every_flag(cpu_isa, flags, kind, heads, kv_heads, prefixes):
     seq, _, inputs, grad, flags = case(flags, kind, heads, kv_heads, prefixes, torch.float32)
-    compare_with_float64("cpu", seq, inputs, grad, dropout_p=0.3, dropout_seed=5, **flags)
+    check_library(seq, inputs, grad, 0.3, **flags)
 
 
-@pytest.mark.parametrize("head_dim", [7, 64, 128])
+@pytest.mark.parametrize("head_dim", [20, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", PROBABILITIES)
+@pytest.mark.parametrize("p", [0.1, 0.999])
 def test_the_library_in_every_dtype_and_over_several_tiles(cpu_isa, dtype, head_dim, p):
     seq, _, inputs, grad, _ = case("plain", heads=6, head_dim=head_dim, dtype=dtype, lengths=[17, 3, 150, 260, 9, 1])
-    compare_with_float64("cpu", seq, inputs, grad, dropout_p=p, dropout_seed=5)
+    check_library(seq, inputs, grad, p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -303,7 +296,7 @@ def test_the_library_decodes(cpu_isa, dtype, flags):
     cache = torch.randn(2, 5, 2, 180, 20, generator=generator).to(dtype)
     grad = torch.randn(q.shape, generator=generator).to(dtype)
     seq = Sequences.decode([40, 0, 1, 170, 7], torch.tensor([1, 0, -1, 0, 0]), torch.tensor([50, 33]))
-    compare_with_float64("cpu", seq, [q, *cache, *inputs], grad, dropout_p=0.4, dropout_seed=5, **flags)
+    check_library(seq, [q, *cache, *inputs], grad, 0.4, **flags)
 
 
 def test_the_library_gives_the_same_bits_with_any_number_of_threads(cpu_isa):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, build
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig
 
-from fastprompt.hf.checkpoint import load, save
 from fastprompt.methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from fastprompt.peft.checkpoint import load, save
 
 P, D, L, B, S = 4, 48, 3, 2, 5
 SHAPES = {"llama": (2, 8), "gpt2": (6, 8), "qwen3": (2, 8)}  # key/value heads and their width

@@ -13,6 +13,9 @@ from tiny_llama import save_model, save_words
 from fastprompt.cli import main
 from fastprompt.training import read_rows
 
+TRAIN = ["train", "--model", ".", "--output", "o"]
+COLUMNS = ["--text-column", "t", "--label-column", "l"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -142,17 +145,17 @@ def test_help_answers_without_torch(command):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "1"], "--text-column: expected text_column"),
-        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "0", "--text-column", "t", "--label-column", "l"],
-         "--steps: expected at least 1, got 0"),
-        (["train", "--model", ".", "--data", "d.txt", "--output", "o", "--steps", "1", "--text-column", "t", "--label-column", "l"],
-         "'d.txt' ends in '.txt'"),
-        (["train", "--model", ".", "--data", "d.csv", "--output", "o", "--steps", "1", "--text-column", "t",
-          "--label-column", "l", "--task-column", "t"], "--task-column: only multitask can use it"),
+        ([*TRAIN, "--data", "d.csv", "--steps", "1"], "--text-column: expected text_column"),
+        ([*TRAIN, "--data", "d.csv", "--steps", "0", *COLUMNS], "--steps: expected at least 1, got 0"),
+        ([*TRAIN, "--data", "d.txt", "--steps", "1", *COLUMNS], "'d.txt' ends in '.txt'"),
+        (
+            [*TRAIN, "--data", "d.csv", "--steps", "1", *COLUMNS, "--task-column", "t"],
+            "--task-column: only multitask can use it",
+        ),
         (["eval", "--adapter", "."], "--adapter"),
         (["inspect", "--adapter", "."], "--adapter"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_option(command, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
@@ -172,3 +175,16 @@ def test_unparsable_commands_exit_with_usage(command, capsys):
 def test_doctor_is_called(monkeypatch):
     monkeypatch.setattr("fastprompt.doctor.main", lambda: 1)
     assert main(["doctor"]) == 1
+
+
+def test_help_needs_no_torch():
+    show = """
+import sys
+from fastprompt.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: fastprompt") and done.stdout.endswith("False\n"), done.stderr

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastprompt import doctor
+from fastprompt import backends, doctor
 
 RUN = "import sys; sys.argv = ['fastprompt', 'doctor']; from fastprompt.cli import main; sys.exit(main())"
 
@@ -22,7 +22,7 @@ def test_reports_every_operator_and_succeeds():
     result = run_doctor()
     assert result.returncode == 0, result.stdout + result.stderr
     operators = result.stdout.split("Operators", 1)[1]
-    for name in doctor.OPERATORS:
+    for name in backends.OPERATORS:
         assert f"\n  {name:<17} cpu -> " in operators
     assert f"torch             {torch.__version__}" in result.stdout
     assert "CUDA kernels      " in result.stdout
@@ -74,16 +74,18 @@ def test_names_the_backend_for_each_device(monkeypatch, capsys):
     doctor.main()
     out = capsys.readouterr().out
     assert "cuda:1            Some GPU, " in out and "80 GiB" in out
-    assert out.count("cuda -> ") == len(doctor.OPERATORS)
+    assert out.count("cuda -> ") == len(backends.OPERATORS)
 
 
 def test_survives_an_operator_that_selects_nothing(monkeypatch, capsys):
-    from fastprompt.ops.prompt_lstm import api
+    choose = backends.choose
 
-    def select_backend(device_type):
-        raise RuntimeError("no backend for this device")
+    def fail_for_one(operator, requested, device):
+        if operator == "prompt_lstm":
+            raise RuntimeError("no backend for this device")
+        return choose(operator, requested, device)
 
-    monkeypatch.setattr(api, "select_backend", select_backend)
+    monkeypatch.setattr(backends, "choose", fail_for_one)
     assert doctor.main() == 1
     assert "prompt_lstm: selects no backend: RuntimeError: no backend for this device" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""PEFT's P-Tuning encoder on prompt_lstm: the same numbers, every module that is not plain still run, nothing kept too long."""
+"""PEFT's P-Tuning encoder on prompt_lstm: the same numbers, other modules still run, nothing kept too long."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
-from fastprompt.hf import encoder as module
-from fastprompt.hf.encoder import fast_encoder
-from fastprompt.hf.prefix import layers_of_cache, layers_of_tensor
+from fastprompt.hf.shared_state import SharedState
 from fastprompt.methods import PrefixTuning, PTuning
+from fastprompt.peft import encoder as module
+from fastprompt.peft.encoder import fast_encoder
 
 P, D = 5, 12
 
@@ -149,7 +149,7 @@ class Ops(TorchDispatchMode):
 
 def test_gradients_of_a_prefix_s_layers_are_stacked_not_added_up():
     method = PrefixTuning(P, 6, 2, 4, projection=7)
-    layers = layers_of_tensor(method())
+    layers = SharedState.of_tensor(method()).layers
     loss = sum((keys * values).sum() for keys, values in layers)
     with Ops() as ops:
         loss.backward()
@@ -161,9 +161,9 @@ def test_a_prefix_is_read_where_it_lies():
     method = PrefixTuning(P, 3, 2, 4, projection=7)
     prefix = method()
     memory = prefix.untyped_storage().data_ptr()
-    for layer in layers_of_tensor(prefix):
+    for layer in SharedState.of_tensor(prefix).layers:
         assert all(x.untyped_storage().data_ptr() == memory and x.stride(-1) == 1 for x in layer)
     model = fastprompt.accelerate(peft_model("llama", "prefix_mlp"))
     cache = model.get_prompt(batch_size=1)
-    for layer, own in zip(layers_of_cache(cache, model.base_model.config), cache.layers):
+    for layer, own in zip(SharedState.of_cache(cache, model.base_model.config).layers, cache.layers):
         assert layer[0].data_ptr() == own.keys.data_ptr() and layer[1].data_ptr() == own.values.data_ptr()

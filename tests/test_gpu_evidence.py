@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,12 +13,14 @@ import triton.language as tl
 from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu import binary, check, compile_matrix, counts, launch_cost, model, traffic
+from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, traffic
 from benchmarks.gpu.cases import Case, _attention
 from benchmarks.gpu.chips import CHIPS, Device
-from benchmarks.gpu.rivals import Attention, ours, providers, uneven
+from benchmarks.gpu.rivals import uneven
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
+
+OPTIONS = launch.Options()
 
 
 @launch.Kernel
@@ -33,7 +34,7 @@ def matmul(x, y, out, stride_x, stride_y, stride_out, inner, BM: tl.constexpr, B
     tl.store(out + m[:, None] * stride_out + n[None, :], total)
 
 
-def run_matmul(dtype=torch.bfloat16, m=64, n=64, k=32, options=launch.Options()):  # noqa: B008: immutable
+def run_matmul(dtype=torch.bfloat16, m=64, n=64, k=32, options=OPTIONS):
     x, y, out = (torch.empty(64, 256, dtype=d, device="meta") for d in (dtype, dtype, torch.float32))
     matmul((1,), options, x, y, out, 256, 256, 256, 256, BM=m, BN=n, BK=k)
 
@@ -305,74 +306,3 @@ def test_a_compiled_kernel_stays_loaded_as_long_as_its_kernel_is_there():
 def test_seconds_of_a_call():
     found = launch_cost.seconds(lambda: None, rounds=3, calls=10)
     assert len(found) == 3 and all(second > 0 for second in found)
-
-
-# The check on a GPU: what of it runs without one.
-
-
-def test_it_says_at_once_that_it_needs_a_gpu(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check.main(["--out", str(tmp_path)]) == 2
-    assert "needs a GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_small_calls_of_every_operator_are_right():
-    rows = check.small("cpu")
-    assert {row.section for row in rows} == {"attention", "decode", "prompt_concat", "multitask_prompt", "prompt_lstm"}
-    for row in rows:
-        assert row.right or row.provider == "FlexAttention" and "backward on CPU" in row.note, row
-    assert not check.failures(rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rivals_compute_the_same_attention(dtype):
-    problem = Attention(4, 2, 16, 5, (7, 3, 12), dtype, "cpu")
-    inputs = [x.detach() for x in problem.tensors()[0]]  # FlexAttention on a CPU takes none that want gradients
-    with torch.no_grad():
-        exact = ours(problem, "reference")(*(x.double() for x in inputs))
-        low = ours(problem, "reference")(*inputs)
-        for name, run in providers(problem).items():
-            assert check.over_budget(run(*inputs), low, exact) <= 1, name
-
-
-def test_steps_are_checked_and_timed():
-    sizes = {**check.models.SIZES, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-    rows = check.steps("cpu", [check.Workload(4, (3, 5, 2), True)], sizes, ("Prompt Tuning",), rounds=1)
-    assert [row.provider for row in rows] == ["PEFT", "fastprompt", "LoRA", "floor"] * 2
-    assert not check.failures(rows) and len(check.speed_ups(rows)) == 2
-    assert {opponent for opponent, _ in check.speed_ups(rows).values()} == {"PEFT"}
-
-
-def test_a_speed_up_is_given_only_next_to_passed_checks():
-    right = check.Row("attention", "a", "fastprompt", 0.5, [2.0, 1.0, 9.0], 3.0)
-    wrong = check.Row("attention", "a", "SDPA", 1.5, [6.0])
-    assert check.speed_ups([right, wrong]) == {} and check.failures([right, wrong]) == []
-    wrong.error = 0.9
-    assert check.speed_ups([right, wrong]) == {("attention", "a"): ("SDPA", 3.0)}
-    for error in (1.5, float("nan"), None):
-        right.error = error
-        assert check.speed_ups([right, wrong]) == {}
-    right.error = float("nan")
-    text = check.markdown([right, wrong], {"device": "a card"})
-    assert check.failures([right]) == [right] and "WRONG" in text and "none given" in text and "x over" not in text
-
-
-def test_a_wrong_provider_is_found(tmp_path):
-    problem = Attention(2, 1, 16, 3, (4, 6), torch.float32, "cpu")
-    inputs, grad = problem.tensors()
-
-    def off(*x):
-        return ours(problem, "reference")(*x) * 1.001
-
-    exact = ours(problem, "reference")
-    rows = check.compare("attention", "a", {"fastprompt": off}, exact, inputs, grad, "cpu", rounds=1, calls=1)
-    assert len(check.failures(rows)) == 2
-    check.write(rows, {"device": "a card"}, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"a_card.json", "a_card.md"}
-
-
-def test_programs_report_their_exit_status():
-    good = check.outside("x", [sys.executable, "-c", "print('fine')"], 60)
-    bad = check.outside("x", [sys.executable, "-c", "raise SystemExit(3)"], 60)
-    assert good.right and good.note == "fine" and check.failures([good, bad]) == [bad]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_plans import packed, padded, result_of
 
+from fastprompt import native
 from fastprompt.layout import CannotPack, plan_packed_input, plan_padded_input
 
 
@@ -60,6 +62,19 @@ def test_every_cell_is_where_it_belongs(example, layout):
     assert plan.label_rows.tolist() == [int(plan.grid[b, length + c - 1]) for b, c in wanted]
     unpacked = plan.unpack(torch.arange(rows)[:, None], fill=-7)[..., 0]
     assert torch.equal(unpacked, torch.where(plan.grid >= 0, plan.grid, -7))
+
+
+@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+@pytest.mark.parametrize("make, examples", [(plan_padded_input, padded()), (plan_packed_input, packed())])
+def test_the_library_plans_as_pytorch_does(make, examples):
+    @given(examples)
+    @settings(max_examples=150, deadline=None)
+    def check(example):
+        *sizes, options = example
+        exact = result_of(make, *sizes, **options, backend="reference")
+        assert result_of(make, *sizes, **options, backend="cpu") == exact
+
+    check()
 
 
 @given(batches())
@@ -154,6 +169,7 @@ def test_what_cannot_be_packed_exactly_is_refused(options, message):
             lambda: plan_padded_input(2, 3, 1, prompt_ids=torch.zeros(3, dtype=torch.int64)),
             r"prompt_ids must have shape \[2\]",
         ),
+        (lambda: plan_padded_input(2, 3, 1, prompt_ids=torch.tensor([0, -1])), "prompt_ids must be at least 0, got -1"),
         (lambda: plan_packed_input([0, 2], 1, layout="padded"), "layout must be 'shared' or 'packed' for packed input"),
         (
             lambda: plan_padded_input(1, 2, 1, virtual_tokens=torch.tensor([[0, 1]]), layout="packed"),

@@ -86,7 +86,7 @@ def test_every_method_on_a_model_that_cannot_be_packed(method):
 
 
 def test_a_prefix_on_the_padded_path():
-    """Dropout in the base model keeps a batch from being packed; with p so small that it drops nothing, nothing changes."""
+    """Dropout in the base model keeps a batch from being packed; where p is too small to drop, nothing changes."""
     inputs = batch("right")
     module, _ = method_of(peft_model("llama", "prefix"), "prefix")
     model = SoftPromptModel(build("llama"), module)
@@ -180,6 +180,15 @@ def test_a_prefix_from_a_text_is_that_text_in_front(name):
     expected = base(torch.cat([torch.tensor([text]).expand(B, -1), inputs["input_ids"]], 1)).logits[:, 4:]
     model = SoftPromptModel(base, PrefixTuning(4, *prefix.shape[:1], *prefix.shape[3:], init=prefix)).eval()
     torch.testing.assert_close(model(inputs["input_ids"]).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers, missing", [((0, 2), r"\[1\]"), ((0, 1), r"\[2\]")])
+def test_a_prefix_in_some_layers_only_is_refused_before_the_model_is_touched(layers, missing):
+    base = build("llama")
+    with pytest.raises(ValueError, match=f"method must have a prefix in every layer .*, got none in layers {missing}"):
+        SoftPromptModel(base, PrefixTuning(4, 2, 2, 8, layers=layers))
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert base.config._attn_implementation == "sdpa"
 
 
 METHOD_WITH_HEAD = {

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from budget import assert_sums_rounded_once, assert_within_budget
+from budget import assert_sums_rounded_once, assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprompt.ops.multitask_prompt.api import available_backends, multitask_prompt, select_backend
+from benchmarks.budget import Budget
+from fastprompt.backends import available, choose
+from fastprompt.ops.multitask_prompt.api import multitask_prompt
 
-BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+BACKENDS = [name for name, problem in available("multitask_prompt").items() if problem is None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -33,17 +35,46 @@ def gradients(function, tensors, task_ids, grad, **options):
     return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 
-def check(backend, dtype, tensors, task_ids):
+def assert_right(got, tensors, task_ids, grad):
     """The prompts and the three gradients against the definition in float64."""
-    tensors = [x.to(dtype) for x in tensors]
-    grad = torch.randn(len(task_ids), *tensors[0].shape).to(dtype)
-    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
-    *tensors, grad = (x.double() for x in (*tensors, grad))
-    exact, exact_grads = gradients(task_by_task, tensors, task_ids, grad)
-    size, size_grads = gradients(task_by_task, [x.abs() for x in tensors], task_ids, grad.abs())
+    exact, exact_grads = gradients(task_by_task, [x.double() for x in tensors], task_ids, grad.double())
+    size, size_grads = gradients(task_by_task, [x.double().abs() for x in tensors], task_ids, grad.double().abs())
     terms = len(task_ids) * max(*tensors[0].shape, tensors[1].shape[-1]) + 2  # at most, of any of the sums
-    for triple in zip([got, *got_grads], [exact, *exact_grads], [size, *size_grads], strict=True):
+    for triple in zip(got, [exact, *exact_grads], [size, *size_grads], strict=True):
         assert_sums_rounded_once(*triple, terms)
+
+
+def check(backend, dtype, tensors, task_ids):
+    tensors = [x.to(dtype) for x in tensors]
+    generator = torch.Generator().manual_seed(len(task_ids))
+    grad = torch.randn(len(task_ids), *tensors[0].shape, generator=generator).to(dtype)
+    got, got_grads = gradients(multitask_prompt, tensors, task_ids, grad, backend=backend)
+    assert_right([got, *got_grads], tensors, task_ids, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planted_faults_are_found(dtype):
+    """What has one fault, and makes no other error but the last rounding."""
+    *tensors, task_ids = inputs([2, 0, 2, 1], 9, 33, rank=7, dtype=dtype)
+    grad = torch.randn(4, 9, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
+    shared, rows, cols = (x.double() for x in tensors)
+
+    def without_a_rank():
+        return [shared, torch.cat([rows[..., :-1], torch.zeros_like(rows[..., :1])], -1), cols]
+
+    faults = {
+        "a rank left out": (without_a_rank(), task_ids),
+        "a shifted row": ([shared, rows.roll(1, 1), cols], task_ids),
+        "another task": ([shared, rows, cols], torch.tensor([2, 0, 1, 1])),
+    }
+    if dtype == torch.float32:
+        rounded = [x.to(torch.bfloat16).double() for x in tensors]
+        faults["bf16 for fp32"] = (rounded, task_ids)
+    for name, (wrong, ids) in faults.items():
+        out, grads = gradients(task_by_task, wrong, ids, grad.double())
+        with pytest.raises(AssertionError, match="more than rounding explains"):
+            assert_right([x.to(dtype) for x in (out, *grads)], tensors, task_ids, grad)
+            pytest.fail(f"not found: {name}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,11 +178,9 @@ def test_non_contiguous_expanded_and_int32_inputs(backend):
 
     grad = torch.ones(1, 1, 1).expand(3, 5, 6)  # as .sum() sends it
     parts = (shared, rows, tensors[2])
-    _, exact = gradients(expanded(task_by_task), [x.double() for x in parts], task_ids, grad.double())
-    _, plain = gradients(expanded(task_by_task), parts, task_ids, grad)
-    _, got = gradients(expanded(multitask_prompt), parts, task_ids.int(), grad, backend=backend)
-    for triple in zip(got, plain, exact, strict=True):
-        assert_within_budget(*triple)
+    exact = [x.double() for x in parts]
+    budget = Budget.of(lambda _: gradients(expanded(task_by_task), exact, task_ids, grad.double())[1], torch.float32)
+    assert_within(budget, gradients(expanded(multitask_prompt), parts, task_ids.int(), grad, backend=backend)[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -218,9 +247,9 @@ def test_fake_tensors_take_the_registered_operator():
 
 
 def test_backends():
-    assert available_backends()["reference"] is None
-    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
-    assert select_backend("cuda") in ("triton", "reference")
+    assert available("multitask_prompt")["reference"] is None
+    assert choose("multitask_prompt", "auto", "cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert choose("multitask_prompt", "auto", "cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
         with pytest.raises(
             RuntimeError, match="'cpu' of multitask_prompt cannot run this call: the C.. kernels have no float64"

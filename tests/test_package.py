@@ -1,4 +1,4 @@
-"""The wheel holds exactly what the tree holds and, with a compiler, the C++ library; it is built without importing torch."""
+"""The wheel holds what the tree holds and, with a compiler, the C++ library; it is built without importing torch."""
 
 import os
 import re
@@ -75,7 +75,10 @@ def test_wheel(tmp_path, compiler):
 
 def check_library(site):
     """It loads, and asks torch for nothing but its stable C interface; where from, this machine alone knows."""
-    show = "import torch; from fastprompt import native; print(native.LIBRARY, native.missing, torch.ops.fastprompt.cpu_isa())"
+    show = (
+        "import torch; from fastprompt import native; "
+        "print(native.LIBRARY, native.missing, torch.ops.fastprompt.cpu_isa())"
+    )
     library, missing, _ = python("-c", show, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}).split()
     assert missing == "None" and Path(library).parent == site / "fastprompt"
     if shutil.which("nm") and sys.platform == "linux":
@@ -101,3 +104,13 @@ def test_kernels_are_importable_from_the_editable_install():
     spec = find_spec("fastprompt.kernels")
     assert spec is not None, "install the checkout first: pip install -e ."
     assert Path(spec.origin) == ROOT / "kernels/__init__.py"
+
+
+def test_public_names_are_found_where_they_stand():
+    import fastprompt
+
+    assert sorted(fastprompt.__all__) == sorted(fastprompt._MODULES)
+    for name in fastprompt.__all__:
+        assert getattr(fastprompt, name).__module__.startswith("fastprompt.")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fastprompt.nothing  # noqa: B018

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 import fastprompt
 from fastprompt.hf import attention
-from fastprompt.hf.attention import UnsupportedAttention
+from fastprompt.hf.masks import UnsupportedAttention
 
 IDS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 8, [1] * 3 + [0] * 5, [0] * 4 + [1] * 4])

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastprompt.backends import available, choose
 from fastprompt.ops import prompt_concat
-from fastprompt.ops.prompt_concat.api import available_backends, select_backend
 
-BACKENDS = [name for name, problem in available_backends().items() if problem is None]
+BACKENDS = [name for name, problem in available("prompt_concat").items() if problem is None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -35,15 +35,45 @@ def results(function, source, table, prompt, scale, grad, **options):
     return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
 
 
-def check(backend, dtype, source, table, prompt, scale):
+def assert_right(got, source, table, prompt, scale, grad):
     """The three results against the definition in float64."""
-    table, prompt, grad = table.to(dtype), prompt.to(dtype), torch.randn(len(source), table.shape[1]).to(dtype)
-    got = results(prompt_concat, source, table, prompt, scale, grad, backend=backend)
     table, prompt, grad = (x.double() for x in (table, prompt, grad))
     exact = results(row_by_row, source, table, prompt, scale, grad)
     size = results(row_by_row, source, table.abs(), prompt.abs(), abs(scale), grad.abs())
     for triple in zip(got, exact, size, strict=True):
         assert_sums_rounded_once(*triple, terms=len(source) + 1)
+
+
+def check(backend, dtype, source, table, prompt, scale):
+    generator = torch.Generator().manual_seed(len(source))
+    table, prompt = table.to(dtype), prompt.to(dtype)
+    grad = torch.randn(len(source), table.shape[1], generator=generator).to(dtype)
+    got = results(prompt_concat, source, table, prompt, scale, grad, backend=backend)
+    assert_right(got, source, table, prompt, scale, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planted_faults_are_found(dtype):
+    """What has one fault, and makes no other error but the last rounding."""
+    source, table, prompt = inputs(40, dtype=dtype)
+    grad = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    last = source.clone()
+    last[-1] = last[-1] + 1 if last[-1] < 0 else last[-1] - 1
+    dropped = grad.clone()
+    dropped[7] = 0
+    faults = {
+        "a wrong row": (last, table, prompt, 1.5, grad),
+        "shifted rows": (source.roll(1), table, prompt, 1.5, grad),
+        "no scale": (source, table, prompt, 1.0, grad),
+        "a row that is not added": (source, table, prompt, 1.5, dropped),
+    }
+    if dtype == torch.float32:
+        faults["bf16 for fp32"] = (source, *(x.to(torch.bfloat16) for x in (table, prompt)), 1.5, grad)
+    for name, (ids, rows, learned, scale, seen) in faults.items():
+        wrong = results(row_by_row, ids, rows.double(), learned.double(), scale, seen.double())
+        with pytest.raises(AssertionError, match="more than rounding explains"):
+            assert_right([x.to(dtype) for x in wrong], source, table, prompt, 1.5, grad)
+            pytest.fail(f"not found: {name}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,8 +176,8 @@ def test_a_source_out_of_range_names_the_values(backend):
 
 
 def test_backends():
-    assert select_backend("cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
-    assert select_backend("cuda") in ("triton", "reference")
+    assert choose("prompt_concat", "auto", "cpu") == ("cpu" if "cpu" in BACKENDS else "reference")
+    assert choose("prompt_concat", "auto", "cuda") in ("triton", "reference")
     if "cpu" in BACKENDS:
         with pytest.raises(
             RuntimeError, match="'cpu' of prompt_concat cannot run this call: the C.. kernels have no float64"

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprompt import native
-from fastprompt.ops.prompt_lstm.api import PromptLstm, available_backends, prompt_lstm, select_backend
+from fastprompt.backends import available, choose
+from fastprompt.ops.prompt_lstm.api import PromptLstm, prompt_lstm
 
 RUNNING = ["reference", "torch"]
 WITH_CPU = RUNNING if native.missing else [*RUNNING, "cpu"]  # which has no float64
@@ -280,8 +281,9 @@ def test_compiles_with_dropout():
 
 def test_auto_takes_the_faster_backend(monkeypatch):
     built = native.missing is None
-    assert select_backend("cuda") == "torch" and select_backend("cpu") == ("cpu" if built else "torch")
-    assert {name for name, reason in available_backends().items() if reason is None} == set(RUNNING) | (
+    assert choose("prompt_lstm", "auto", "cuda") == "torch"
+    assert choose("prompt_lstm", "auto", "cpu") == ("cpu" if built else "torch")
+    assert {name for name, reason in available("prompt_lstm").items() if reason is None} == set(RUNNING) | (
         {"cpu"} if built else set()
     )
 
@@ -300,7 +302,7 @@ def test_auto_takes_the_faster_backend(monkeypatch):
     if built:
         assert of_dtypes() == of_dtypes(steps=0) == ["cpu", "reference", "cpu", "cpu"]
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert select_backend("cpu") == "cpu" and select_backend("cuda") == "reference"
+        assert choose("prompt_lstm", "auto", "cpu") == "cpu" and choose("prompt_lstm", "auto", "cuda") == "reference"
         with pytest.raises(
             RuntimeError, match="'cpu' of prompt_lstm cannot run this call: the C.. kernels have no float64"
         ):
@@ -314,7 +316,7 @@ def test_auto_takes_the_faster_backend(monkeypatch):
         x, weights, options = inputs(dtype=torch.float32)
         prompt_lstm(x, weights, backend="cpu", **options)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert select_backend("cpu") == select_backend("cuda") == "reference"
+    assert choose("prompt_lstm", "auto", "cpu") == choose("prompt_lstm", "auto", "cuda") == "reference"
 
 
 def changed(weights, at, value):

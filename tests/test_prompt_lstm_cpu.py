@@ -5,19 +5,19 @@ import math
 
 import pytest
 import torch
+from budget import assert_within
+from faults import assert_found, lstm_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prompt_lstm import gradients, inputs, random_grad
 
 from benchmarks import prompt_lstm as benchmark
+from benchmarks.budget import Budget
 from fastprompt import native, prompt_lstm
 
 pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What the vectors' own exp and tanh may add where numbers are few and PyTorch's are right by luck: they are good to 2e-7, and
-# a gate's way from its sum into a gradient leads through four.
-FUNCTIONS = 8e-7
 
 
 def ours(x, weights, **options):
@@ -28,51 +28,39 @@ def reference(x, weights, **options):
     return prompt_lstm(x, weights, backend="reference", **options)
 
 
-def largest(x):
-    return float(x.abs().max()) if x.numel() else 0.0
+def budget_of(x, weights, grad, seed=0, **options):
+    """What fp32 throughout and one rounding at the end may give."""
+    exact = x.double(), [w.double() for w in weights], grad.double()
 
+    def evaluate(stored):
+        torch.manual_seed(seed)  # the same dropout masks
+        return gradients(reference, *exact, **options)
 
-def assert_near(got, plain, exact, rounded=None):
-    """Twice the error of plain PyTorch in the same precision and one rounding, relative to the largest value of a result.
-
-    The error of plain PyTorch is the largest of all its results: one result of a few numbers may be right by luck. Nor can a
-    result be better than its inputs: where sums cancel, ``rounded()``, exact results of inputs that are a rounding of fp32 off, in
-    several ways, say how far it may be off.
-    """
-    results, error = [], 0.0
-    for a, b, x in zip(got, plain, exact, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape == x.shape and a.is_contiguous()
-        size = largest(x)
-        error = max(error, largest(b.double() - x) / size if size else 0.0)
-        results.append((largest(a.double() - x), size))
-    allowed = [(2 * (error + torch.finfo(got[0].dtype).eps) + FUNCTIONS) * size for _, size in results]
-    if rounded and any(difference > most for (difference, _), most in zip(results, allowed)):
-        changes = [max(largest(y - x) for y in ways) for *ways, x in zip(*rounded(), exact, strict=True)]
-        allowed = [most + change for most, change in zip(allowed, changes)]
-    for (difference, _), most in zip(results, allowed):
-        assert difference <= most, (difference, most)  # fails for nan, too
+    return Budget.of(evaluate, x.dtype, operands=False)
 
 
 def compare(x, weights, grad, seed=0, **options):
-    def run(function, convert=lambda t: t):
-        torch.manual_seed(seed)  # the same dropout masks
-        return gradients(function, convert(x), [convert(w) for w in weights], convert(grad), **options)
-
-    def rounded():
-        generator = torch.Generator().manual_seed(seed)
-        eps = torch.finfo(torch.float32).eps
-
-        def off(t):
-            return t.double() * (1 + eps * (2 * torch.randint(2, t.shape, generator=generator) - 1))
-
-        return [run(reference, off) for _ in range(4)]
-
-    assert_near(run(ours), run(reference), run(reference, torch.Tensor.double), rounded)
+    torch.manual_seed(seed)
+    results = gradients(ours, x, weights, grad, **options)
+    assert all(a.dtype == x.dtype and a.is_contiguous() for a in results)
+    assert_within(budget_of(x, weights, grad, seed, **options), results)
 
 
 def compare_sizes(dtype=torch.float32, dropout=0.0, **sizes):
     x, weights, options = inputs(dtype=dtype, **sizes)
     compare(x, weights, random_grad(x, weights, **options), dropout=dropout, training=True, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [3, 17, 64])
+def test_the_budget_finds_planted_faults(hidden, dtype):
+    x, weights, options = inputs(steps=20, size=33, hidden=hidden, dtype=dtype)
+    grad = random_grad(x, weights, **options)
+
+    def run(x, weights, grad):
+        return gradients(reference, x.double(), [w.double() for w in weights], grad.double(), **options)
+
+    assert_found(budget_of(x, weights, grad, **options), lstm_faults(run, x, weights, grad))
 
 
 @pytest.mark.parametrize("hidden", [1, 3, 17, 64, 100, 257])
@@ -220,15 +208,12 @@ def test_strided_inputs_and_expanded_gradients(cpu_isa):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     x = x[:1]  # expanded: its gradients are added up by autograd
     got = gradients(lambda x, w, **o: ours(x.expand(7, 33), w, **o), x, weights, torch.ones(7, 40), **options)
-    exact = gradients(
-        lambda x, w, **o: reference(x.expand(7, 33), w, **o),
-        x.double(),
-        [w.double() for w in weights],
-        torch.ones(7, 40).double(),
-        **options,
-    )
-    plain = gradients(lambda x, w, **o: reference(x.expand(7, 33), w, **o), x, weights, torch.ones(7, 40), **options)
-    assert_near(got, plain, exact)
+
+    def exactly(stored):
+        doubled = x.double(), [w.double() for w in weights], torch.ones(7, 40).double()
+        return gradients(lambda x, w, **o: reference(x.expand(7, 33), w, **o), *doubled, **options)
+
+    assert_within(Budget.of(exactly, torch.float32), got)
 
 
 def guarded(x):

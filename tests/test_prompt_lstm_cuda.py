@@ -1,16 +1,19 @@
-"""The CUDA kernels of prompt_lstm without a GPU: compiled for the emulation in csrc/cuda/host and called by the backend."""
+"""The CUDA kernels of prompt_lstm without a GPU: compiled for the emulation in csrc/cuda/host."""
 
 import ctypes
 from dataclasses import dataclass
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within
+from faults import assert_found, lstm_faults
 
+from benchmarks.budget import DRAWS, Budget
 from benchmarks.gpu import cuda_matrix, lstm_plan
 from benchmarks.gpu.lstm_plan import CLUSTER, GRID, POINTER, Args, Chip, Problem
-from fastprompt import native
-from fastprompt.ops.prompt_lstm.api import available_backends, prompt_lstm, select_backend
+from fastprompt import backends, native
+from fastprompt.ops.prompt_lstm import reference
+from fastprompt.ops.prompt_lstm.api import prompt_lstm
 
 pytestmark = pytest.mark.skipif(not lstm_plan.COMPILER, reason="there is no C++ compiler")
 
@@ -29,7 +32,10 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan to force. registers: whether they hold weights; chunks: of each row in shared memory, None: all that are left."""
+    """A plan to force.
+
+    registers: whether they hold weights; chunks: of each row in shared memory, None: all that are left.
+    """
 
     cluster: bool
     blocks: int
@@ -72,7 +78,7 @@ def library(folder):
 
 
 class Emulation:
-    """The operator that the CUDA library defines, on a CPU: by a library of emulated kernels, a variant and a thread order."""
+    """The operator of the CUDA library on a CPU: by a library of emulated kernels, a variant and a thread order."""
 
     def __init__(self):
         self.ops = torch.library.Library("fastprompt", "FRAGMENT")
@@ -134,19 +140,30 @@ def inputs(hidden, count, directions, dtype, layers=1, size=5, bias=True, seed=0
 
 
 def run(backend, x, weights, grad, options, keep=(), needs=None):
-    """The output and the gradients, by the operators themselves: the backend "cuda" is told apart from the device here."""
+    """The output and the gradients, by the operators themselves: the backend "cuda" on CPU tensors."""
     keep, needs = list(keep), needs or [True] * (1 + len(weights))
     out, steps = torch.ops.fastprompt.prompt_lstm(x, weights, keep, *options, backend)
     return [out, *torch.ops.fastprompt.prompt_lstm_backward(grad, x, weights, keep, steps, *options, needs, backend)]
 
 
-def check(x, weights, grad, options, keep=(), needs=None):
-    plain = run("reference", x, weights, grad, options, keep, needs)
-    keep64 = [k.double() for k in keep]
-    exact = run("reference", x.double(), [w.double() for w in weights], grad.double(), options, keep64, needs)
-    got = run("cuda", x, weights, grad, options, keep, needs)
-    for a, b, c in zip(got, plain, exact, strict=True):
-        assert_within_budget(a, b, c)
+def exactly(x, weights, grad, options, keep=(), needs=None):
+    """As :func:`run`, in float64."""
+    x, grad, weights, keep = x.double(), grad.double(), [w.double() for w in weights], [k.double() for k in keep]
+    out, steps = reference.forward(x, weights, keep, *options)
+    needs = needs or [True] * (1 + len(weights))
+    return [out, *reference.backward(grad, x, weights, keep, steps, *options, needs)]
+
+
+def check(x, weights, grad, options, keep=(), needs=None, draws=DRAWS):
+    budget = Budget.of(lambda _: exactly(x, weights, grad, options, keep, needs), x.dtype, draws=draws)
+    assert_within(budget, run("cuda", x, weights, grad, options, keep, needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_budget_finds_planted_faults(dtype):
+    x, weights, grad, options = inputs(10, 5, 2, dtype)
+    budget = Budget.of(lambda _: exactly(x, weights, grad, options), dtype)
+    assert_found(budget, lstm_faults(lambda *arguments: exactly(*arguments, options), x, weights, grad))
 
 
 # 40 units: more tiles than a block has warps, and rows of more than 32 chunks. 2 and 9 steps: both buffers, and again.
@@ -166,7 +183,7 @@ def test_rows_in_registers_and_shared_memory_and_streamed(dtype, library, emulat
         problem = Problem(hidden, 1, dtype.itemsize, backward)
         plan = emulation.variant.plan(library, problem)
         assert plan.held == (256 if backward else 64) and plan.kept == 32 and plan.held + 32 < lstm_plan.chunks(problem)
-    check(*inputs(hidden, 2, 1, dtype))
+    check(*inputs(hidden, 2, 1, dtype), draws=2)  # of many numbers a few draws tell enough
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -181,7 +198,7 @@ def test_the_order_of_the_threads_changes_no_bit(variant, library, emulation):
     [("-DEMULATION_WITHOUT_CLUSTER_SYNC", "cluster, registers"), ("-DEMULATION_WITHOUT_SYNCTHREADS", "grid, shared")],
 )
 def test_a_missing_barrier_is_found(flag, variant, folder, library, emulation):
-    """The same sources without a barrier: in every order of the threads the result is another one, or the kernel fails."""
+    """The same sources without a barrier: in every order of the threads the result differs, or the kernel fails."""
     given = inputs(20, 4, 2, torch.float32)
     right = run("cuda", *given) if emulation.use(library, VARIANTS[variant]) else None
     broken = build(folder, flag)
@@ -209,12 +226,12 @@ def test_a_wait_without_an_end_is_found(library, emulation):
         run("cuda", *inputs(9, 4, 1, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_layers_with_dropout(bias, directions, library, emulation):
-    """In half precision, rounded once at the end: the roundings of three layers in fp32 are not within twice each other."""
+def test_layers_with_dropout(bias, directions, dtype, library, emulation):
     emulation.use(library, VARIANTS["grid, registers"])
-    given = inputs(6, 5, directions, torch.float16, layers=3, bias=bias)
+    given = inputs(6, 5, directions, dtype, layers=3, bias=bias)
     generator = torch.Generator().manual_seed(0)
     keep = [2.0 * (torch.rand(5, 6 * directions, generator=generator) < 0.5) for _ in range(2)]
     check(*given, keep)
@@ -257,9 +274,10 @@ def test_large_numbers_and_nan(variant, library, emulation):
 
 def test_it_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(native, "missing_cuda", None)
-    assert available_backends()["cuda"] is None and select_backend("cuda") == "torch"
+    assert backends.available("prompt_lstm", ["cuda"])["cuda"] is None
+    assert backends.choose("prompt_lstm", "auto", "cuda") == "torch"
     x, weights, _, _ = inputs(4, 3, 2, torch.float32)
-    with pytest.raises(RuntimeError, match="backend 'cuda' of prompt_lstm cannot run this call: x is on cpu"):
+    with pytest.raises(RuntimeError, match="'cuda' of prompt_lstm cannot run this call: the CUDA kernels run on a GPU"):
         prompt_lstm(x, weights, num_layers=1, backend="cuda")
     monkeypatch.setattr(native, "missing_cuda", "the reason")
     with pytest.raises(RuntimeError, match="cannot run this call: the reason"):
@@ -315,12 +333,13 @@ def test_the_ranges_that_are_written_down(chip, element, library):
 
 def test_the_table_of_compiled_kernels_finds_spills():
     log = """\
-ptxas info    : Compiling entry function '_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeEEEvNS0_4ArgsE' for 'sm_80'
+ptxas info    : Compiling entry function '{}' for 'sm_80'
 ptxas info    : Function properties for it
     {} bytes stack frame, {} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used {} registers, used 1 barriers
 """
-    names = "7ForwardE6__half", "8BackwardEf"
+    mangled = "_ZN10fastprompt4lstm10recurrenceINS0_{}NS0_12GridExchangeEEEvNS0_4ArgsE"
+    names = [mangled.format(kernel) for kernel in ("7ForwardE6__half", "8BackwardEf")]
     text = "".join(log.format(kernel, *found) for kernel in names for found in ((0, 0, 255), (8, 4, 257)))
     rows = cuda_matrix.records(text)
     assert [tuple(row.values())[1:7] for row in rows[::2]] == [

@@ -11,6 +11,7 @@ from fastprompt.kernels import launch
 from fastprompt.kernels.prefix_attention import config, tuned
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.budget import Budget
 from benchmarks.gpu import tune
 from benchmarks.gpu.chips import CHIPS
 
@@ -33,16 +34,21 @@ def now():
     return tune.entry_of(config.forward_tiles(128, 2, TARGET), "forward")
 
 
+def ones():
+    """The budget of four ones."""
+    exact = torch.ones(4, dtype=torch.float64)
+    return Budget([exact], [exact[None]], [torch.float32])
+
+
 def climb(seconds, wrong=lambda entry: False, unfit=lambda entry: None):
-    """``tune.climb`` where time, correctness and fitness are functions of the tiles; also the entries that were timed."""
+    """``tune.climb`` where time, correctness, fitness are functions of the tiles; also the entries that were timed."""
     timed = []
 
     def timer(run):
         timed.append(now())
         return seconds(now())
 
-    exact = [torch.ones(4, dtype=torch.float64)]
-    call = tune.Call(lambda: [torch.ones(4) + wrong(now())], [torch.ones(4)], exact)
+    call = tune.Call(lambda: [torch.ones(4) + wrong(now())], ones())
     return *tune.climb("forward", RULE, [call] * 2, lambda run: unfit(now()), timer, rounds=3), timed
 
 
@@ -101,7 +107,7 @@ def test_calls_launch_the_kernels_of_their_role_with_the_tiles_of_the_entry(role
             call.run()
         assert launches[0].kernel.name == f"_{role}" and launches[0].options.num_warps == 2
         assert dict(zip(launches[0].kernel.constants, launches[0].constants))["BN"] == 16
-        assert all(torch.isfinite(x).all() for x in call.exact) and len(call.low) == len(call.exact) >= 2
+        assert all(torch.isfinite(x).all() for x in call.budget.exact) and len(call.budget.exact) >= 2
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
@@ -154,17 +160,26 @@ def test_without_a_table_the_rule_holds(table):
     assert config.forward_tiles(128, 2, TARGET, "a card") == config.forward_tiles(128, 2, TARGET)
 
 
-@pytest.mark.parametrize("devices, message", [
-    ([], "expected an object of devices"),
-    ({"a card": 3}, "'a card': expected an object of entries, got 3"),
-    ({"a card": {"forward 8-bit 128": BETTER}}, "'forward 8-bit 128': expected a key such as"),
-    ({"a card": {KEY: {}}}, f"'{KEY}': expected an object with queries, keys, num_warps"),
-    ({"a card": {KEY: BETTER | {"key_keys": 16}}}, f"'{KEY}': expected an object with"),
-    ({"a card": {KEY: BETTER | {"keys": 48}}}, f"'{KEY}': keys: expected a power of two from 16 to 256, got 48"),
-    ({"a card": {KEY: BETTER | {"num_warps": True}}}, f"'{KEY}': num_warps: expected a power of two from 1 to 16, got True"),
-    ({"a card": {KEY: BETTER | {"num_stages": 0}}}, f"'{KEY}': num_stages: expected from 1 to 8, got 0"),
-    ({"a card": {KEY: BETTER | {"registers": 256}}}, f"'{KEY}': registers: expected null or from 32 to 255, got 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "devices, message",
+    [
+        ([], "expected an object of devices"),
+        ({"a card": 3}, "'a card': expected an object of entries, got 3"),
+        ({"a card": {"forward 8-bit 128": BETTER}}, "'forward 8-bit 128': expected a key such as"),
+        ({"a card": {KEY: {}}}, f"'{KEY}': expected an object with queries, keys, num_warps"),
+        ({"a card": {KEY: BETTER | {"key_keys": 16}}}, f"'{KEY}': expected an object with"),
+        ({"a card": {KEY: BETTER | {"keys": 48}}}, f"'{KEY}': keys: expected a power of two from 16 to 256, got 48"),
+        (
+            {"a card": {KEY: BETTER | {"num_warps": True}}},
+            f"'{KEY}': num_warps: expected a power of two from 1 to 16, got True",
+        ),
+        ({"a card": {KEY: BETTER | {"num_stages": 0}}}, f"'{KEY}': num_stages: expected from 1 to 8, got 0"),
+        (
+            {"a card": {KEY: BETTER | {"registers": 256}}},
+            f"'{KEY}': registers: expected null or from 32 to 255, got 256",
+        ),
+    ],
+)
 def test_a_malformed_table_is_named(table, devices, message):
     table.write_text(json.dumps(devices))
     with pytest.raises(ValueError) as error:
@@ -179,10 +194,11 @@ def test_a_table_that_is_not_json_is_named(table):
 
 
 def test_the_table_of_a_gpu_is_made_and_used(table, monkeypatch, capsys):
-    call = tune.Call(lambda: [torch.ones(4)], [torch.ones(4)], [torch.ones(4, dtype=torch.float64)])
-    for name, value in {"this_chip": lambda: CHIPS["sm_90"], "calls": lambda *_: [call], "unfit": lambda run, chip: None,
-                        "seconds": lambda run: 1.0 if now() == BETTER else 2.0}.items():  # fmt: skip
-        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(tune, "this_chip", lambda: CHIPS["sm_90"])
+    call = tune.Call(lambda: [torch.ones(4)], ones())
+    monkeypatch.setattr(tune, "calls", lambda *_: [call])
+    monkeypatch.setattr(tune, "unfit", lambda run, chip: None)
+    monkeypatch.setattr(tune, "seconds", lambda run: 1.0 if now() == BETTER else 2.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     monkeypatch.setattr(launch, "INTERPRETED", False)

@@ -1,4 +1,4 @@
-"""What a compiled kernel contains, read from its machine code: registers, spills, matrix instructions, wide accesses."""
+"""What a compiled kernel contains, from its machine code: registers, spills, matrix instructions, wide accesses."""
 
 import re
 import subprocess
@@ -34,7 +34,8 @@ class Contents:
         fma: FFMA (v_fma_f32, v_fmac_f32), packed ones included.
         wide_loads, loads: loads of 16 bytes a thread or of whole tiles, and all, from global memory.
         wide_stores, stores: the same for stores.
-        spills: bytes of stack, local memory or scratch, or loads and stores of it where the compiler does not say how many bytes.
+        spills: bytes of stack, local memory or scratch, or loads and stores of it where the compiler does not say how
+            many bytes.
         lanes: scalars that AMD's compiler keeps in lanes of vector registers: an instruction each way, but no memory.
         half_dots, float_dots: matrix products of the source with fp16 or bf16, and with other operands.
         scalar_dots: matrix products that the compiler left to fused multiply-adds.
@@ -57,7 +58,7 @@ class Contents:
 
     @property
     def half_dots_without_matrix(self):
-        """Whether a product of halves is made of multiply-adds; the compiler widens its operands, so count, don't look."""
+        """Whether a product of halves is made of multiply-adds; the compiler widens its operands, so count."""
         return self.half_dots > 0 and (not self.matrix or (self.scalar_dots > 0 and self.float_dots == 0))
 
 
@@ -123,12 +124,15 @@ def _read_amdgcn(compiled):
 
 
 def _counts(names, known, *, loads, stores, wide):
-    matrix = {family: _count(names, lambda n: n.startswith(starts)) for family, starts in _MATRIX.items()}
+    def starting_with(prefixes):
+        return _count(names, lambda n: n.startswith(prefixes))
+
+    matrix = {family: starting_with(prefixes) for family, prefixes in _MATRIX.items()}
     return known | {
         "matrix": {family: count for family, count in matrix.items() if count},
-        "loads": _count(names, lambda n: n.startswith(loads)),
+        "loads": starting_with(loads),
         "wide_loads": _count(names, lambda n: n.startswith(loads) and wide(n)),
-        "stores": _count(names, lambda n: n.startswith(stores)),
+        "stores": starting_with(stores),
         "wide_stores": _count(names, lambda n: n.startswith(stores) and wide(n)),
     }
 

@@ -103,13 +103,12 @@ def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=Fal
     given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
     label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
     arguments = DTYPES[dtype], head_dim, heads, kv_heads
-    return [
-        Case("prefix_attention", direction, label,
-             partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags), everywhere,
-             native and direction != "decode")  # a decoding tile has too few rows
-        for direction in ("forward", "backward", "decode")
-        if needs == "all" or direction == "backward"
-    ]  # fmt: skip
+    cases = []
+    for direction in ("forward", "backward", "decode") if needs == "all" else ("backward",):
+        run = partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags)
+        enough_rows = direction != "decode"  # for the chip's own matrix instructions
+        cases.append(Case("prefix_attention", direction, label, run, everywhere, native and enough_rows))
+    return cases
 
 
 def _run_attention(
@@ -233,7 +232,10 @@ def _run_row_plan(kind, virtual, prompts, dtype, width, size=8, length=100):
     tokens = partial(new, size * width, dtype=dtype)
     sequences = (None, None) if kind == "padded" else (new(size, dtype=torch.int64), new(size, dtype=torch.int64))
     real = new(size * width, dtype=torch.bool) if kind == "padded" else None
-    batch = cells.Batch(size, width, torch.device("meta"), *sequences, real, tokens(), tokens() if virtual else None,
-                        tokens(), new(size, dtype=torch.int64) if prompts else None, length, 0)  # fmt: skip
+    virtual_ids = tokens() if virtual else None
+    prompt_ids = new(size, dtype=torch.int64) if prompts else None
+    batch = cells.Batch(
+        size, width, torch.device("meta"), *sequences, real, tokens(), virtual_ids, tokens(), prompt_ids, length, 0
+    )
     launcher.measure(batch)
     launcher.fill(batch, new(len(cells.ENTRY), size, dtype=torch.int64), size * (length + width), size)

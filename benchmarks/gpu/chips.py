@@ -14,7 +14,8 @@ class Chip:
     Attributes:
         target: for Triton's compiler.
         shared: bytes of shared memory that one program may have.
-        shared_total: bytes of shared memory of a multiprocessor (compute unit); ``reserved`` of them go with each program.
+        shared_total: bytes of shared memory of a multiprocessor (compute unit); ``reserved`` of them go with each
+            program.
         registers, threads: of a multiprocessor; registers are 32 bit.
         matrix: the instruction family that a half-precision matrix product of a full tile should become.
     """
@@ -50,7 +51,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Device:
-    """A card, from its maker's public data sheet: dense bf16 FLOP/s, bytes/s of memory, bytes of L2, multiprocessors."""
+    """A card, by its maker's data sheet: dense bf16 FLOP/s, bytes/s of memory, bytes of L2, multiprocessors."""
 
     chip: str
     flops: float

@@ -42,12 +42,13 @@ class Job:
 
     @property
     def name(self):
-        return f"{self.case.op} {self.launch.kernel.name.strip('_')} [{self.case.direction} {self.case.label}] on {self.chip}"
+        kernel = self.launch.kernel.name.strip("_")
+        return f"{self.case.op} {kernel} [{self.case.direction} {self.case.label}] on {self.chip}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job gave: the contents of the binary or an error, and the seconds it took (None: it was in Triton's cache)."""
+    """What a job gave: the binary's contents or an error, and the seconds it took (None: it was in Triton's cache)."""
 
     contents: binary.Contents | None
     seconds: float | None
@@ -69,7 +70,7 @@ def problems(contents, chip, native=False):
 
 
 def select(all_cases, chips, everywhere=True):
-    """The jobs of some cases, each variant once a target; not ``everywhere``: cases that take turns go to one target."""
+    """The jobs of some cases, each variant once a target; not ``everywhere``: to one target each, in turn."""
     jobs, turn = {}, 0
     for case in all_cases:
         if everywhere or case.everywhere:
@@ -89,13 +90,16 @@ def select(all_cases, chips, everywhere=True):
 def compile_job(job):
     """Compile and inspect; a failure of the compiler is a result too."""
     took = []
-    triton.knobs.compilation.listener = lambda *, times, cache_hit, **_: took.append(
-        None if cache_hit else times.total / 1e6
-    )
+
+    def listen(*, times, cache_hit, **_):
+        took.append(None if cache_hit else times.total / 1e6)
+
+    triton.knobs.compilation.listener = listen
     try:
         contents = binary.inspect(job.launch.compile(CHIPS[job.chip].target))
     except Exception as error:  # whatever a compiler raises: the other variants are compiled all the same
-        return Result(None, None, f"does not compile: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
+        said = str(error).strip() or type(error).__name__
+        return Result(None, None, f"does not compile: {said.splitlines()[-1]}")
     finally:
         triton.knobs.compilation.listener = None
     return Result(contents, took[0])
@@ -238,12 +242,15 @@ def main(arguments=None):
             records,
             [
                 f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
-                "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
-                "spills: bytes of local memory; lanes: scalars in lanes of vector registers (AMD), which take no memory.",
+                "Counts are of instructions in the code. "
+                "Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
+                "spills: bytes of local memory; "
+                "lanes: scalars in lanes of vector registers (AMD), which take no memory.",
                 "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
             ],
         )
-    wrong = [(job, row) for job, result in zip(jobs, results) if (row := record(job, result))["verdict"] != "ok"]
+    found = [(job, record(job, result)) for job, result in zip(jobs, results)]
+    wrong = [(job, row) for job, row in found if row["verdict"] != "ok"]
     for job, row in wrong:
         console.print(
             f"FAILED {job.name}: {row['verdict']} ({row['constants']})", style="red", markup=False, soft_wrap=True

@@ -161,8 +161,9 @@ class _Counter:
         return [self._item(i, item, group) for group in range(grid[1]) for i, item in enumerate(self.table("items"))]
 
     def _item(self, i, item, group):
-        role, q0, q1, k0, k1, _, p0, p1 = item
-        touches, rows = [Touch(("table", i), 32, 32)], ["q", "dout", "out"]
+        role, q0, q1, k0, k1, _, p0, p1 = item  # a row of the kernel's table
+        touches = [Touch(("table", i), 32, 32)]
+        rows = ["q", "dout", "out"]
         if role == 0:  # queries
             head, block = group * self.fold // self.w.group, self.values["BN"]
             touches += self.queries(rows, group, q0, q1)

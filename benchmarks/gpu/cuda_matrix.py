@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu.cuda_matrix``: compile csrc/cuda with nvcc for every target, and read what ptxas says of it.
+"""``python -m benchmarks.gpu.cuda_matrix``: compile csrc/cuda with nvcc for every target, and read what ptxas says.
 
-Needs nvcc and no GPU; without nvcc it says so and succeeds. Exits with 1 and names the kernels where one spills, has a stack,
-or has more registers than its threads leave it.
+Needs nvcc and no GPU; without nvcc it says so and succeeds. Exits with 1 and names the kernels where one spills, has a
+stack, or has more registers than its threads leave it.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def records(text):
         bad += [f"needs {registers} registers a thread"] if -(-registers // 8) * 8 * THREADS > REGISTERS else []
         rows.append({
             "op": "prompt_lstm", "direction": name["pass"].lower(), "dtype": _DTYPES[name["dtype"]],
-            "exchange": name["exchange"].lower(), "target": found["target"], "threads": THREADS, "registers": registers, "spills": spills,
-            "stack": int(found["stack"]), "static shared bytes": int(shared[1]) if shared else 0,
+            "exchange": name["exchange"].lower(), "target": found["target"], "threads": THREADS, "registers": registers,
+            "spills": spills, "stack": int(found["stack"]), "static shared bytes": int(shared[1]) if shared else 0,
             "verdict": "; ".join(bad) or "ok",
         })  # fmt: skip
     order = sorted({row["target"] for row in rows}, key=lambda name: int(re.search(r"\d+", name)[0]))
@@ -115,7 +115,8 @@ def main(arguments=None):
         rows,
         [
             f"nvcc {version[1]}, compiled without a GPU: no kernel ran.",
-            "The cluster kernels of sm_80 are empty of clusters and never chosen. Dynamic shared memory depends on the hidden size:",
+            "The cluster kernels of sm_80 are empty of clusters and never chosen. "
+            "Dynamic shared memory depends on the hidden size:",
             "lstm_predictions.csv has it.",
         ],
     )

@@ -1,10 +1,10 @@
 """``python -m benchmarks.gpu.launch_cost``: microseconds of Python that a launch costs on the host.
 
-Measured without a GPU. Included: everything from the call of the kernel to the call of Triton's launcher in C, with the real
-signature, arguments and compiled handle. Replaced by stubs that do nothing, and therefore not included: packing the arguments and
-``cuLaunchKernelEx`` in C, ``torch.cuda.current_device`` and the query of the current stream. The tensors are on the CPU.
-Beside it, with the same stubs: Triton's own ``function[grid](...)``, and a whole call of the operator's launcher, allocation of
-outputs included.
+Measured without a GPU. Included: everything from the call of the kernel to the call of Triton's launcher in C, with the
+real signature, arguments and compiled handle. Replaced by stubs that do nothing, and therefore not included: packing
+the arguments and ``cuLaunchKernelEx`` in C, ``torch.cuda.current_device`` and the query of the current stream. The
+tensors are on the CPU. Beside it, with the same stubs: Triton's own ``function[grid](...)``, and a whole call of the
+operator's launcher, allocation of outputs included.
 """
 
 import argparse
@@ -37,19 +37,24 @@ TARGET = CHIPS["sm_90"].target
 INCLUDED = "host time without a GPU; C launcher, driver and stream query are stubs and not included"
 
 
+def _nothing(*arguments):
+    return None
+
+
 class _Driver:
     """Just enough of Triton's driver; what it launches does nothing."""
 
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self):
-        nothing = lambda *arguments: None  # noqa: E731
         self.launches = 0
         self.utils = SimpleNamespace(
-            launch=self._count, build_signature_metadata=nothing, unload_module=nothing,
+            launch=self._count,
+            build_signature_metadata=_nothing,
+            unload_module=_nothing,
             load_binary=lambda *arguments: (None, 0, 0, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": CHIPS["sm_90"].shared},
-        )  # fmt: skip
+        )
 
     def _count(self, *arguments):
         self.launches += 1

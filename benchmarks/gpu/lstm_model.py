@@ -1,25 +1,30 @@
 """``python -m benchmarks.gpu.lstm_model``: the time of P-Tuning's LSTM by the CUDA kernels and by cuDNN, predicted.
 
-PREDICTION: no GPU ran. Which kernel runs, with how many blocks and how much of the weights in each, is computed by the rule of
-csrc/cuda/prompt_lstm.h itself; what it costs, by the few figures below. They are what decides, so they are listed:
+PREDICTION: no GPU ran. Which kernel runs, with how many blocks and how much of the weights in each, is computed by the
+rule of csrc/cuda/prompt_lstm.h itself; what it costs, by the few figures below. They are what decides, so they are
+listed:
 
 Step of a cluster: a write into another block's shared memory and a barrier, each one trip over the network between
     multiprocessors, 180 cycles on H100 (arXiv 2402.13499); taken for B200 too.
-Step of a grid: a word is written to the L2 cache and read from there; 1.5 reads, because whoever asks does so at any time. A
-    trip takes 265 cycles (the same source: 180 are 32% less); more on B200, where half of the cache is on the other die (ASSUMED).
-Step, whatever the kernel: 300 cycles for the sums over a warp's lanes and the gates' functions one after the other (ASSUMED).
-Weights of a step: from registers at 128 multiply-adds a cycle and multiprocessor, from shared memory at 128 bytes a cycle and
-    multiprocessor (CUDA's programming guide), from the L2 cache at ASSUMED 4, 5.5 and 10 TB/s.
+Step of a grid: a word is written to the L2 cache and read from there; 1.5 reads, because whoever asks does so at any
+    time. A trip takes 265 cycles (the same source: 180 are 32% less); more on B200, where half of the cache is on the
+    other die (ASSUMED).
+Step, whatever the kernel: 300 cycles for the sums over a warp's lanes and the gates' functions one after the other
+(ASSUMED). Weights of a step: from registers at 128 multiply-adds a cycle and multiprocessor, from shared memory at 128
+bytes a
+    cycle and multiprocessor (CUDA's programming guide), from the L2 cache at ASSUMED 4, 5.5 and 10 TB/s.
 Products around the recurrence: bytes of weights and states over the bandwidth of memory or FLOPs over the peak of fp32
     without tensor cores, whichever is slower, and 3 us a launch.
-Small launches of ours, 3 us each: zeros for a grid's words, sums of biases; backward also the transposed weights (read and
-    written once), hidden states from cells, the gradients of the biases and the sum over directions.
-cuDNN: where a direction's recurrent weights fit into the registers and shared memory of the device, as many steps in a row, 2 us each:
-    2.01 ms for nn.LSTM at H = 768 are in the plots of FlashRNN's repository, ASSUMED to be of 1024 steps. Elsewhere two launches
-    a step, each ASSUMED to begin 2.5 us after the other, and all weights through the L2 cache. Directions run side by side where
-    both fit, else one after the other. Its products are as ours, and it is given small launches for nothing.
+Small launches of ours, 3 us each: zeros for a grid's words, sums of biases; backward also the transposed weights (read
+    and written once), hidden states from cells, the gradients of the biases and the sum over directions.
+cuDNN: where a direction's recurrent weights fit into the registers and shared memory of the device, as many steps in a
+    row, 2 us each: 2.01 ms for nn.LSTM at H = 768 are in the plots of FlashRNN's repository, ASSUMED to be of 1024
+    steps. Elsewhere two launches a step, each ASSUMED to begin 2.5 us after the other, and all weights through the L2
+    cache. Directions run side by side where both fit, else one after the other. Its products are as ours, and it is
+    given small launches for nothing.
 
-Two layers, two directions, input as wide as 2H, fp32; forward, and backward with all gradients. Not counted: Python, allocation.
+Two layers, two directions, input as wide as 2H, fp32; forward, and backward with all gradients. Not counted: Python,
+allocation.
 """
 
 import argparse
@@ -210,9 +215,12 @@ def main(arguments=None):
         options.out,
         rows,
         [
-            f"{PREDICTION}. Two layers, two directions, fp32; see benchmarks/gpu/lstm_model.py for the figures it assumes.",
-            "chosen: what the rule picks for this device; blocks: of a direction; where the parts of the weights stand, streamed: in the L2 cache.",
-            "us = steps us (the recurrence) + products us (matrix products around it, the same for all) + others us (small launches)",
+            f"{PREDICTION}. Two layers, two directions, fp32; "
+            "see benchmarks/gpu/lstm_model.py for the figures it assumes.",
+            "chosen: what the rule picks for this device; blocks: of a direction; "
+            "where the parts of the weights stand, streamed: in the L2 cache.",
+            "us = steps us (the recurrence) + products us (matrix products around it, the same for all) "
+            "+ others us (small launches)",
         ],
     )
     show(rows, Console(width=None if sys.stdout.isatty() else 120))

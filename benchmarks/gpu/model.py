@@ -7,8 +7,8 @@ PEFT + SDPA: rows padded to the longest, the prefix copied for every row, keys c
     therefore the memory-efficient kernel. Making the copies of the prefix itself is not counted.
 FlashAttention: varlen, without padding; prefix and own keys of every sequence are gathered into one packed tensor.
 FlexAttention packed: one sequence, prefix first, with a document mask that skips 128 x 128 blocks nobody sees.
-FlexAttention Bkv=1: padded queries; one call on the shared prefix, whose gradient is [B, ...] and summed after, one on the
-    own keys, merged by their log-sum-exp.
+FlexAttention Bkv=1: padded queries; one call on the shared prefix, whose gradient is [B, ...] and summed after, one on
+    the own keys, merged by their log-sum-exp.
 
 See :mod:`benchmarks.gpu.traffic` for caches and time. Not counted: what is made once a batch (our tables, block masks,
 cu_seqlens), allocation, and Python. bf16.
@@ -65,10 +65,12 @@ def predict(name, workload, direction, device_name):
     flops = sum(c.flops for c in found)
     longest = max(found, key=lambda c: c.seconds)
     return {
-        "device": device_name, "direction": direction, "H": workload.heads, "Hkv": workload.kv_heads, "Dh": workload.head_dim,
-        "P": workload.prefix, "batch": workload.name, "implementation": name, "launches": len(launches),
+        "device": device_name, "direction": direction, "H": workload.heads, "Hkv": workload.kv_heads,
+        "Dh": workload.head_dim, "P": workload.prefix, "batch": workload.name, "implementation": name,
+        "launches": len(launches),
         "waves": f"{longest.waves:.2f}", "balance": f"{longest.balance:.2f}", "GFLOP": f"{flops / 1e9:.2f}",
-        "useful": f"{workload.useful_flops(direction) / flops:.2f}", "L2 MB": f"{sum(c.l2_bytes for c in found) / 1e6:.1f}",
+        "useful": f"{workload.useful_flops(direction) / flops:.2f}",
+        "L2 MB": f"{sum(c.l2_bytes for c in found) / 1e6:.1f}",
         "memory MB": f"{memory / 1e6:.1f}", "floor MB": f"{floor / 1e6:.1f}", "memory / floor": f"{memory / floor:.2f}",
         "us": f"{sum(c.seconds for c in found) * 1e6:.1f}",
     }  # fmt: skip
@@ -87,7 +89,7 @@ def predict_all(progress=True):
 
 
 def bar(rows):
-    """Our backward at P = 100 on 8192 packed rows on every device, and whether bytes and launches are within the bar."""
+    """Our backward at P = 100 on 8192 packed rows on each device, and whether bytes and launches are within the bar."""
     return [
         (r, float(r["memory / floor"]) <= BAR and r["launches"] <= 4)
         for r in rows
@@ -107,9 +109,10 @@ def show(rows, console):
     previous = None
     for row in rows:
         if row["P"] == 100 and row["device"] == "H100 SXM":
-            if previous not in (None, key := (row["direction"], row["Dh"], row["batch"])):
+            group = row["direction"], row["Dh"], row["batch"]
+            if previous not in (None, group):
                 table.add_section()
-            previous = row["direction"], row["Dh"], row["batch"]
+            previous = group
             table.add_row(*(str(row[name]) for name in names), style="green" if row["implementation"] == OURS else None)
     console.print(table)
     for row, met in bar(rows):
@@ -169,8 +172,9 @@ def main(arguments=None):
         rows,
         [
             f"{PREDICTION}. Counted bytes, FLOPs and launches; see benchmarks/gpu/model.py. bf16, one layer.",
-            "time of a launch = the slower of memory bytes / bandwidth and FLOPs / peak (less what the last wave and long programs"
-            f" leave idle), + {LAUNCH_SECONDS * 1e6:.0f} us; waves and balance are those of the longest launch",
+            "time of a launch = the slower of memory bytes / bandwidth and FLOPs / peak "
+            "(less what the last wave and long programs leave idle), "
+            f"+ {LAUNCH_SECONDS * 1e6:.0f} us; waves and balance are those of the longest launch",
         ],
     )
     plot(rows, options.out.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""What other implementations of prefix attention do, written down launch by launch, in their favour where there is a choice.
+"""What other implementations of prefix attention do, launch by launch, in their favour where there is a choice.
 
 A tensor's block is what one sequence has of it in one head.
 """
@@ -193,14 +193,26 @@ def flex_packed(w, direction, _chip):
 
 
 def flex_shared(w, direction, _chip):
+    """Padded queries: one call on the shared prefix, one on the own keys, and their merge."""
     row, batch, longest = w.head_dim * BYTES, len(w.lengths), max(w.lengths)
-    own = lambda b, h: [(x, b, h // w.group, longest * row) for x in "kv"]  # noqa: E731
-    shared = lambda b, h: [("prefix_" + x, 0, h // w.group, w.prefix * row) for x in "kv"]  # noqa: E731
+
+    def own(b, h):
+        return [(x, b, h // w.group, longest * row) for x in "kv"]
+
+    def shared(b, h):
+        return [("prefix_" + x, 0, h // w.group, w.prefix * row) for x in "kv"]
+
+    def whole_prefix(n, q1):
+        return w.prefix
+
+    def up_to_itself(n, q1):
+        return q1
+
     padded, queries = [longest] * batch, longest * w.heads
     if direction == "forward":
         return [
-            _tiles("flex forward, prefix", w, padded, 128, 128, lambda n, q1: w.prefix, 2, shared, out="out_p"),
-            _tiles("flex forward, own", w, padded, 128, 128, lambda n, q1: q1, 2, own, out="out_o"),
+            _tiles("flex forward, prefix", w, padded, 128, 128, whole_prefix, 2, shared, out="out_p"),
+            _tiles("flex forward, own", w, padded, 128, 128, up_to_itself, 2, own, out="out_o"),
             _copy("merge", w, {"out_p": queries, "out_o": queries}, {"out": queries}),
         ]
     launches = [
@@ -211,10 +223,7 @@ def flex_shared(w, direction, _chip):
             dict.fromkeys(("dout_p", "dout_o"), queries),
         )
     ]
-    for part, sources, keys, span in (
-        ("p", shared, w.prefix, lambda n, q1: w.prefix),
-        ("o", own, longest, lambda n, q1: q1),
-    ):
+    for part, sources, keys, span in (("p", shared, w.prefix, whole_prefix), ("o", own, longest, up_to_itself)):
         launches.append(
             _copy("delta " + part, w, {"dout_" + part: queries, "out_" + part: queries}, {}, {"delta": 4 * queries})
         )
@@ -237,12 +246,15 @@ def flex_shared(w, direction, _chip):
 def _copy(name, w, reads, writes, bytes_written=None):
     """A pass over tensors ``{name: rows of Dh values a sequence}``."""
     batch, row = len(w.lengths), w.head_dim * BYTES
-    scaled = lambda sizes: {x: n * row * batch for x, n in sizes.items()}  # noqa: E731
-    return stream(name, scaled(reads), scaled(writes) | {x: n * batch for x, n in (bytes_written or {}).items()}, batch)
+
+    def scaled(sizes, size):
+        return {x: n * size * batch for x, n in sizes.items()}
+
+    return stream(name, scaled(reads, row), scaled(writes, row) | scaled(bytes_written or {}, 1), batch)
 
 
 def _tiles(name, w, lengths, block_q, block_k, span, products, sources, extra=(), out="out"):
-    """One program a sequence, head and tile of queries; ``span(n, q1)``: the keys it runs over; ``sources``: what it reads."""
+    """A program a sequence, head, tile of queries; ``span(n, q1)``: keys it runs over; ``sources``: what it reads."""
     row, programs = w.head_dim * BYTES, []
     for b, n in enumerate(lengths):
         for h in range(w.heads):

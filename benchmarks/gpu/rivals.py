@@ -1,7 +1,7 @@
-"""Prefix attention of packed rows by other means: what ``check`` measures ours against, with the same inputs and gradients.
+"""Prefix attention of packed rows by other means, with the same inputs and gradients: what ``check`` compares with.
 
-Every provider takes an :class:`Attention` and returns a function of its tensors that gives ``out [T, H, Dh]``. What depends
-on the lengths alone (masks, indices) is made outside that function, once a batch, as a careful user would.
+Every provider takes an :class:`Attention` and returns a function of its tensors that gives ``out [T, H, Dh]``. What
+depends on the lengths alone (masks, indices) is made outside that function, once a batch, as a careful user would.
 """
 
 from dataclasses import dataclass

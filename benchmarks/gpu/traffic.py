@@ -1,8 +1,8 @@
 """What launches cost by counting: bytes through the L2 cache and to memory, floating-point operations, waves.
 
-A launch is a list of programs; a program is a list of touches of named blocks of memory, in the order it makes them, and
-the operations it executes. The L2 is simulated, not assumed: the programs that are resident at once make their touches side
-by side, each at its own pace, and blocks stay by least recent use.
+A launch is a list of programs; a program is a list of touches of named blocks of memory, in the order it makes them,
+and the operations it executes. The L2 is simulated, not assumed: the programs that are resident at once make their
+touches side by side, each at its own pace, and blocks stay by least recent use.
 """
 
 import heapq
@@ -57,7 +57,8 @@ def costs(launches, device, launch_seconds):
     """The :class:`Cost` of launches that follow one another on a device, from a cold cache.
 
     Arithmetic: resident programs share the multiprocessor's peak equally and start in order as others finish, so a last
-    wave that is not full, and a program longer than the others, cost time (``balance``: the part of the peak that is left).
+    wave that is not full, and a program longer than the others, cost time (``balance``: the part of the peak that is
+    left).
     """
     cache, result = _Cache(USABLE_L2 * device.l2), []
     for launch in launches:
@@ -73,7 +74,7 @@ def costs(launches, device, launch_seconds):
 
 
 def stream(name, reads, writes, parts):
-    """A launch that goes over whole tensors once: ``reads`` and ``writes`` are ``{tensor: bytes}``, in ``parts`` programs."""
+    """A launch over whole tensors once: ``reads`` and ``writes`` are ``{tensor: bytes}``, in ``parts`` programs."""
     programs = []
     for part in range(parts):
         touches = [Touch((tensor, part), size // parts, size // parts) for tensor, size in reads.items()]
@@ -109,8 +110,11 @@ class _Cache:
 
 
 def _run(programs, slots, cache, device):
-    """Bytes through the L2 and to memory. Programs start in order as slots fall free, and spread their touches evenly over
-    the time they take: the longer of arithmetic and bytes at a slot's share of the device."""
+    """Bytes through the L2 and to memory.
+
+    Programs start in order as slots fall free, and spread their touches evenly over the time they take: the longer of
+    arithmetic and bytes at a slot's share of the device.
+    """
     l2 = memory = 0
     waiting, events = iter(enumerate(programs)), []
 

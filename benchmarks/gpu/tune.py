@@ -1,9 +1,10 @@
-"""``python -m benchmarks.gpu.tune``: tiles of prefix_attention that beat the rule on this GPU, into the table that overrides it.
+"""``python -m benchmarks.gpu.tune``: tiles of prefix_attention that beat the rule on this GPU, into a table.
 
-For each role, precision and head dim it climbs from the rule's tiles: to the fastest neighbour, which differs in one size,
-while that is 3% faster. Neighbours that spill, take more shared memory than there is, or differ from the float64 reference
-by more than the budget are left out. The fastest is timed once more beside the rule, and an entry is written only if it is
-3% faster then. Exits with 1 where there is no GPU. The table is to be made anew after a change to the kernels, or of Triton.
+The table overrides the rule. For each role, precision and head dim it climbs from the rule's tiles: to the fastest
+neighbour, which differs in one size, while that is 3% faster. Neighbours that spill, take more shared memory than there
+is, or differ from the float64 reference by more than the budget are left out. The fastest is timed once more beside the
+rule, and an entry is written only if it is 3% faster then. Exits with 1 where there is no GPU. The table is to be made
+anew after a change to the kernels, or of Triton.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from fastprompt.ops.prefix_attention import reference
 from fastprompt.ops.prefix_attention import triton as launcher
 
 from .. import report
-from . import binary, check, compile_matrix
+from ..budget import Budget
+from . import binary, compile_matrix, measure
 from .chips import CHIPS
 from .rivals import uneven
 
@@ -43,19 +45,18 @@ PREFIX = 100
 
 @dataclass(frozen=True)
 class Call:
-    """A call that launches the kernels of a role, and what it has to give: in its own precision, and exactly."""
+    """A call that launches the kernels of a role, and what it may give."""
 
     run: Callable
-    low: list
-    exact: list
+    budget: Budget
 
     @property
     def right(self):
-        return all(check.over_budget(*three) <= 1 for three in zip(self.run(), self.low, self.exact))
+        return self.budget.ratio(self.run()) <= 1  # False for nan
 
 
 def calls(role, head_dim, dtype, device="cuda", rows=8192):
-    """What tiles are chosen by: short sequences with heads in groups, long ones without, and one with every flag set."""
+    """What tiles are chosen by: short sequences with heads in groups, long ones without, one with every flag set."""
     short, long, flags = uneven(rows), (rows // 16,) * 16, dict(prefixes=3, window=48, softcap=30.0, sinks=True)
     if role == "decode":  # lengths of caches
         short, long = ([max(1, rows // 8 * (i + 8) // (batch + 8)) for i in range(batch)] for batch in (64, 16))
@@ -84,18 +85,23 @@ def _call(
     ]
     options = dict(causal=True, window=window, softcap=softcap, scale=head_dim**-0.5)
 
-    def prepared(module, grad, *inputs, sinks):
-        """A function of nothing: the role of this module."""
+    def run():
+        *inputs, sinks = given
         if role != "backward":
-            return lambda: list(module.forward(*inputs, seq, sinks=sinks, **options))
-        saved = reference.forward(*inputs, seq, sinks=sinks, **options)
-        return lambda: [x for x in module.backward(grad, *inputs, *saved, seq, sinks=sinks, **options) if x is not None]
+            return list(launcher.forward(*inputs, seq, sinks=sinks, **options))
+        return [x for x in launcher.backward(grad, *inputs, *saved, seq, sinks=sinks, **options) if x is not None]
 
-    def of(module, convert=lambda x: x):
-        *inputs, sinks = (None if x is None else convert(x) for x in given)
-        return prepared(module, convert(grad), *inputs, sinks=sinks)
+    def exactly(stored):
+        *inputs, sinks = (None if x is None else x.double() for x in given)
+        out, lse = reference.forward(*inputs, seq, sinks=sinks, **options)
+        if role != "backward":
+            return [out, lse]
+        grads = reference.backward(grad.double(), *inputs, stored(out), lse, seq, sinks=sinks, **options)
+        return [x for x in grads if x is not None]
 
-    return Call(of(launcher), of(reference)(), of(reference, torch.Tensor.double)())
+    *inputs, sinks = given
+    saved = reference.forward(*inputs, seq, sinks=sinks, **options) if role == "backward" else None
+    return Call(run, Budget.of(exactly, dtype, draws=measure.DRAWS))
 
 
 def entry_of(rule, role):
@@ -157,8 +163,8 @@ def speeds(role, entries, calls, timer, rounds):
             with tiled_by(role, entry):
                 for call, of_call in zip(calls, of_entry):
                     of_call.append(timer(call.run))
-    first, *_ = medians = [[median(of_call) for of_call in of_entry] for of_entry in times]
-    return [prod(a / b for a, b in zip(first, others)) ** (1 / len(calls)) for others in medians]
+    medians = [[median(of_call) for of_call in of_entry] for of_entry in times]
+    return [prod(a / b for a, b in zip(medians[0], others)) ** (1 / len(calls)) for others in medians]
 
 
 def climb(role, rule, calls, unfit, timer, rounds=7, show=iter):
@@ -192,10 +198,12 @@ def climb(role, rule, calls, unfit, timer, rounds=7, show=iter):
 def save(file, device, key, entry):
     """Put an entry into the table of a device, or take it out where it is None."""
     devices = tuned.read(file)
-    table = {name: old for name, old in devices.get(device, {}).items() if name != key} | (
-        {key: entry} if entry else {}
-    )
-    devices = {name: old for name, old in devices.items() if name != device} | ({device: table} if table else {})
+    table = devices.pop(device, {})
+    table.pop(key, None)
+    if entry:
+        table[key] = entry
+    if table:
+        devices[device] = table
     if devices or file.exists():
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(devices, indent=1) + "\n")

@@ -1,8 +1,8 @@
 // Which instructions the kernels may use, found at run time.
 //
 // A file named *_avx2.cpp, *_avx512.cpp or *_avx512_bf16.cpp is compiled with those instructions (see setup.py), all
-// others without. Such a file includes no header of torch, and what it defines is static or in a namespace of its level: an
-// inline function that two files share is linked once, and it may be the copy that an older CPU cannot run.
+// others without. Such a file includes no header of torch, and what it defines is static or in a namespace of its
+// level: an inline function that two files share is linked once, and it may be the copy that an older CPU cannot run.
 #pragma once
 
 namespace fastprompt {

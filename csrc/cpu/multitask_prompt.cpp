@@ -22,7 +22,8 @@ struct Arguments : TaskPrompts {
   bool in_range = true;
 
   Arguments(const Tensor& shared_, const Tensor& rows_, const Tensor& cols_, const Tensor& task_ids) {
-    STD_TORCH_CHECK(shared_.is_contiguous() && rows_.is_contiguous() && cols_.is_contiguous(), "tensors must be contiguous");
+    STD_TORCH_CHECK(shared_.is_contiguous() && rows_.is_contiguous() && cols_.is_contiguous(),
+                    "tensors must be contiguous");
     const Ints given(task_ids);
     for (int64_t n = 0; n < given.size(); ++n) {
       ids.push_back(given[n]);
@@ -47,7 +48,8 @@ bool forward(Tensor shared, Tensor rows, Tensor cols, Tensor task_ids, Tensor ou
   auto const kernel = FASTPROMPT_BEST(multitask_kernels)(dtype_of(shared)).forward;
   auto const blocks = (a.width + BLOCK - 1) / BLOCK;
   auto const work = a.length * BLOCK * (a.rank + 1);
-  parallel_for(0, a.count * blocks, std::max<int64_t>(1, 20000 / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, a.count * blocks, std::max<int64_t>(1, 20000 / std::max<int64_t>(1, work)),
+               [&](int64_t begin, int64_t end) {
     std::vector<float> room(a.room());
     for (auto i = begin; i < end; ++i) kernel(a, out.data_ptr(), i / blocks, i % blocks * BLOCK, room.data());
   });

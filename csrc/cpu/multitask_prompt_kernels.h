@@ -1,7 +1,8 @@
 // The definitions of multitask_prompt.h, for the instructions that the including file is compiled for.
 //
-// With F = rows @ cols, the factor of a prompt, and dF = grad * shared, there are four products: F of the forward pass; F, which
-// is made again for dshared, rows^T dF and dF cols^T of the backward pass. All run on blocks in fp32, filled up with zeros.
+// With F = rows @ cols, the factor of a prompt, and dF = grad * shared, there are four products: F of the forward pass;
+// F, which is made again for dshared, rows^T dF and dF cols^T of the backward pass. All run on blocks in fp32, filled
+// up with zeros.
 #pragma once
 
 #include "multitask_prompt.h"
@@ -12,8 +13,8 @@ namespace FASTPROMPT_SIMD {
 
 constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // rows of a product: with two vectors each they fill the registers
 
-// finish(i, d, x, lanes) for `count` <= AT_ONCE rows i and all columns d of a block, `lanes` at a time: x is the sum over s of
-// a[i * row + s * step] * b[s, d].
+// finish(i, d, x, lanes) for `count` <= AT_ONCE rows i and all columns d of a block, `lanes` at a time: x is the sum
+// over s of a[i * row + s * step] * b[s, d].
 template <int Count = AT_ONCE, typename Finish>
 void multiply(int64_t count, const float* a, int64_t row, int64_t step, int64_t steps, const float* b, int64_t width,
               Finish finish) {
@@ -39,8 +40,8 @@ void multiply(int64_t count, const float* a, int64_t row, int64_t step, int64_t 
   }
 }
 
-// sums[m * stride + n] = the product of row m of x and row n of y, for `Ranks` rows of y and as many of x as make a vector of
-// sums; the first `count` are written.
+// sums[m * stride + n] = the product of row m of x and row n of y, for `Ranks` rows of y and as many of x as make a
+// vector of sums; the first `count` are written.
 template <int Ranks>
 void dot(int64_t count, const float* x, const float* y, int64_t width, float* sums, int64_t stride) {
   constexpr int POSITIONS = LANES / Ranks;
@@ -75,7 +76,9 @@ struct Factor {
         width(smaller(BLOCK, a.width - column)), rows(room), cols(room + CHUNK * a.rank) {
     auto const from = static_cast<const T*>(a.cols) + a.tasks[n] * a.rank * a.width + column;
     for (int64_t k = 0; k < rank; ++k) {
-      for (int64_t d = 0; d < width; d += LANES) store(cols + k * BLOCK + d, load(from + k * a.width + d, smaller(LANES, width - d)));
+      for (int64_t d = 0; d < width; d += LANES) {
+        store(cols + k * BLOCK + d, load(from + k * a.width + d, smaller(LANES, width - d)));
+      }
     }
   }
 
@@ -137,7 +140,9 @@ void multitask_backward(const TaskPrompts& a, const void* grad, int64_t column, 
       for (int64_t k = 0; g.cols && k < a.rank; k += AT_ONCE) {
         auto const to = g.cols + (g.slots[n] * a.rank + k) * BLOCK;
         multiply(smaller<int64_t>(AT_ONCE, a.rank - k), factor.rows + k, 1, a.rank, count, dfactor, width,
-                 [=](int64_t i, int64_t d, floats x, int64_t) { store(to + i * BLOCK + d, load(to + i * BLOCK + d) + x); });
+                 [=](int64_t i, int64_t d, floats x, int64_t) {
+                   store(to + i * BLOCK + d, load(to + i * BLOCK + d) + x);
+                 });
       }
       auto const drows = [&](auto ranks, int64_t k) {
         constexpr int step = LANES / ranks;

@@ -1,5 +1,5 @@
 // prefix_attention: reads the arguments and hands the items of a call to torch's threads. See prefix_attention.h for the
-// plan and fastprompt/ops/prefix_attention for what is computed.
+// schedule and fastprompt/ops/prefix_attention for what is computed.
 
 #include "prefix_attention.h"
 
@@ -18,19 +18,20 @@ namespace fastprompt {
 namespace {
 
 using torch::stable::Tensor;
-using Plans = std::vector<Tensor>;
+using Tables = std::vector<Tensor>;
 
 template <typename T>
 List<T> list(const Tensor& x) {
-  STD_TORCH_CHECK(x.element_size() == 8 && x.is_contiguous() && x.numel() * 8 % sizeof(T) == 0, "a plan is made of int64");
+  auto const fits = x.element_size() == 8 && x.is_contiguous() && x.numel() * 8 % sizeof(T) == 0;
+  STD_TORCH_CHECK(fits, "a schedule is made of int64");
   return {static_cast<const T*>(x.const_data_ptr()), int64_t(x.numel() * 8 / sizeof(T))};
 }
 
-// The order is that of plan.py.
-Plan read_plan(const Plans& x) {
-  STD_TORCH_CHECK(x.size() == 7, "a plan has 7 tensors");
+// The order is that of schedule.py.
+Schedule read_schedule(const Tables& x) {
+  STD_TORCH_CHECK(x.size() == 7, "a schedule has 7 tensors");
   auto const sizes = list<int64_t>(x[6]);
-  STD_TORCH_CHECK(sizes.size == 5, "a plan has 5 sizes");
+  STD_TORCH_CHECK(sizes.size == 5, "a schedule has 5 sizes");
   return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Split>(x[4]),
           list<Part>(x[5]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
@@ -70,10 +71,10 @@ Dropout read_dropout(std::optional<int64_t> key, int64_t threshold, double scale
 }
 
 Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
-               const MaybeTensor& sinks, const Plans& plan, bool causal, std::optional<int64_t> window,
+               const MaybeTensor& sinks, const Tables& schedule, bool causal, std::optional<int64_t> window,
                std::optional<double> softcap, double scale, Dropout dropout, const Tensor& out, const Tensor& lse) {
   Call call{};
-  call.plan = read_plan(plan);
+  call.schedule = read_schedule(schedule);
   call.dtype = dtype_of(q);
   call.query_rows = q.size(0), call.heads = q.size(1), call.kv_heads = k.size(1), call.head_dim = q.size(2);
   call.causal = causal;
@@ -93,11 +94,11 @@ constexpr int64_t FLOATS_PER_THREAD = 1 << 15;  // less to move is not worth one
 // Multiplications in one product of all queries with all keys, hidden ones included.
 int64_t products(const Call& call) {
   int64_t pairs = 0;
-  for (auto const& chunk : call.plan.chunks) {
-    auto const prefix = chunk.prefix >= 0 ? call.plan.prefixes[chunk.prefix].length : 0;
+  for (auto const& chunk : call.schedule.chunks) {
+    auto const prefix = chunk.prefix >= 0 ? call.schedule.prefixes[chunk.prefix].length : 0;
     for (auto t = chunk.begin; t < chunk.end; ++t) {
-      for (auto s = call.plan.tiles[t].begin; s < call.plan.tiles[t].end; ++s) {
-        auto const& segment = call.plan.segments[s];
+      for (auto s = call.schedule.tiles[t].begin; s < call.schedule.tiles[t].end; ++s) {
+        auto const& segment = call.schedule.segments[s];
         pairs += segment.rows * (prefix + segment.end - segment.begin);
       }
     }
@@ -108,7 +109,7 @@ int64_t products(const Call& call) {
 // Threads take items in order, the most expensive first, until none is left; what an item computes depends on no other.
 template <typename Item>
 void share_out(const Call& call, int64_t floats, const Item& item) {
-  auto const items = call.plan.chunks.size * call.kv_heads;
+  auto const items = call.schedule.chunks.size * call.kv_heads;
   auto const threads = std::min({items, num_threads(), threads_for(products(call))});
   std::atomic<int64_t> next{0};
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -131,19 +132,19 @@ void for_each(const Call& call, int64_t count, int64_t floats, const Body& body)
 
 // Floats of a packed prefix, or of its sums, on average.
 int64_t prefix_floats(const Call& call, int64_t keys) {
-  return keys * call.head_dim / std::max<int64_t>(call.plan.prefixes.size, 1);
+  return keys * call.head_dim / std::max<int64_t>(call.schedule.prefixes.size, 1);
 }
 
-void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Plans plan, bool causal,
-             std::optional<int64_t> window, std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key,
-             int64_t dropout_threshold, double dropout_scale, Tensor out, Tensor lse) {
+void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Tables schedule,
+             bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
+             std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, Tensor out, Tensor lse) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, plan, causal, window, softcap, scale, dropout, out, lse);
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
-  auto const slots = call.kv_heads * call.plan.prefix_slots;
+  auto const slots = call.kv_heads * call.schedule.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
   call.prefix_kt = panels.get(), call.prefix_vrows = rows.get();
-  for_each(call, call.plan.prefixes.size, 2 * prefix_floats(call, call.plan.prefix_slots),
+  for_each(call, call.schedule.prefixes.size, 2 * prefix_floats(call, call.schedule.prefix_slots),
            [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
   share_out(call, kernels.forward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.forward(call, head, chunk, workspace); });
@@ -151,43 +152,46 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
 
 // sink_parts [chunks, H], zero before.
 void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
-              Tensor out, Tensor lse, Plans plan, bool causal, std::optional<int64_t> window, std::optional<double> softcap,
-              double scale, std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, MaybeTensor dq,
-              MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k, MaybeTensor dprefix_v, MaybeTensor sink_parts) {
+              Tensor out, Tensor lse, Tables schedule, bool causal, std::optional<int64_t> window,
+              std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key, int64_t dropout_threshold,
+              double dropout_scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k,
+              MaybeTensor dprefix_v, MaybeTensor sink_parts) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, plan, causal, window, softcap, scale, dropout, out, lse);
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   call.grad = rows_of(grad), call.dq = optional(dq, rows_of), call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
   call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
   call.sink_parts = sink_parts ? static_cast<float*>(data_of(*sink_parts)) : nullptr;
-  auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.plan.prefix_slots;
-  auto const prefix_parts = call.kv_heads * call.plan.prefix_parts * stride;
-  auto const split_parts = call.kv_heads * call.plan.split_parts * stride;
+  auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.schedule.prefix_slots;
+  auto const prefix_parts = call.kv_heads * call.schedule.prefix_parts * stride;
+  auto const split_parts = call.kv_heads * call.schedule.split_parts * stride;
   const Floats kt(slots * call.head_dim), vt(slots * call.head_dim), krows(slots * stride);
   const Floats prefix_dk(dprefix_k ? prefix_parts : 0), prefix_dv(dprefix_v ? prefix_parts : 0);
   const Floats split_dk(dk ? split_parts : 0), split_dv(dv ? split_parts : 0);
   call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
   call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get();
   call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
-  for_each(call, call.plan.prefixes.size, 3 * prefix_floats(call, call.plan.prefix_slots),
+  for_each(call, call.schedule.prefixes.size, 3 * prefix_floats(call, call.schedule.prefix_slots),
            [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
   share_out(call, kernels.backward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.backward(call, head, chunk, workspace); });
-  for_each(call, call.plan.prefixes.size, 2 * prefix_floats(call, call.plan.prefix_parts),
+  for_each(call, call.schedule.prefixes.size, 2 * prefix_floats(call, call.schedule.prefix_parts),
            [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
-  for_each(call, call.plan.splits.size, 2 * call.plan.split_parts * call.head_dim / std::max<int64_t>(call.plan.splits.size, 1),
+  auto const splits = call.schedule.splits.size;
+  for_each(call, splits, 2 * call.schedule.split_parts * call.head_dim / std::max<int64_t>(splits, 1),
            [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
-  m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor[] plan, "
-        "bool causal, int? window, float? softcap, float scale, int? dropout_key, int dropout_threshold, float dropout_scale, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, "
+        "Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
+        "int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] plan, bool causal, int? window, float? softcap, float scale, "
-        "int? dropout_key, int dropout_threshold, float dropout_scale, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
+        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, "
+        "int? dropout_key, int dropout_threshold, float dropout_scale, "
+        "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
         "Tensor(f!)? sink_parts) -> ()");
 }
 

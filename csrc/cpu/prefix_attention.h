@@ -1,7 +1,7 @@
-// prefix_attention's plan and the functions that each instruction set compiles for itself.
+// prefix_attention's schedule and the functions that each instruction set compiles for itself.
 //
-// A call is a list of items, (key head, chunk) pairs that threads take one after the other. The plan, made once a batch in
-// fastprompt/ops/prefix_attention/plan.py, is the same for all key heads:
+// A call is a list of items, (key head, chunk) pairs that threads take one after the other. The schedule, made once a
+// batch in fastprompt/ops/prefix_attention/schedule.py, is the same for all key heads:
 //   chunk    tiles that share a prefix, enough work for a thread;
 //   tile     segments whose queries, those of all query heads of a group, share the prefix's matrix products;
 //   segment  queries of one sequence that stand side by side, and the own keys that they may see.
@@ -43,7 +43,7 @@ struct List {
   const T& operator[](int64_t i) const { return data[i]; }
 };
 
-struct Plan {
+struct Schedule {
   List<Segment> segments;
   List<Tile> tiles;
   List<Chunk> chunks;
@@ -60,7 +60,7 @@ struct Strided {  // columns stand side by side
 };
 
 struct Call {
-  Plan plan;
+  Schedule schedule;
   Dtype dtype;
   int64_t query_rows, heads, kv_heads, head_dim;
   bool causal;

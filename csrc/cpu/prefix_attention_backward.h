@@ -30,7 +30,7 @@ struct Backward {
     need_keys = c.dk.data, need_values = c.dv.data;
     need_prefix_keys = c.dprefix_k.data, need_prefix_values = c.dprefix_v.data;
     need_scores = c.dq.data || need_keys || need_prefix_keys;
-    auto const rows = c.plan.rows * (c.heads / c.kv_heads), slots = c.plan.slots;
+    auto const rows = c.schedule.rows * (c.heads / c.kv_heads), slots = c.schedule.slots;
     auto const take = [&](int64_t floats) {
       auto const p = memory;
       memory += round_up(floats, 16);
@@ -57,24 +57,24 @@ struct Backward {
 
   template <typename T>
   void run(int64_t kv_head, int64_t number) {
-    auto const& plan = call.plan;
-    auto const& chunk = plan.chunks[number];
+    auto const& schedule = call.schedule;
+    auto const& chunk = schedule.chunks[number];
     auto const sinks = call.sink_parts ? call.sink_parts + number * call.heads : nullptr;
     Keys prefix{};
     if (chunk.prefix >= 0) prefix = prefix_keys(kv_head, chunk);
-    prefetch_tile<T>(call, plan.tiles[chunk.begin], kv_head, call.q, call.grad, call.out);
+    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, call.q, call.grad, call.out);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
-      auto const& tile = plan.tiles[t];
+      auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
       load_queries<T>(rows, sinks);
-      if (t + 1 < chunk.end) prefetch_tile<T>(call, plan.tiles[t + 1], kv_head, call.q, call.grad, call.out);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q, call.grad, call.out);
       if (chunk.prefix >= 0) {
         rows.see_prefix(prefix.count);
         differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin, 0);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
-        auto const& segment = plan.segments[s];
+        auto const& segment = schedule.segments[s];
         auto const own = own_keys(segment);
         if (segment.load) load_keys<T>(segment, own, kv_head);
         rows.see_own(segment, first);
@@ -92,9 +92,9 @@ struct Backward {
   }
 
   Keys prefix_keys(int64_t kv_head, const Chunk& chunk) const {
-    auto const& prefix = call.plan.prefixes[chunk.prefix];
-    auto const slot = kv_head * call.plan.prefix_slots + prefix.slot;
-    auto const part = (kv_head * call.plan.prefix_parts + chunk.part) * stride;
+    auto const& prefix = call.schedule.prefixes[chunk.prefix];
+    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
+    auto const part = (kv_head * call.schedule.prefix_parts + chunk.part) * stride;
     return {prefix.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * head_dim,
             call.prefix_krows + slot * stride, call.prefix_dk + part, call.prefix_dv + part};
   }
@@ -138,7 +138,7 @@ struct Backward {
 
   template <typename T>
   void store_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
-    auto const part = (kv_head * call.plan.split_parts + segment.part) * stride;
+    auto const part = (kv_head * call.schedule.split_parts + segment.part) * stride;
     auto const write = [&](const float* sums, float factor, float* parts, const Strided& to) {
       for (int64_t n = 0; n < own.count; ++n) {
         if (segment.part >= 0) {

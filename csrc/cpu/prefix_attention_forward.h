@@ -27,35 +27,35 @@ struct Forward {
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
-    panels = take(c.plan.slots * head_dim);
-    values = take(c.plan.slots * stride);
+    panels = take(c.schedule.slots * head_dim);
+    values = take(c.schedule.slots * stride);
     end = memory;
   }
   float* end;
 
-  static int64_t most_rows(const Call& call) { return call.plan.rows * (call.heads / call.kv_heads); }
+  static int64_t most_rows(const Call& call) { return call.schedule.rows * (call.heads / call.kv_heads); }
   static int64_t floats_needed(const Call& call) { return Forward(call, nullptr).end - static_cast<float*>(nullptr); }
 
   template <typename T>
   void run(int64_t kv_head, const Chunk& chunk) {
-    auto const& plan = call.plan;
-    prefetch_tile<T>(call, plan.tiles[chunk.begin], kv_head, call.q);
+    auto const& schedule = call.schedule;
+    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, call.q);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
-      auto const& tile = plan.tiles[t];
+      auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
       load_queries<T>(rows);
       int64_t prefix_length = 0;
-      if (t + 1 < chunk.end) prefetch_tile<T>(call, plan.tiles[t + 1], kv_head, call.q);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q);
       if (chunk.prefix >= 0) {
-        auto const& prefix = plan.prefixes[chunk.prefix];
-        auto const slot = kv_head * plan.prefix_slots + prefix.slot;
+        auto const& prefix = schedule.prefixes[chunk.prefix];
+        auto const slot = kv_head * schedule.prefix_slots + prefix.slot;
         prefix_length = prefix.length;
         rows.see_prefix(prefix_length);
         attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * stride, prefix_length, 0);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
-        auto const& segment = plan.segments[s];
+        auto const& segment = schedule.segments[s];
         auto const count = segment.end - segment.begin;
         if (segment.load) {
           auto const k = at<T>(call.k, segment.base, segment.begin, kv_head);

@@ -10,8 +10,8 @@ namespace FASTPROMPT_SIMD {
 template <typename T>
 struct Attention {
   static void pack_prefix(const Call& call, int64_t kv_head, int64_t number, bool backward) {
-    auto const& prefix = call.plan.prefixes[number];
-    auto const slot = kv_head * call.plan.prefix_slots + prefix.slot, width = call.head_dim, stride = row_stride(width);
+    auto const& prefix = call.schedule.prefixes[number];
+    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot, width = call.head_dim, stride = row_stride(width);
     auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
     pack_panels(k, call.prefix_k.row, prefix.length, width, call.prefix_kt + slot * width);
     if (backward) {
@@ -23,7 +23,7 @@ struct Attention {
   }
 
   static void forward(const Call& call, int64_t kv_head, int64_t chunk, float* workspace) {
-    Forward(call, workspace).run<T>(kv_head, call.plan.chunks[chunk]);
+    Forward(call, workspace).run<T>(kv_head, call.schedule.chunks[chunk]);
   }
 
   static void backward(const Call& call, int64_t kv_head, int64_t chunk, float* workspace) {
@@ -32,15 +32,16 @@ struct Attention {
 
   // Parts are added in the order of the chunks, whichever thread made them.
   static void add_prefix_parts(const Call& call, int64_t kv_head, int64_t number) {
-    auto const& prefix = call.plan.prefixes[number];
+    auto const& prefix = call.schedule.prefixes[number];
     auto const add = [&](const float* parts, float factor, const Strided& to) {
       auto const stride = row_stride(call.head_dim);
       for (int64_t n = 0; to.data && n < prefix.length; ++n) {
         auto const row = at<T>(to, prefix.id, n, kv_head);
         for (int64_t d = 0; d < call.head_dim; d += LANES) {
           floats sum{};
-          for (auto const& chunk : call.plan.chunks) {
-            if (chunk.prefix == number) sum += load(parts + (kv_head * call.plan.prefix_parts + chunk.part + n) * stride + d);
+          for (auto const& chunk : call.schedule.chunks) {
+            auto const slot = kv_head * call.schedule.prefix_parts + chunk.part + n;
+            if (chunk.prefix == number) sum += load(parts + slot * stride + d);
           }
           store(row + d, sum * factor, smaller(LANES, call.head_dim - d));
         }
@@ -51,7 +52,7 @@ struct Attention {
   }
 
   static void add_split_parts(const Call& call, int64_t kv_head, int64_t number) {
-    auto const& split = call.plan.splits[number];
+    auto const& split = call.schedule.splits[number];
     auto const add = [&](const float* parts, const Strided& to) {
       auto const stride = row_stride(call.head_dim);
       for (int64_t n = 0; to.data && n < split.length; ++n) {
@@ -59,8 +60,8 @@ struct Attention {
         for (int64_t d = 0; d < call.head_dim; d += LANES) {
           floats sum{};
           for (auto i = split.begin; i < split.end; ++i) {
-            auto const& part = call.plan.parts[i];
-            auto const slot = kv_head * call.plan.split_parts + part.slot + n - part.begin;
+            auto const& part = call.schedule.parts[i];
+            auto const slot = kv_head * call.schedule.split_parts + part.slot + n - part.begin;
             if (part.begin <= n && n < part.end) sum += load(parts + slot * stride + d);
           }
           store(row + d, sum, smaller(LANES, call.head_dim - d));

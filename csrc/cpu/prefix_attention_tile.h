@@ -86,7 +86,7 @@ class Queries {
   Queries(const Call& call, const Tile& tile, int64_t kv_head, float* memory)
       : call_(call), tile_(tile), group_(call.heads / call.kv_heads), head_(kv_head * group_) {
     low_ = reinterpret_cast<int32_t*>(memory);
-    for (int64_t s = tile.begin; s < tile.end; ++s) count_ += call.plan.segments[s].rows * group_;
+    for (int64_t s = tile.begin; s < tile.end; ++s) count_ += call.schedule.segments[s].rows * group_;
     high_ = low_ + count_;
     rows_ = reinterpret_cast<Rows*>(round_up(reinterpret_cast<intptr_t>(high_ + count_), 8));
   }
@@ -104,7 +104,7 @@ class Queries {
   void each(const F& f) const {
     int64_t m = 0;
     for (int64_t s = tile_.begin; s < tile_.end; ++s) {
-      auto const& segment = call_.plan.segments[s];
+      auto const& segment = call_.schedule.segments[s];
       for (int64_t r = 0; r < segment.rows; ++r) {
         for (int64_t g = 0; g < group_; ++g) f(m++, segment.row + r, head_ + g);
       }
@@ -114,7 +114,7 @@ class Queries {
   void see_prefix(int64_t length) {
     int64_t m = 0;
     for (int64_t s = tile_.begin; s < tile_.end; ++s) {
-      auto const& segment = call_.plan.segments[s];
+      auto const& segment = call_.schedule.segments[s];
       for (int64_t r = 0; r < segment.rows; ++r) {
         auto const position = length + segment.gap + segment.first + r;
         see(m, smaller(larger(position - call_.window + 1, int64_t(0)), length), length);
@@ -168,7 +168,7 @@ template <typename T, typename... X>
 inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, const X&... of_queries) {
   auto const group = call.heads / call.kv_heads;
   for (auto s = tile.begin; s < tile.end; ++s) {
-    auto const& segment = call.plan.segments[s];
+    auto const& segment = call.schedule.segments[s];
     (prefetch<T>(of_queries, 0, segment.row, segment.rows, kv_head * group, group, call.head_dim), ...);
     if (segment.load && segment.end - segment.begin <= KEYS) {  // more would push others out of the cache
       prefetch<T>(call.k, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);

@@ -1,8 +1,9 @@
-// The small matrix products that attention and the LSTM are made of: C [rows, LANES * vectors] (+)= A B, one register block a call.
+// The small matrix products that attention and the LSTM are made of: C [rows, LANES * vectors] (+)= A B, one register
+// block a call.
 //
-// The block stays in registers while the sum runs: ROWS x VECTORS accumulators, a row of B, and one number of A at a time,
-// broadcast. A comes as rows WIDTH apart (`step` is 1) or transposed: the numbers of a step side by side, `step` floats from
-// those of the next.
+// The block stays in registers while the sum runs: ROWS x VECTORS accumulators, a row of B, and one number of A at a
+// time, broadcast. A comes as rows WIDTH apart (`step` is 1) or transposed: the numbers of a step side by side, `step`
+// floats from those of the next.
 #pragma once
 
 #include "simd_math.h"
@@ -28,10 +29,12 @@ struct Block {
     }
   }
 
-  static void multiply(int64_t steps, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool add) {
+  static void multiply(int64_t steps, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                       bool add) {
     floats x[rows][vectors];
     each([&](int i, int j) { __builtin_prefetch(c + i * c_stride + j * LANES, 1); });
-    asm("" : "+r"(c), "+r"(c_stride));  // the addresses are worked out again at the end: no registers for them in the loop
+    // the addresses are worked out again at the end: no registers for them in the loop
+    asm("" : "+r"(c), "+r"(c_stride));
     each([&](int i, int j) { x[i][j] = floats{}; });  // not c: sums of like size round less
     for (int64_t k = 0; k < steps; ++k) {
       floats row[vectors];

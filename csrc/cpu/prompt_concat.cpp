@@ -73,7 +73,8 @@ void sum_readers(const Rows& grad, const Readers& readers, const Rows& out, floa
       if (readers.count(row) == 1 && factor == 1) {
         std::memcpy(to, grad[*readers.of(row)] + offset, width * grad.element);
       } else {
-        sum_rows({to, grad.data + offset, grad.stride / grad.element, width, readers.of(row), readers.count(row), factor});
+        sum_rows({to, grad.data + offset, grad.stride / grad.element, width, readers.of(row), readers.count(row),
+                  factor});
       }
     }
   });
@@ -113,11 +114,14 @@ bool backward(Tensor grad, Tensor source, double scale, std::optional<Tensor> dt
               int64_t table_rows, int64_t prompt_rows) {
   const Ints from(source);
   bool in_range = true;
-  for (int64_t r = 0; r < from.size(); ++r) in_range &= uint64_t(from[r]) + prompt_rows < uint64_t(table_rows + prompt_rows);
+  for (int64_t r = 0; r < from.size(); ++r) {
+    in_range &= uint64_t(from[r]) + prompt_rows < uint64_t(table_rows + prompt_rows);
+  }
   if (!in_range) return false;
   const Rows rows(grad);
   if (dtable) {
-    sum_readers(rows, Readers(from, table_rows, [](int64_t s) { return s; }), Rows(*dtable), float(scale), dtype_of(grad));
+    sum_readers(rows, Readers(from, table_rows, [](int64_t s) { return s; }), Rows(*dtable), float(scale),
+                dtype_of(grad));
   }
   if (dprompt) {
     sum_readers(rows, Readers(from, prompt_rows, [](int64_t s) { return -1 - s; }), Rows(*dprompt), 1, dtype_of(grad));

@@ -1,5 +1,5 @@
-// prompt_lstm: reads the arguments and hands the parts of each layer to torch's threads. See prompt_lstm_kernels.h for what
-// is computed on them and fastprompt/ops/prompt_lstm for the definition.
+// prompt_lstm: reads the arguments and hands the parts of each layer to torch's threads. See prompt_lstm_kernels.h for
+// what is computed on them and fastprompt/ops/prompt_lstm for the definition.
 
 #include "prompt_lstm.h"
 
@@ -51,9 +51,9 @@ class Jobs {
 };
 
 // Steps that follow one another, each in one part a member; a step begins when all parts of the one before are done. A
-// member is a thread as a rule and then has the same part in every step, whose weights stay in its cache. But nobody says
-// that all threads come, or come at the same time: the parts of one that is not there yet are done by the others, so that
-// the wait is always for a thread that runs.
+// member is a thread as a rule and then has the same part in every step, whose weights stay in its cache. But nobody
+// says that all threads come, or come at the same time: the parts of one that is not there yet are done by the others,
+// so that the wait is always for a thread that runs.
 class Steps {
  public:
   Steps(int64_t count, int64_t members) : count_(count), members_(members) {}
@@ -97,15 +97,17 @@ constexpr int64_t LAST_CACHE = 1 << 25;         // bytes
 // Bytes of the cache that a core has to itself.
 int64_t own_cache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);  // asked once: a virtual machine may have to ask its host
+  // asked once: a virtual machine may have to ask its host
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
   static const int64_t bytes = 0;
 #endif
   return bytes > 0 ? bytes : 1 << 20;
 }
 
-// Whether the directions run at the same time. One after the other, each on all threads, a thread goes through fewer bytes in
-// a step: that is better where these fit its core's cache and those of all directions do not, or not even the last cache.
+// Whether the directions run at the same time. One after the other, each on all threads, a thread goes through fewer
+// bytes in a step: that is better where these fit its core's cache and those of all directions do not, or not even the
+// last cache.
 bool side_by_side(int64_t bytes, int64_t directions, int64_t threads) {
   auto const all = bytes * directions;
   return threads > 1 && all <= LAST_CACHE / 2 && !(bytes <= own_cache() * threads && all > own_cache() * threads);
@@ -116,7 +118,8 @@ template <typename Part>
 void run_steps(const Cells& cells, int64_t element, const Part& part) {
   if (cells.empty()) return;
   auto const hidden = cells[0].hidden, bytes = 4 * hidden * hidden * element, blocks = blocks_of(hidden, UNITS);
-  auto const threads = std::min(num_threads(), threads_for(int64_t(cells.size()) * cells[0].steps * 4 * hidden * hidden));
+  auto const work = int64_t(cells.size()) * cells[0].steps * 4 * hidden * hidden;
+  auto const threads = std::min(num_threads(), threads_for(work));
   auto const together = side_by_side(bytes, int64_t(cells.size()), threads) ? int64_t(cells.size()) : 1;
   auto const members = std::clamp<int64_t>(std::min(threads / together, bytes / BYTES_PER_MEMBER), 1, blocks);
   for (int64_t first = 0; first < int64_t(cells.size()); first += together) {
@@ -141,8 +144,9 @@ struct Lstm {
   int64_t steps, inputs, hidden, width;  // P, E, H, directions * H
 
   Lstm(const Tensor& x, const Tensors& weights_, int64_t layers_, bool bidirectional)
-      : kernels(FASTPROMPT_BEST(lstm_kernels)(dtype_of(x))), weights(weights_), element(x.element_size()), layers(layers_),
-        directions(bidirectional ? 2 : 1), per_cell(int64_t(weights_.size()) / (layers_ * directions)), steps(x.size(0)),
+      : kernels(FASTPROMPT_BEST(lstm_kernels)(dtype_of(x))), weights(weights_), element(x.element_size()),
+        layers(layers_), directions(bidirectional ? 2 : 1),
+        per_cell(int64_t(weights_.size()) / (layers_ * directions)), steps(x.size(0)),
         inputs(x.size(1)), hidden(weights_[1].size(1)), width(directions * hidden) {
     STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
     for (auto const& w : weights) STD_TORCH_CHECK(w.is_contiguous(), "weights must be contiguous");
@@ -174,14 +178,17 @@ struct Lstm {
   void narrow_rows(const float* from, Tensor& to) const {
     auto const columns = to.size(1);
     for (int64_t row = 0; row < steps; ++row) {
-      kernels.narrow(from + row * padded(columns), static_cast<char*>(to.data_ptr()) + row * columns * element, columns);
+      kernels.narrow(from + row * padded(columns), static_cast<char*>(to.data_ptr()) + row * columns * element,
+                     columns);
     }
   }
   // What goes from one layer to the next, or the gradient of it.
   void drop(const Tensors& keep, int64_t layer, const float* from, float* to) const {
     auto const mask = static_cast<const float*>(keep[layer].const_data_ptr());
     for (int64_t row = 0; row < steps; ++row) {
-      for (int64_t i = 0; i < width; ++i) to[row * padded(width) + i] = from[row * padded(width) + i] * mask[row * width + i];
+      for (int64_t i = 0; i < width; ++i) {
+        to[row * padded(width) + i] = from[row * padded(width) + i] * mask[row * width + i];
+      }
     }
   }
 };
@@ -238,7 +245,8 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
   };
   auto const P = lstm.steps, H = lstm.hidden;
   auto const row_floats = P * padded(std::max(lstm.width, lstm.inputs)), out_floats = P * padded(lstm.width);
-  const Floats input(row_floats), dropped(row_floats), outputs(layers * out_floats), above(row_floats), below(row_floats);
+  const Floats input(row_floats), dropped(row_floats), outputs(layers * out_floats), above(row_floats),
+      below(row_floats);
   const Floats dgates(lstm.directions * P * padded(4 * H)), dstate(2 * lstm.directions * padded(H));
   const Floats panels(P * (std::max(lstm.width, lstm.inputs) + kernels.panel));
   std::vector<Packed> packed;
@@ -290,7 +298,8 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
       products.add(blocks_of(blocks_of(width, kernels.panel), group), [&, group](int64_t i) {
         for (size_t c = 0; c < cells.size(); ++c) {
           kernels.input_gradient(cells[c], packed[ids[c]].rows.get(), i * group,
-                                 std::min((i + 1) * group, blocks_of(width, kernels.panel)), below.get(), padded(width), c > 0);
+                                 std::min((i + 1) * group, blocks_of(width, kernels.panel)), below.get(),
+                                 padded(width), c > 0);
         }
       });
     }
@@ -301,9 +310,12 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
       auto const dweights = grads.begin() + 1 + lstm.at(layer, ids[c]);
       auto const needs = [&lstm, dweights](int64_t i) { return i < lstm.per_cell && dweights[i].numel() > 0; };
       any_input = any_input || needs(0);
-      if (need_rows) packing.add(blocks_of(P, kernels.tile_rows), [&](int64_t i) { kernels.pack_rows(cell, i, to.rows.get()); });
+      if (need_rows) {
+        packing.add(blocks_of(P, kernels.tile_rows), [&](int64_t i) { kernels.pack_rows(cell, i, to.rows.get()); });
+      }
       if (needs(0) || needs(1) || needs(2) || needs(3)) {
-        packing.add(blocks_of(4 * H, kernels.tile_rows), [&](int64_t i) { kernels.pack_gates(cell, i, to.gates.get()); });
+        packing.add(blocks_of(4 * H, kernels.tile_rows),
+                    [&](int64_t i) { kernels.pack_gates(cell, i, to.gates.get()); });
       }
       if (needs(1)) {
         packing.add(blocks_of(H, kernels.panel), [&](int64_t i) {
@@ -312,11 +324,13 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
       }
       products.add(blocks_of(4 * H, kernels.tile_rows), [&, dweights, needs](int64_t i) {
         auto const gates = to.gates.get(), hidden = to.hidden.get();
-        if (needs(0)) kernels.weight_gradient(cell, gates, panels.get(), P, width, i, dweights[0].data_ptr(), past_caches);
+        if (needs(0)) {
+          kernels.weight_gradient(cell, gates, panels.get(), P, width, i, dweights[0].data_ptr(), past_caches);
+        }
         if (needs(1)) {  // with the hidden state of the row before, or behind; that of the first step is zero
           auto const next = cell.reversed ? 0 : kernels.tile_rows, before = cell.reversed ? kernels.panel : 0;
-          kernels.weight_gradient(cell, gates + next, hidden + before, std::max<int64_t>(P - 1, 0), H, i, dweights[1].data_ptr(),
-                                  past_caches);
+          kernels.weight_gradient(cell, gates + next, hidden + before, std::max<int64_t>(P - 1, 0), H, i,
+                                  dweights[1].data_ptr(), past_caches);
         }
         for (int64_t bias = 2; bias < 4; ++bias) {
           if (needs(bias)) kernels.bias_gradient(cell, gates, i, dweights[bias].data_ptr());
@@ -347,10 +361,10 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
-  m.def("prompt_lstm_cpu(Tensor x, Tensor[] weights, Tensor[] keep, int num_layers, bool bidirectional, Tensor(a!) out, "
-        "Tensor(b!) steps) -> ()");
-  m.def("prompt_lstm_backward_cpu(Tensor grad, Tensor x, Tensor[] weights, Tensor[] keep, Tensor steps, int num_layers, "
-        "bool bidirectional, Tensor(a!)[] grads) -> ()");
+  m.def("prompt_lstm_cpu(Tensor x, Tensor[] weights, Tensor[] keep, int num_layers, bool bidirectional, "
+        "Tensor(a!) out, Tensor(b!) steps) -> ()");
+  m.def("prompt_lstm_backward_cpu(Tensor grad, Tensor x, Tensor[] weights, Tensor[] keep, Tensor steps, "
+        "int num_layers, bool bidirectional, Tensor(a!)[] grads) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, m) {

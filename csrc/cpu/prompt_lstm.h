@@ -50,12 +50,14 @@ struct LstmKernels {
   void (*pack_gates)(const Cell&, int64_t block, float* across);
   void (*pack_rows)(const Cell&, int64_t block, float* across);
   void (*pack_panel)(const float* rows, int64_t stride, int64_t count, int64_t width, int64_t block, float* panels);
-  // One block of gates: out [4H, width] = dgates^T rows, over `count` rows. Past the caches where it would fill them anyway.
-  void (*weight_gradient)(const Cell&, const float* across, const float* panels, int64_t count, int64_t width, int64_t block,
-                          void* out, bool past_caches);
+  // One block of gates: out [4H, width] = dgates^T rows, over `count` rows. Past the caches where it would fill them
+  // anyway.
+  void (*weight_gradient)(const Cell&, const float* across, const float* panels, int64_t count, int64_t width,
+                          int64_t block, void* out, bool past_caches);
   void (*bias_gradient)(const Cell&, const float* across, int64_t block, void* out);
   // Some panels: out [P, K], rows `stride` apart, (+)= dgates w_input.
-  void (*input_gradient)(const Cell&, const float* across, int64_t begin, int64_t end, float* out, int64_t stride, bool add);
+  void (*input_gradient)(const Cell&, const float* across, int64_t begin, int64_t end, float* out, int64_t stride,
+                         bool add);
 
   void (*widen)(const void* from, float* to, int64_t count);
   void (*narrow)(const float* from, void* to, int64_t count);

@@ -1,8 +1,8 @@
 // The definitions of prompt_lstm.h, for the instructions that the including file is compiled for.
 //
-// Forward, both products have the sum along the rows of the weights: vectors run along the sum, and LANES of them are added
-// up together at the end, so that the weights are read where they are. Backward, vectors run along the rows of the weights
-// or of the input, and blocks of products.h along the rest.
+// Forward, both products have the sum along the rows of the weights: vectors run along the sum, and LANES of them are
+// added up together at the end, so that the weights are read where they are. Backward, vectors run along the rows of
+// the weights or of the input, and blocks of products.h along the rest.
 #pragma once
 
 #include "products.h"
@@ -100,8 +100,8 @@ inline void multiply_hidden(const Cell& cell, const float* h, int64_t unit, floa
   }
 }
 
-// Every other step goes through the weights from the end to the beginning: what a cache still holds is used at once, whereas
-// in the same order it would be pushed out before its turn.
+// Every other step goes through the weights from the end to the beginning: what a cache still holds is used at once,
+// whereas in the same order it would be pushed out before its turn.
 inline int64_t there_and_back(int64_t step, int64_t i, int64_t count) { return step % 2 ? count - 1 - i : i; }
 
 template <typename T>
@@ -127,8 +127,8 @@ void forward(const Cell& cell, int64_t step, int64_t begin, int64_t end) {
   }
 }
 
-// dhidden += dgates w_hidden, for some columns and `count` rows of the weights from `row` on. These are added up on their
-// own first: sums of like size round less.
+// dhidden += dgates w_hidden, for some columns and `count` rows of the weights from `row` on. These are added up on
+// their own first: sums of like size round less.
 template <int count, typename T>
 inline void add_hidden(const Cell& cell, const float* dgates, int64_t row, int64_t begin, int64_t end) {
   auto const width = cell.hidden;
@@ -152,7 +152,8 @@ void backward(const Cell& cell, int64_t step, int64_t begin, int64_t end) {
   auto const width = cell.hidden, stride = cell.gate_stride();
   auto const state = cell.state + step * 5 * width;
   auto const last = step + 1 == cell.steps;
-  std::memcpy(cell.dhidden + begin, cell.dout + cell.row(step) * cell.dout_stride + begin, (end - begin) * sizeof(float));
+  std::memcpy(cell.dhidden + begin, cell.dout + cell.row(step) * cell.dout_stride + begin,
+              (end - begin) * sizeof(float));
   if (!last) {
     auto const after = cell.dgates + cell.row(step + 1) * stride;
     auto const eights = width / 2;
@@ -203,7 +204,8 @@ void pack_rows(const Cell& cell, int64_t block, float* across) {
     auto const lanes = smaller(LANES, height - k);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < LANES; ++i) {
-      x[i] = i < ROWS && first + i < cell.steps ? load(cell.dgates + (first + i) * cell.gate_stride() + k, lanes) : floats{};
+      auto const inside = i < ROWS && first + i < cell.steps;
+      x[i] = inside ? load(cell.dgates + (first + i) * cell.gate_stride() + k, lanes) : floats{};
     }
     transpose(x);
 #pragma GCC unroll 16
@@ -226,8 +228,8 @@ void pack_panel(const float* rows, int64_t stride, int64_t count, int64_t width,
 
 // `across` and `panels` may be those of more rows, `steps` of them.
 template <typename T>
-void weight_gradient(const Cell& cell, const float* across, const float* panels, int64_t count, int64_t width, int64_t block,
-                     void* out, bool past_caches) {
+void weight_gradient(const Cell& cell, const float* across, const float* panels, int64_t count, int64_t width,
+                     int64_t block, void* out, bool past_caches) {
   auto const rows = smaller<int64_t>(ROWS, 4 * cell.hidden - block * ROWS);
   auto const to = static_cast<T*>(out) + block * ROWS * width;
   past_caches = past_caches && width % LANES == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;
@@ -268,7 +270,8 @@ void bias_gradient(const Cell& cell, const float* across, int64_t block, void* o
 }
 
 template <typename T>
-void input_gradient(const Cell& cell, const float* across, int64_t begin, int64_t end, float* out, int64_t stride, bool add) {
+void input_gradient(const Cell& cell, const float* across, int64_t begin, int64_t end, float* out, int64_t stride,
+                    bool add) {
   constexpr int64_t DEPTH = 128;  // gates: with so many a panel of the weights stays in the first-level cache
   float tile[DEPTH * PANEL];
   auto const width = cell.inputs, height = 4 * cell.hidden;
@@ -279,7 +282,9 @@ void input_gradient(const Cell& cell, const float* across, int64_t begin, int64_
       auto const multiply = block_of(ROWS, columns);
       for (int64_t i = 0; i < depth; ++i) {
         auto const w = static_cast<const T*>(cell.w_input) + (gate + i) * width + column;
-        for (int64_t k = 0; k < columns; k += LANES) store(tile + i * PANEL + k, load(w + k, smaller(LANES, columns - k)));
+        for (int64_t k = 0; k < columns; k += LANES) {
+          store(tile + i * PANEL + k, load(w + k, smaller(LANES, columns - k)));
+        }
         for (int64_t k = PANEL; k < 2 * PANEL; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + k);
       }
       for (int64_t row = 0; row < cell.steps; row += ROWS) {

@@ -1,7 +1,8 @@
 // Vectors of floats, as wide as the instructions that the including file is compiled for; loads of fp32, bf16 and fp16
 // widen, stores round to nearest even.
 //
-// Everything lives in a namespace of the instruction set, because an inline function that two files share is linked once.
+// Everything lives in a namespace of the instruction set, because an inline function that two files share is linked
+// once.
 #pragma once
 
 #include <cstdint>
@@ -175,8 +176,8 @@ inline void store(T* p, floats x, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// For a row that is read next. The hardware looks ahead only once it sees a pattern, and only within a page, so the head of
-// each page is asked for.
+// For a row that is read next. The hardware looks ahead only once it sees a pattern, and only within a page, so the
+// head of each page is asked for.
 inline void prefetch(const void* row, int64_t bytes) {
   constexpr int64_t PAGE = 4096, LINE = 64, HEAD = 8 * LINE;
   for (int64_t page = 0; page < bytes; page += PAGE) {

@@ -25,8 +25,8 @@ inline Dtype dtype_of(const torch::stable::Tensor& x) {
   return Dtype::fp16;
 }
 
-// Ask for large pages below memory that is about to be written: to be given it in pages of 4 KiB takes longer than to fill it.
-// What stands before or behind on the same large page gets it, too, and that may be more of what is written.
+// Ask for large pages below memory that is about to be written: to be given it in pages of 4 KiB takes longer than to
+// fill it. What stands before or behind on the same large page gets it, too, and that may be more of what is written.
 inline void use_large_pages(const void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 1 << 21;

@@ -1,5 +1,5 @@
-// The operator of the CUDA kernels, on torch's stable interface. A library of its own: what it asks torch for (a stream of
-// CUDA's) is only in builds of torch with CUDA. See fastprompt/native.py.
+// The operator of the CUDA kernels, on torch's stable interface. A library of its own: what it asks torch for (a stream
+// of CUDA's) is only in builds of torch with CUDA. See fastprompt/native.py.
 
 #include "prompt_lstm_launch.h"
 
@@ -64,7 +64,8 @@ const float* floats(const Tensor& x, const char* name, int64_t numel) {
 
 // Args in prompt_lstm.h says what the tensors are.
 void recurrence(std::vector<Tensor> matrices, Tensor input, Tensor steps, Tensor output, Tensor words, bool backward) {
-  STD_TORCH_CHECK(matrices.size() == 1 || matrices.size() == 2, "expected one or two directions, got ", matrices.size());
+  STD_TORCH_CHECK(matrices.size() == 1 || matrices.size() == 2, "expected one or two directions, got ",
+                  matrices.size());
   auto const device = matrices[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   lstm::Args args{};
@@ -77,7 +78,8 @@ void recurrence(std::vector<Tensor> matrices, Tensor input, Tensor steps, Tensor
   for (int i = 0; i < args.directions; ++i) {
     auto const& matrix = matrices[i];
     args.matrix[i] = matrix.const_data_ptr();
-    STD_TORCH_CHECK(matrix.is_contiguous() && matrix.numel() == int64_t(width) * args.hidden * problem.rows_per_unit() &&
+    STD_TORCH_CHECK(matrix.is_contiguous() &&
+                        matrix.numel() == int64_t(width) * args.hidden * problem.rows_per_unit() &&
                         dtype_of(matrix) == dtype && matrix.get_device_index() == device &&
                         reinterpret_cast<uintptr_t>(args.matrix[i]) % lstm::CHUNK == 0,
                     "matrices must be contiguous with rows of whole chunks, of one dtype and on one device");
@@ -91,15 +93,16 @@ void recurrence(std::vector<Tensor> matrices, Tensor input, Tensor steps, Tensor
   args.words = static_cast<unsigned long long*>(words.mutable_data_ptr());
   args.plan = plan_for(problem, dtype, device);
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "torch has no CUDA stream");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no CUDA stream");
   check(lstm::run(args, dtype, backward, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
-  m.def("prompt_lstm_recurrence_cuda(Tensor[] matrices, Tensor input, Tensor(a!) steps, Tensor(b!) output, Tensor(c!) words, "
-        "bool backward) -> ()");
+  m.def("prompt_lstm_recurrence_cuda(Tensor[] matrices, Tensor input, Tensor(a!) steps, Tensor(b!) output, "
+        "Tensor(c!) words, bool backward) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CUDA, m) { m.impl("prompt_lstm_recurrence_cuda", TORCH_BOX(&recurrence)); }

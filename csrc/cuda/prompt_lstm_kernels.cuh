@@ -22,7 +22,8 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
 
-// tanh(x) or sigmoid(x), by one way so that lanes with different gates don't part, and with small results as exact as large ones.
+// tanh(x) or sigmoid(x), by one way so that lanes with different gates don't part, and with small results as exact as
+// large ones.
 __device__ inline float activation(float x, bool is_tanh) {
   const float y = is_tanh ? -2.0f * x : -x;
   const float e = expm1f(y > 80.0f ? 80.0f : y);  // not infinite, but NaN stays NaN
@@ -49,8 +50,8 @@ __device__ void load(const float* from, float (&to)[N]) {
   }
 }
 
-// The sums over all lanes of N numbers, a power of two; lane l returns that of number l * N / 32. A lane gives away the half
-// of its numbers that its partner goes on with, so N numbers take about N shuffles rather than 5 N.
+// The sums over all lanes of N numbers, a power of two; lane l returns that of number l * N / 32. A lane gives away the
+// half of its numbers that its partner goes on with, so N numbers take about N shuffles rather than 5 N.
 template <int N>
 __device__ float sum_over_lanes(const float (&x)[N], int lane, int offset = WARP / 2) {
   if constexpr (N > 1) {
@@ -109,7 +110,9 @@ struct Forward {
   __device__ static void step(const Args& a, const Place& at, int t, float sum, const Inputs& in, float& cell,
                               float (&sent)[VALUES]) {
     const float gate = activation(sum + in.gate, at.gate() == 2);
-    const auto of_unit = [&](int which) { return __shfl_sync(ALL, gate, threadIdx.x % WARP - at.lane + which * GATE_LANES); };
+    const auto of_unit = [&](int which) {
+      return __shfl_sync(ALL, gate, threadIdx.x % WARP - at.lane + which * GATE_LANES);
+    };
     const float i = of_unit(0), f = of_unit(1), g = of_unit(2), o = of_unit(3);
     cell = f * cell + i * g;
     sent[0] = o * tanhf(cell);
@@ -144,8 +147,8 @@ struct Backward {
             a.input[(row * a.directions + at.direction) * a.hidden + at.unit]};
   }
 
-  // `sum` is the gradient of the hidden state from the step before this one (after it, in the sequence); that of the cell is
-  // carried.
+  // `sum` is the gradient of the hidden state from the step before this one (after it, in the sequence); that of the
+  // cell is carried.
   __device__ static void step(const Args& a, const Place& at, int t, float sum, const Inputs& in, float& dcell,
                               float (&sent)[VALUES]) {
     const float tanh_cell = tanhf(in.cell), dh = in.dhidden + sum;
@@ -170,8 +173,8 @@ class Rows {
 
   // `shared`: [tiles, COUNT, kept]. The threads of the block must meet before `dot`.
   __device__ Rows(const uint4* matrix, const Args& a, int first_unit, uint4* shared)
-      : matrix_(matrix), shared_(shared), first_unit_(first_unit), hidden_(a.hidden), held_(a.plan.held), kept_(a.plan.kept),
-        all_(chunks(Pass::BACKWARD ? 4 * a.hidden : a.hidden, sizeof(T))) {
+      : matrix_(matrix), shared_(shared), first_unit_(first_unit), hidden_(a.hidden), held_(a.plan.held),
+        kept_(a.plan.kept), all_(chunks(Pass::BACKWARD ? 4 * a.hidden : a.hidden, sizeof(T))) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < COUNT; ++r) {
@@ -240,12 +243,12 @@ class Rows {
   int first_unit_, hidden_, held_, kept_, all_;  // chunks of a row: all_
 };
 
-// Exchange: `receive` returns the vector of step t, complete; `send` adds what a unit has for the vector of step t + 1. All
-// threads of the direction call both in every step, but `send` not in the last.
+// Exchange: `receive` returns the vector of step t, complete; `send` adds what a unit has for the vector of step t + 1.
+// All threads of the direction call both in every step, but `send` not in the last.
 //
-// There are two buffers, for even and for odd steps, and threads meet once a step, in `receive`. That is enough: the vector of
-// step t + 2 goes into the buffer that step t has read, and whoever sends it has received all of t + 1, for which everybody
-// had to be done with step t.
+// There are two buffers, for even and for odd steps, and threads meet once a step, in `receive`. That is enough: the
+// vector of step t + 2 goes into the buffer that step t has read, and whoever sends it has received all of t + 1, for
+// which everybody had to be done with step t.
 
 // Into the shared memory of all blocks of the cluster; the cluster's barrier is the meeting.
 class ClusterExchange {
@@ -285,9 +288,9 @@ class ClusterExchange {
   int padded_, blocks_;
 };
 
-// Through global memory, without a barrier of its own: a word holds a number and the step that it is for, is written and read
-// at once, and is asked for until the step is right. So a step costs one write and one read of the L2 cache, and no order
-// of one memory access after another has to be enforced.
+// Through global memory, without a barrier of its own: a word holds a number and the step that it is for, is written
+// and read at once, and is asked for until the step is right. So a step costs one write and one read of the L2 cache,
+// and no order of one memory access after another has to be enforced.
 class GridExchange {
   using Word = cuda::atomic_ref<unsigned long long, cuda::thread_scope_device>;
   static constexpr int AT_ONCE = 8;  // words that a thread waits for together

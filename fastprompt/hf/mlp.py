@@ -1,83 +1,150 @@
-"""Gated MLPs that keep less for their backward.
+"""Gated MLPs that save fewer tensors for their backward.
 
-``down(act(gate(x)) * up(x))``, the MLP of Llama and most decoders after it, keeps three tensors a layer where autograd
-sees the activation and the product apart: gate, its activation and up. The activation is cheap to make again. With frozen
-projections, which keep nothing, that is a fifth of all that a training step keeps.
+``down(act(gate(x)) * up(x))``, the MLP of Llama and most decoders after it, saves three tensors a layer where autograd
+sees the activation and the product apart: gate, its activation and up. The activation is cheap to compute again. With
+frozen projections, which save nothing, that is a fifth of all that a training step saves.
+
+An MLP is patched for what it is, not for what it once gave: the code of its class's forward is that of this expression,
+and its activation is elementwise and without state. Both are looked at again at every call.
 """
 
+import functools
 import types
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import activations
 
-_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-
-class GatedActivation(torch.autograd.Function):
-    """``activation(gate) * up`` for an elementwise activation; keeps ``gate`` and ``up`` only."""
-
-    @staticmethod
-    def forward(ctx, gate, up, activation):
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        activated = activation(gate)
-        # In place where the activation made a tensor: what comes and goes between kept tensors leaves holes in the heap.
-        return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.activation(leaf)
-        dgate = torch.autograd.grad(activated, leaf, grad * up)[0] if ctx.needs_input_grad[0] else None
-        dup = activated.detach()
-        # In place, since a step's memory peaks here; not into what was saved, which an identity would hand back.
-        dup = grad * dup if dup.data_ptr() == gate.data_ptr() else dup.mul_(grad)
-        return dgate, dup if ctx.needs_input_grad[1] else None, None
+from ..ops.gated_activation.api import GatedActivation
 
 
-@torch.no_grad()
-def keep_less(model):
-    """Let the model's gated MLPs keep less; :func:`keep_all` undoes it.
+def patch_gated_mlps(model: nn.Module) -> None:
+    """Let the model's plain gated MLPs save fewer tensors; :func:`unpatch_gated_mlps` undoes it.
 
-    A class is taken on after one of its modules gave the same both ways, bit for bit.
+    Modules with a forward of their own are left alone, and so are those whose class computes anything else (dropout,
+    clamps, sparsity) or whose activation may (in place, parameters, hooks, not elementwise, of an unknown class).
     """
-    same = {}
     for module in model.modules():
-        if not all(hasattr(module, part) for part in _PARTS) or "forward" in vars(module):
-            continue
-        kind = type(module)
-        if kind not in same:
-            same[kind] = _gives_the_same(module)
-        if same[kind]:
+        if not _has_own_forward(module) and _parts(module) is not None:
             module.forward = types.MethodType(_forward, module)
 
 
-def keep_all(model):
-    """Undo :func:`keep_less`."""
+def unpatch_gated_mlps(model: nn.Module) -> None:
+    """Undo :func:`patch_gated_mlps`."""
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is _forward:
             del module.forward
 
 
 def _forward(self, *args, **kwargs):
-    if torch.compiler.is_compiling() or len(args) != 1 or kwargs:  # a compiler makes this choice itself
+    # A compiler chooses itself what it saves.
+    parts = None if torch.compiler.is_compiling() or len(args) != 1 or kwargs else _parts(self)
+    if parts is None:
         return type(self).forward(self, *args, **kwargs)
-    return _gated(self, *args)
+    gate_proj, up_proj, down_proj, activation = parts
+    gate, up = gate_proj(*args), up_proj(*args)
+    if gate.dtype != up.dtype or gate.shape != up.shape:
+        return down_proj(activation(gate) * up)
+    return down_proj(GatedActivation.apply(gate, up, activation))
 
 
-def _gated(module, x):
-    return module.down_proj(GatedActivation.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))
+# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
+_forward.__name__ = "forward"
 
 
-def _gives_the_same(module):
-    weight = getattr(module.gate_proj, "weight", None)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.device.type == "meta":
+def _has_own_forward(module):
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _parts(module):
+    """The gate, up and down projections and the activation of a plain gated MLP; None for any other module."""
+    forward = type(module).forward
+    names = _names(forward) if isinstance(forward, types.FunctionType) else None
+    if names is None:
+        return None
+    *projections, activation = (getattr(module, name, None) for name in names)
+    return (*projections, activation) if None not in projections and _is_pure(activation) else None
+
+
+@functools.cache
+def _names(forward):
+    """The attributes of gate, up, down and activation, if ``forward`` is that of a plain gated MLP, else None."""
+    for spelling in _SPELLINGS:
+        if _computes(forward.__code__) == _computes(spelling.__code__):
+            name_of = dict(zip(spelling.__code__.co_names, forward.__code__.co_names))
+            return tuple(name_of[part] for part in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    return None
+
+
+def _computes(code):
+    """What functions have in common that differ in the names of variables and attributes only, or in annotations."""
+    arguments = code.co_argcount, code.co_kwonlyargcount, code.co_flags & _GATHERS_ARGUMENTS
+    return code.co_code, len(code.co_names), arguments
+
+
+# The spellings of one expression that are compiled to different code, as functions that are compared and never called.
+
+
+def _returned(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _product_named(self, x):
+    product = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(product)
+
+
+def _gate_named(self, x):
+    gate = self.act_fn(self.gate_proj(x))
+    return self.down_proj(gate * self.up_proj(x))
+
+
+def _gate_and_up_named(self, x):
+    gate = self.act_fn(self.gate_proj(x))
+    up = self.up_proj(x)
+    return self.down_proj(gate * up)
+
+
+def _projections_named(self, x):
+    gate = self.gate_proj(x)
+    up = self.up_proj(x)
+    return self.down_proj(self.act_fn(gate) * up)
+
+
+def _up_first(self, x):
+    return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+
+_SPELLINGS = (_returned, _named, _product_named, _gate_named, _gate_and_up_named, _projections_named, _up_first)
+_GATHERS_ARGUMENTS = 0x04 | 0x08  # *args, **kwargs
+
+
+def _is_pure(activation):
+    """Is this known to be an elementwise function of its input alone, which it leaves as it is, in any mode?"""
+    if isinstance(activation, functools.partial):
+        return activation.func is F.gelu and not activation.args and activation.keywords.keys() <= {"approximate"}
+    if type(activation) not in _PURE_MODULES:
+        return any(activation is function for function in _PURE_FUNCTIONS)
+    own = vars(activation)
+    if "forward" in own or own.get("inplace") or any(own[hooks] for hooks in _HOOKS):
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    try:
-        return torch.equal(module(x), _gated(module, x))
-    except Exception:  # an MLP of another signature, which is left as it is
-        return False
+    return "act" not in own or _is_pure(own["act"])  # some call a function they hold
+
+
+# By exact type, as a subclass may add anything. Not those that autocast takes to another dtype (torch.pow).
+_PURE_MODULES = {
+    *(nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Identity),
+    *(activations.SiLUActivation, activations.GELUActivation, activations.FastGELUActivation),
+    *(activations.QuickGELUActivation, activations.ReLUSquaredActivation, activations.MishActivation),
+    activations.LinearActivation,
+    activations.GELUTanh,
+}
+_PURE_FUNCTIONS = (F.silu, F.gelu, F.relu, F.mish, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

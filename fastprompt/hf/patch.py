@@ -1,28 +1,24 @@
-"""patch_attention: an ordinary Hugging Face model on prefix_attention, with a learned prefix or without, without PEFT."""
+"""patch_attention: an ordinary Hugging Face model on prefix_attention, behind a learned prefix or none."""
+
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..checks import FLOATS, check_tensor
-from .attention import (
-    PaddedBatch,
-    UnsupportedAttention,
-    packed_rows_run,
-    prefix_length,
-    running,
-    switch_back,
-    switch_over,
-)
-from .prefix import layers_of_tensor
-from .probe import primary, quiet, relative_error, tolerance
+from .attachment import attach, detach, evaluation_mode
+from .expectations import Expectations, first_output
+from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
+from .shared_state import SharedState
 
 
-def patch_attention(model, prefix=None):
+def patch_attention(model: PreTrainedModel, prefix: torch.Tensor | None = None) -> PreTrainedModel:
     """Run ``model``'s attention on :func:`fastprompt.prefix_attention`, for padded, packed and decoding batches alike.
 
     Changes this one model, in place: neither its class nor the library, and no other model that was built from the same
     config object. Forward, ``generate``, gradient checkpointing and training go on as before; packed batches come as
-    Hugging Face packs them (no mask, position ids that start again at every sequence). Attention gives zeros at padding,
-    so what a model predicts there, which nobody should read, differs from before.
+    Hugging Face packs them (no mask, position ids that start again at every sequence). Attention gives zeros at
+    padding, so what a model predicts there, which nobody should read, differs from before.
 
     Args:
         model: a Hugging Face model whose attention goes through the attention interface.
@@ -39,80 +35,94 @@ def patch_attention(model, prefix=None):
     unpatch_attention(model)
     if prefix is not None:
         check_tensor("prefix", prefix, ["L", 2, "P", "Hkv", "Dh"], dtypes=FLOATS)
-    before = _probe(model)
-    switch_over(model)
     patch = PaddedCalls(model)
     try:
-        error = relative_error(_probe(model), before)
-        reason = None if error <= tolerance(before.dtype) else f"its result differs by {error:.1e}"
-    except (
-        Exception
-    ) as failure:  # a model can fail in any way on a mask it was not written for; the reason is passed on
-        reason = f"{type(failure).__name__}: {failure}"
-    if reason is None and not patch.reached:
-        reason = "it does not ask the attention interface for a mask"
+        reason = patch.why_not()
+        if reason is None:
+            patch.shared = None if prefix is None else SharedState.of_tensor(prefix, model.config)
+            patch.start()
+            model.__dict__["_fastprompt_patch"] = patch
+    finally:
+        if "_fastprompt_patch" not in model.__dict__:
+            patch.remove()
     if reason is not None:
-        patch.remove()
-        switch_back(model)
         raise UnsupportedAttention(f"{type(model).__name__} cannot run on prefix_attention: {reason}")
-    patch.prefix = None if prefix is None else layers_of_tensor(prefix, model.config)
-    model.__dict__["_fastprompt_patch"] = patch
     return model
 
 
-def unpatch_attention(model):
+def unpatch_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo :func:`patch_attention`; a model that is not patched is left alone. Returns the model."""
     patch = model.__dict__.pop("_fastprompt_patch", None)
     if patch is not None:
         patch.remove()
-        switch_back(model)
     return model
 
 
 class PaddedCalls:
-    """Two hooks on a model's forward: every call of it runs as a :class:`PaddedBatch`, until :meth:`remove`.
+    """Every call of a model's forward runs as a :class:`PaddedBatch`: its attention switched, two hooks, until
+    :meth:`remove`.
 
     Attributes:
-        prefix, prefix_ids: see PaddedBatch.
-        reached: did the model ask for a mask yet?
+        shared: the learned keys and values in front of every row, or None.
     """
 
-    def __init__(self, model, prefix=None, prefix_ids=None):
-        self.model, self.prefix, self.prefix_ids, self.reached, self._open = model, prefix, prefix_ids, False, []
-        self._hooks = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
+    def __init__(self, model: PreTrainedModel, shared: SharedState | None = None) -> None:
+        self.model, self.shared = model, shared
+        self._open: list[Any] = []
+        self._hooks: list[Any] = []
 
-    def remove(self):
+    def why_not(self) -> str | None:
+        """Attach; None, or the reason why the model does not give what it gave before."""
+        try:
+            with evaluation_mode(self.model), torch.no_grad():
+                expected = Expectations.behind_prefix(self.model, self._forward, None)
+                attach(self.model, self)
+                mask = expected.sample.masks["right"]
+                with expected.arithmetic(), running(PaddedBatch()) as batch:
+                    got = first_output(self._forward(input_ids=expected.ids, attention_mask=mask))
+        except Exception as error:  # a model can fail in any way on a mask it was not written for
+            return f"{type(error).__name__}: {error}"
+        if not batch.asked:
+            return "it does not ask the attention interface for a mask"
+        return expected.difference(got, expected.outputs["right"], mask.bool())
+
+    def start(self) -> None:
+        """Attach, and run every call so from now on."""
+        attach(self.model, self)
+        self._hooks.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._close()
+        detach(self.model, self)
+
+    def _forward(self, **inputs):
+        return self.model(**inputs, return_dict=True)
 
     def _close(self):
         """Leave what an interrupted call left open: torch calls no hook after a KeyboardInterrupt."""
         while self._open:
-            self._open.pop()[0].__exit__(None, None, None)
+            self._open.pop().__exit__(None, None, None)
 
     def _enter(self, model, args, kwargs):
         self._close()
-        if packed_rows_run():  # a soft prompt's own call of a model that is patched too
+        if outranks_patch():  # a soft prompt's own call of a model that is patched too
             return args, kwargs
-        if self.prefix is not None:
+        if self.shared is not None:
             kwargs = {**kwargs, "position_ids": self._positions(args, kwargs)}
-        block = running(batch := PaddedBatch(self.prefix, self.prefix_ids))
+        block = running(PaddedBatch(self.shared))
         block.__enter__()
-        self._open.append((block, batch))
+        self._open.append(block)
         return args, kwargs
 
     def _leave(self, model, args, output):
-        if self._open:
-            self.reached |= self._open[-1][1].asked
         self._close()
 
     def _positions(self, args, kwargs):
         """The caller's position ids, or 0, 1, ... behind the cache, moved behind the prefix."""
-        length = prefix_length(self.prefix)
+        length = self.shared.length
         if (given := kwargs.get("position_ids")) is not None:
             return given + length
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -121,17 +131,3 @@ class PaddedCalls:
         past = kwargs.get("past_key_values")
         seen = 0 if past is None else past.get_seq_length()
         return (length + seen + torch.arange(tokens.shape[1], device=tokens.device))[None]
-
-
-@torch.no_grad()
-def _probe(model):
-    """The first output of two short rows, one of them padded; zeros where the padding is."""
-    table = model.get_input_embeddings().weight
-    ids = (torch.arange(10, device=table.device).view(2, 5) * 7 + 3) % table.shape[0]
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], device=table.device)
-    with quiet(model):
-        output = model(input_ids=ids, attention_mask=mask, return_dict=True)
-    first = primary(output)
-    if first.shape[:2] == mask.shape:
-        first = first * mask.unsqueeze(-1).to(first.dtype)
-    return first

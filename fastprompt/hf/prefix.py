@@ -1,129 +1,85 @@
-"""Learned keys and values in front of every layer: where they come from, and how their gradients come back."""
+"""prefix_of_text: a real text's keys and values, to start Prefix-Tuning from."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-
-def layers_of_tensor(prefix, config=None, layers=None):
-    """Learned keys and values in one tensor -> for each layer ``(keys, values)``, ``[N, P, Hkv, Dh]`` views, or None.
-
-    Args:
-        prefix: ``[L, 2, P, Hkv, Dh]`` or ``[L, 2, N, P, Hkv, Dh]``.
-        config: the model's config, which says whose keys and values a layer without its own reads (Gemma 3n and 4).
-        layers: the indices of the L layers in the model; None: 0 to L - 1.
-    """
-    if prefix.dim() == 5:
-        prefix = prefix.unsqueeze(2)
-    # Unbound rather than indexed: backward then stacks the layers' gradients instead of adding each up with zeros.
-    found = dict(zip(range(len(prefix)) if layers is None else layers, (layer.unbind() for layer in prefix.unbind())))
-    return _with_shared([found.get(i) for i in range(max(found, default=-1) + 1)], config)
-
-
-def layers_of_cache(cache, config):
-    """A cache of batch size 1 that was filled before the first token -> for each layer ``(keys, values)`` or None.
-
-    Args:
-        cache: a transformers ``Cache``.
-        config: the model's config, as for :func:`layers_of_tensor`.
-    """
-    filled = [(x.keys, x.values) if getattr(x, "is_initialized", False) else None for x in cache.layers]
-    length = max((cache.get_seq_length(i) for i, layer in enumerate(filled) if layer is not None), default=0)
-    return _with_shared([layer and tuple(_rows(x, length) for x in layer) for layer in filled], config)
-
-
-def cache_of_layers(layers, prompt_ids, config):
-    """The inverse for a batch: a cache that starts with prefix ``prompt_ids[b]`` in row b. What the padded path takes."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cache = DynamicCache(config=text)
-    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
-    for index, layer in enumerate(layers[:own]):
-        if layer is not None:
-            cache.update(*(x[prompt_ids].transpose(1, 2) for x in layer), index)
-    return cache
-
-
-def _with_shared(layers, config):
-    """Layers without keys and values of their own get those of the layer that theirs come from."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shared = getattr(text, "num_kv_shared_layers", 0) or 0
-    if shared:
-        total = text.num_hidden_layers
-        own = total - shared
-        layers = layers[:own] + [None] * (total - len(layers[:own]))
-        for layer in range(own, total):
-            same = [i for i in range(own) if text.layer_types[i] == text.layer_types[layer]]
-            layers[layer] = layers[same[-1]] if same else None
-    return tuple(layers)
-
-
-def _rows(x, length):
-    """``[1, Hkv, n, Dh]`` of a cache -> ``[1, length, Hkv, Dh]``.
-
-    A layer with a sliding window keeps only the last n positions; what it dropped no window reaches, so zeros do there.
-    """
-    rows = x.transpose(1, 2)
-    return rows if x.shape[2] == length else pad(rows, (0, 0, 0, 0, length - x.shape[2], 0))  # pad copies in any case
+from ..checks import INTS, check_range, check_tensor
+from .attachment import evaluation_mode
+from .masks import AsBefore, running
+from .shared_state import layers_with_keys, layers_with_own_keys, text_config
 
 
 @torch.no_grad()
-def prefix_of_text(model, token_ids):
-    """The keys and values of a real text in the frozen model: ``[L, 2, P, Hkv, Dh]``, what Prefix-Tuning starts best from.
+def prefix_of_text(model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The keys and values of a real text in the frozen model: what Prefix-Tuning starts best from.
+
+    As a prefix they are the text in front, in layers with a sliding window too, whose cache would keep its end only.
+    The model is run in evaluation mode and without a prefix of its own, whatever mode it is in, patched or not.
 
     Args:
         model: a Hugging Face causal LM.
-        token_ids: the P tokens of the text, a list of ints or ``[P]``.
+        token_ids: the P tokens of the text, a list of ints or ``[P]`` (or ``[1, P]``).
+
+    Returns:
+        ``[L, 2, P, Hkv, Dh]`` for the L layers that have keys and values of their own, in the model's dtype.
 
     Raises:
-        ValueError: no tokens, or layers whose keys differ in shape.
+        ValueError: no tokens, ids out of range, or a model whose layers do not all keep keys and values of one shape.
+        TypeError: ids that are no integers.
     """
-    ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
-    if not ids.numel():
-        raise ValueError("token_ids must hold at least one token, got none")
-    cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
-    layers = [(x.keys, x.values) for x in cache.layers]
+    ids = _checked_ids(model, token_ids)
+    reason = _why_no_keys(model)
+    if reason is not None:
+        raise ValueError(f"model must keep the keys and values of all tokens in all layers, but {reason}")
+    # Not the model's own kind of cache: one without windows keeps every token's, and changes no mask.
+    cache = DynamicCache()
+    with evaluation_mode(model), running(AsBefore()):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    filled: list[Any] = cache.layers
+    layers = [(layer.keys, layer.values) for layer in filled if layer.keys is not None]
     shapes = {tuple(x.shape) for layer in layers for x in layer}
+    if len(layers) != layers_with_own_keys(model.config) or len(layers) != len(filled):
+        raise ValueError(
+            f"model must keep keys and values in {layers_with_own_keys(model.config)} layers, "
+            f"but {len(layers)} of a {type(model).__name__} did"
+        )
     if len(shapes) > 1:
         raise ValueError(f"model must have keys and values of one shape in all layers, got {sorted(shapes)}")
-    return torch.stack([torch.stack([x[0].transpose(0, 1) for x in layer]) for layer in layers])
+    if shapes.pop()[2] != ids.shape[1]:
+        raise ValueError(
+            f"model must run the {ids.shape[1]} tokens of the text alone, got keys of {layers[0][0].shape[2]}"
+        )
+    return torch.stack([torch.stack([x[0].transpose(0, 1).to(ids.device) for x in layer]) for layer in layers])
 
 
-class _Bridge(torch.autograd.Function):
-    """Passes ``rows`` through, and in backward hands the gradients that gathered in ``leaves`` on to ``sources``."""
-
-    @staticmethod
-    def forward(ctx, rows, leaves, *sources):
-        ctx.leaves = leaves
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gathered = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None  # a second backward through a retained graph gathers again
-        return grad, None, *gathered
+def _checked_ids(model, token_ids):
+    table = model.get_input_embeddings().weight
+    ids = torch.as_tensor(token_ids, device=table.device)
+    if ids.numel() == 0:
+        raise ValueError("token_ids must hold at least one token, got none")
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    check_tensor("token_ids", ids, ["P"], dtypes=INTS)
+    check_range("token_ids", ids, 0, len(table))
+    return ids[None]
 
 
-def through_reentrant_checkpoints(rows, prefix):
-    """Rows and a prefix that give the right gradients inside of reentrant checkpoints too.
-
-    A reentrant checkpoint runs a backward of its own that stops at the checkpoint's inputs, and the prefix is not one of
-    them: it would be walked through once a layer, which the graph behind it (an embedding, an MLP) does not survive. So the
-    layers read leaves, which may gather gradients from any number of backwards, and a node in front of the first layer,
-    where backward arrives last, passes the sums on.
-    """
-    sources = [x for layer in prefix if layer is not None for x in layer]
-    leaves = [x.detach().requires_grad_(x.requires_grad) for x in sources]
-    rows = _Bridge.apply(rows, leaves, *sources)
-    found = iter(leaves)
-    return rows, tuple(layer and (next(found), next(found)) for layer in prefix)
-
-
-def checkpoints_reentrantly(model):
-    """Does the model, as it stands, recompute layers through reentrant checkpoints?"""
-    for module in model.modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(function, "keywords", {}).get("use_reentrant", True):
-                return True
-    return False
+def _why_no_keys(model):
+    """Why the model does not keep the keys and values of all tokens, as far as its config tells, or None."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return "an encoder-decoder has no place in front of its text"
+    layers, with_keys = DynamicCache(config=text_config(config)).layers, layers_with_keys(config)
+    for index, layer in enumerate(layers[: layers_with_own_keys(config)]):
+        if hasattr(layer, "update_conv_state"):
+            return f"layer {index} keeps a recurrent or convolution state"
+        if index not in with_keys:
+            return f"layer {index} keeps none ({type(layer).__name__})"
+    parameters = inspect.signature(model.forward).parameters
+    if not {"past_key_values", "cache", "kwargs"} & parameters.keys():
+        return f"{type(model).__name__} takes no cache"
+    return None

@@ -1,7 +1,8 @@
 """Batch -> rows: which tokens and prompt vectors a model has to run, where they stand, and the way back.
 
-Pure index arithmetic on integer tensors; no parameters, no floating point, no model. What looks at every cell of a batch
-runs where the batch is, in PyTorch (``cells.py``) or in the kernels of ``fastprompt.kernels.row_plan`` (``triton.py``).
+Pure index arithmetic on integer tensors; no parameters, no floating point, no model. What looks at every cell of a
+batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``cpu.py``) or in the kernels of
+``fastprompt.kernels.row_plan`` (``triton.py``).
 """
 
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input

@@ -1,10 +1,11 @@
-"""The part of a row plan that looks at every cell of a batch, in plain PyTorch; ``triton.py`` is the same in three kernels.
+"""The part of a row plan that looks at every cell of a batch, in PyTorch; ``cpu.py`` and ``triton.py`` do the same.
 
 The device counts what sequences consist of (:func:`measure`), the host works out how many rows there are and where each
 sequence has its own, and the device writes them (:func:`fill`): the host waits once.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,8 +17,8 @@ STATS = (
     "first",  # the column of the first of them
     "holes",  # whether others than real tokens stand among them
     "labels",  # how many there are
-    "orphans",  # whether one of them follows what is no token
-    "strangers",  # whether a virtual token is none of the prompt's
+    "behind_padding",  # whether one of them follows what is no token
+    "out_of_range",  # whether a virtual token is none of the prompt's
     "agree",  # the tokens from the first column on that are those of the first sequence of the same prompt with a token
     "prompt",
 )
@@ -61,9 +62,13 @@ class Batch:
     prefix_length: int
 
     @property
-    def front(self):
+    def front(self) -> int:
         """The prompt rows in front of each sequence: none where virtual tokens say where the prompt stands."""
         return 0 if self.virtual is not None else self.prompt_length
+
+    @cached_property
+    def cells(self) -> "_Cells":
+        return _Cells(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,47 +82,65 @@ class Filled:
     labels: torch.Tensor | None
 
 
-def measure(batch):
+def measure(batch: Batch) -> torch.Tensor:
     """``[STATS, B]`` int64."""
-    cells = _Cells(batch)
-    column, real, none = cells.column, cells.real, torch.zeros(batch.size, dtype=torch.int64, device=batch.device)
-    length, first = real.sum(1), (real.cumsum(1) == 0).sum(1)
-    holes = (real & (column >= (first + length)[:, None])).any(1)
-    labels = orphans = strangers = agree = none
+    cells = batch.cells
+    real, nothing = cells.real, torch.zeros(batch.size, dtype=torch.int64, device=batch.device)
+    length, first = real.sum(1), _first(real)
+    starts = real & ~_shifted(real, False)  # real tokens that none stands before
+    holes = starts.sum(1) > 1
+    labels = behind_padding = out_of_range = agree = nothing
     if batch.labels is not None:
         labels = cells.wanted.sum(1)
-        before = torch.cat([real.new_ones(batch.size, 1), real], 1)[:, :-1]
-        orphans = (cells.wanted & ~before).any(1)
+        behind_padding = (cells.wanted & ~_shifted(real, True)).sum(1) > 0
     if batch.virtual is not None:
-        strangers = (real & (cells.of(batch.virtual) >= batch.prompt_length)).any(1)
+        out_of_range = (real & (cells.of(batch.virtual) >= batch.prompt_length)).any(1)
     if batch.token_ids is not None:
         code = cells.of(batch.token_ids).long()
         if batch.virtual is not None:
             virtual = cells.of(batch.virtual)
             code = torch.where(virtual >= 0, -1 - virtual, code)
-        leads = (length > 0)[None, :]
-        if batch.prompts is not None:
-            leads = leads & (batch.prompts[:, None] == batch.prompts)
-        leader = leads.expand(batch.size, -1).int().argmax(1)  # [B]
-        agree = ((code == code[leader]) & real & real[leader]).long().cumprod(1).sum(1)
-    return torch.stack(
-        [length, first, holes, labels, orphans, strangers, agree, none if batch.prompts is None else batch.prompts]
-    )
+        leader = _leaders(length, batch.prompts)
+        alike = code == code.index_select(0, leader)
+        agree = _first(~(alike & real & real.index_select(0, leader)))
+    prompts = nothing if batch.prompts is None else batch.prompts
+    return torch.stack([length, first, holes, labels, behind_padding, out_of_range, agree, prompts])
 
 
-def fill(batch, table, rows, labels, everywhere=False):
+def _first(flags: torch.Tensor) -> torch.Tensor:
+    """``[B, W]`` bool -> ``[B]``: the first column that is set, W where none is."""
+    padded = torch.nn.functional.pad(flags, (0, 1), value=True)
+    return padded.view(torch.uint8).argmax(1)
+
+
+def _shifted(values: torch.Tensor, before: int) -> torch.Tensor:
+    """``[B, W]``, the column before each; ``before`` stands before the first."""
+    return torch.nn.functional.pad(values, (1, 0), value=before)[:, :-1]
+
+
+def _leaders(length: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+    """``[B]`` the first sequence of the same prompt that has a token, or any of the prompt if none has."""
+    empty = (length == 0).long()
+    if prompts is None:
+        return empty.argmin().expand(len(length))
+    key = 2 * prompts + empty
+    ordered, order = key.sort(stable=True)
+    return order[torch.searchsorted(ordered, 2 * prompts)]
+
+
+def fill(batch: Batch, table: torch.Tensor, rows: int, labels: int, everywhere: bool = False) -> Filled:
     """The plan of ``rows`` rows and ``labels`` labels.
 
     Args:
         table: ``[ENTRY, E]`` int64, E >= B: behind the sequences, prompts that no sequence has.
         everywhere: padding has rows, too.
     """
-    cells, front = _Cells(batch), batch.front
-    real = cells.inside if everywhere else cells.real
+    cells, front = batch.cells, batch.front
+    column, real = cells.column, cells.inside if everywhere else cells.real
     entry = dict(zip(ENTRY, table.unsqueeze(2)))  # [E, 1] each
     prompt_row, own_row, own_column, first_label, prompt, writes = (x[: batch.size] for x in entry.values())
-    own = real & (cells.column >= own_column)
-    row = torch.where(own, own_row, prompt_row + front) + cells.column
+    own = real & (column >= own_column)
+    row = torch.where(own, own_row, prompt_row + front).add_(column)
     in_front = torch.arange(front, device=batch.device)
     grid = torch.cat([prompt_row + in_front, torch.where(real, row, -1)], 1)
     text = cells.place
@@ -125,37 +148,37 @@ def fill(batch, table, rows, labels, everywhere=False):
         virtual = cells.of(batch.virtual).long()
         text = torch.where(virtual >= 0, -1 - (prompt * batch.prompt_length + virtual), text)
 
-    # Row number `rows` takes what is not written: the numbers that are could only be picked out by waiting for the device.
+    # Row number `rows` takes what is not written: picking out the others would mean waiting for the device.
     to = torch.where(own | real & (writes != 0), row, rows)
     prompt_to = torch.where(entry["writes"] != 0, entry["prompt_row"] + in_front, rows)
     prompt_text = -1 - (entry["prompt"] * front + in_front)
-    position = batch.prefix_length + front + cells.column
-    source, position_ids = (
-        _scatter(rows, torch.cat([prompt_to.reshape(-1), to.reshape(-1)]), torch.cat([a.reshape(-1), b.reshape(-1)]))
-        for a, b in (
-            (prompt_text, text),
-            ((batch.prefix_length + in_front).expand(prompt_to.shape), position.expand(to.shape)),
-        )
-    )
+    source = _scatter(rows, (prompt_to, prompt_text), (to, text))
+    first = batch.prefix_length
+    position_ids = _scatter(rows, (prompt_to, first + in_front), (to, first + front + column))
     if batch.labels is None:
         return Filled(source, position_ids, grid, None, None)
-    before = torch.cat([grid.new_full((batch.size, 1), -1), grid], 1)[:, front : front + batch.width]
-    to = torch.where(cells.wanted, first_label + cells.wanted.cumsum(1) - 1, labels).reshape(-1)
-    label_rows, shifted = (_scatter(labels, to, x.reshape(-1).long()) for x in (before, cells.of(batch.labels)))
+    wanted = cells.wanted
+    before = grid[:, front - 1 : -1] if front else _shifted(grid, -1)
+    to = torch.where(wanted, wanted.cumsum(1).add_(first_label - 1), labels)
+    label_rows = _scatter(labels, (to, before))
+    shifted = _scatter(labels, (to, cells.of(batch.labels).long()))
     return Filled(source, position_ids, grid, label_rows, shifted)
 
 
-def _scatter(size, to, values):
-    """``[size]``, of which number ``to[i]`` is ``values[i]``; number ``size`` is nothing."""
-    return values.new_empty(size + 1).scatter_(0, to, values)[:size]
+def _scatter(size: int, *parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """``[size]``, of which number ``to`` is ``values`` for each of ``(to, values)``; number ``size`` is nothing."""
+    result = parts[0][0].new_empty(size + 1)
+    for to, values in parts:
+        result.scatter_(0, to.reshape(-1), values.expand(to.shape).reshape(-1))
+    return result[:size]
 
 
 class _Cells:
     """``[B, W]`` each: the places of a batch's cells, and which are inside of their sequence, real, labelled."""
 
-    def __init__(self, batch):
+    def __init__(self, batch: Batch) -> None:
         self.batch, self.column = batch, torch.arange(batch.width, device=batch.device)
-        if batch.starts is None:
+        if batch.starts is None or batch.lengths is None:
             self.place = torch.arange(batch.size * batch.width, device=batch.device).view(batch.size, batch.width)
             self.inside = torch.ones_like(self.place, dtype=torch.bool)
         else:
@@ -167,7 +190,7 @@ class _Cells:
             if not batch.front:  # nothing stands before the first token, as in Hugging Face
                 self.wanted = self.wanted & (self.column > 0)
 
-    def of(self, values):
+    def of(self, values: torch.Tensor) -> torch.Tensor:
         """The values of the cells; anything where a cell is not inside."""
         if self.batch.starts is None:
             return values.view(self.place.shape)

@@ -6,15 +6,17 @@
 * ``padded``: ``[B, P + S]`` as every model takes it.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from ..checks import INTS, check_tensor, choose_backend, import_backend
+from ..backends import implementation
+from ..checks import INTS, check_tensor
 from . import cells
 from .cells import IGNORE as IGNORE
-from .sequences import Sequences, move
+from .sequences import Ints, Sequences
 
 
 class CannotPack(ValueError):
@@ -48,35 +50,35 @@ class RowPlan:
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
 
-    def token_ids(self, input_ids):
+    def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""
         flat = input_ids.reshape(-1)
         if flat.numel() == 0:
             return self.source
         return torch.where(self.source >= 0, flat[self.source.clamp(min=0)], self.source)
 
-    def unpack(self, rows, fill=0):
+    def unpack(self, rows: torch.Tensor, fill: float = 0) -> torch.Tensor:
         """``[R, ...]`` -> ``[B, W, ...]``; cells without a row hold ``fill``."""
         cells = rows[self.grid.clamp(min=0)]
         missing = (self.grid < 0).view(self.grid.shape + (1,) * (rows.dim() - 1))
-        return cells.masked_fill(missing, fill)
+        return cells.masked_fill_(missing, fill)  # of the copy that indexing made
 
 
 def plan_padded_input(
-    batch,
-    width,
-    num_virtual_tokens,
+    batch: int,
+    width: int,
+    num_virtual_tokens: int,
     *,
-    attention_mask=None,
-    labels=None,
-    prompt_ids=None,
-    virtual_tokens=None,
-    token_ids=None,
-    prefix_length=0,
-    layout="shared",
-    device=None,
-    backend="auto",
-):
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    prompt_ids: torch.Tensor | None = None,
+    virtual_tokens: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    prefix_length: int = 0,
+    layout: str = "shared",
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> RowPlan:
     """Plan a ``[B, S]`` batch.
 
     Args:
@@ -93,7 +95,8 @@ def plan_padded_input(
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
         device: where the plan lives; by default that of the mask or labels.
-        backend: "auto", "reference" (plain PyTorch) or "triton". "auto" takes "triton" on a GPU, if Triton is there.
+        backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a
+            GPU and "cpu" on a CPU, if they are there.
 
     Raises:
         CannotPack: the layout cannot hold this batch exactly (holes in the mask, a label predicted by padding, ...).
@@ -106,29 +109,42 @@ def plan_padded_input(
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, [batch, width])
         real = (attention_mask != 0).reshape(-1)
-    tokens = _like_tokens([batch, width], labels, virtual_tokens, token_ids)
-    prompts = _prompts(num_virtual_tokens, prompt_ids, batch, device, prefix_length)
-    return _plan(cells.Batch(batch, width, device, None, None, real, *tokens, *prompts), layout, backend)
+    shape = [batch, width]
+    cells_of = cells.Batch(
+        batch,
+        width,
+        device,
+        starts=None,
+        lengths=None,
+        real=real,
+        labels=_flat("labels", labels, shape),
+        virtual=_flat("virtual_tokens", virtual_tokens, shape),
+        token_ids=_flat("token_ids", token_ids, shape),
+        prompts=_prompts(prompt_ids, batch, device),
+        prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
+        prefix_length=_length("prefix_length", prefix_length),
+    )
+    return _plan(cells_of, layout, backend)
 
 
 def plan_packed_input(
-    cu_seqlens,
-    num_virtual_tokens,
+    cu_seqlens: Ints,
+    num_virtual_tokens: int,
     *,
-    labels=None,
-    prompt_ids=None,
-    virtual_tokens=None,
-    token_ids=None,
-    prefix_length=0,
-    layout="shared",
-    backend="auto",
-):
+    labels: torch.Tensor | None = None,
+    prompt_ids: torch.Tensor | None = None,
+    virtual_tokens: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    prefix_length: int = 0,
+    layout: str = "shared",
+    backend: str = "auto",
+) -> RowPlan:
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
 
     Args:
-        cu_seqlens: ``[B + 1]`` int, a tensor or a list.
+        cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; "padded" is not a layout of packed input.
+        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; packed input has no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -139,154 +155,176 @@ def plan_packed_input(
     given = (labels, prompt_ids, virtual_tokens, token_ids)
     seq = seq.to(next((t.device for t in given if t is not None), seq.starts.device))
     batch, device = len(seq.starts), seq.starts.device
-    tokens = _like_tokens([seq.rows], labels, virtual_tokens, token_ids)
-    prompts = _prompts(num_virtual_tokens, prompt_ids, batch, device, prefix_length)
-    width = max((length for _, length, _, _ in seq.host), default=0)
-    return _plan(cells.Batch(batch, width, device, seq.starts, seq.lengths, None, *tokens, *prompts), layout, backend)
+    shape = [seq.rows]
+    cells_of = cells.Batch(
+        batch,
+        int(seq.host.lengths.max(initial=0)),
+        device,
+        starts=seq.starts,
+        lengths=seq.lengths,
+        real=None,
+        labels=_flat("labels", labels, shape),
+        virtual=_flat("virtual_tokens", virtual_tokens, shape),
+        token_ids=_flat("token_ids", token_ids, shape),
+        prompts=_prompts(prompt_ids, batch, device),
+        prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
+        prefix_length=_length("prefix_length", prefix_length),
+    )
+    return _plan(cells_of, layout, backend)
 
 
-def _like_tokens(shape, labels, virtual_tokens, token_ids):
-    """Each checked and flat."""
-    values = dict(labels=labels, virtual_tokens=virtual_tokens, token_ids=token_ids)
-    for name, value in values.items():
-        if value is not None:
-            check_tensor(name, value, shape, dtypes=INTS)
-    return [None if value is None else value.reshape(-1) for value in values.values()]
+def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
+    if value is None:
+        return None
+    check_tensor(name, value, shape, dtypes=INTS)
+    return value.reshape(-1)
 
 
-def _prompts(length, ids, batch, device, prefix_length):
-    """The prompts of the sequences, P and Q, checked."""
-    for name, value in (("num_virtual_tokens", length), ("prefix_length", prefix_length)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an int >= 0, got {value!r}")
-    if ids is not None:
-        check_tensor("prompt_ids", ids, [batch], dtypes=INTS)
-        ids = ids.to(device, torch.int64)
-    return ids, length, prefix_length
+def _prompts(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor | None:
+    if ids is None:
+        return None
+    check_tensor("prompt_ids", ids, [batch], dtypes=INTS)
+    return ids.to(device, torch.int64)
 
 
-def _implementation(requested, device):
-    """The module whose ``measure`` and ``fill`` look at the cells."""
-    backends, triton = {"reference": None}, None
-    if requested == "triton" or device.type != "cpu":  # otherwise without a look at Triton, whose import takes time
-        triton, problem = import_backend(__package__, "triton")
-        backends["triton"] = problem or triton.unsupported(device.type)
-    chosen = choose_backend("the row plan", requested, backends, ["triton", "reference"])
-    return triton if chosen == "triton" else cells
+def _length(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+    return value
 
 
-def _plan(batch, layout, backend):
+def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
     rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
         batch = replace(batch, token_ids=None)
-    on_device = _implementation(backend, batch.device)
-    stats = _Stats(*on_device.measure(batch).cpu())
+    on_device = implementation("row_plan", backend, batch.device.type)
+    stats = _Stats(*on_device.measure(batch).cpu().numpy())
+    if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
+        raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
         if stats.holes.any():
             raise CannotPack("the attention mask has holes")
-        if stats.strangers.any():
+        if batch.virtual is not None and stats.out_of_range.any():
             raise ValueError(
                 f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}"
             )
-    stats.first[stats.length == 0] = 0
+    stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
-    if layout != "padded" and stats.orphans.any():
+    if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
     labels = int(stats.labels.sum())
-    entries["first_label"] = stats.labels.cumsum(0) - stats.labels
-    table = torch.zeros(len(cells.ENTRY), len(entries["prompt"]), dtype=torch.int64)
+    entries["first_label"] = stats.labels.cumsum() - stats.labels
+    table = np.zeros((len(cells.ENTRY), len(entries["prompt"])), np.int64)
     for line, name in zip(table, cells.ENTRY):
         line[: len(entries[name])] = entries[name]
     if sequences is not None:
         sequences = sequences.to(batch.device)
-    filled = on_device.fill(batch, *move([table], batch.device), rows, labels, everywhere=layout == "padded")
+    on_batch = torch.from_numpy(table).to(batch.device)
+    filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     return RowPlan(
         layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels
     )
 
 
-class _Stats(namedtuple("_Stats", cells.STATS)):
-    """On the host, ``[B]`` int64 each."""
+class _Stats(NamedTuple):
+    """``cells.STATS`` on the host, ``[B]`` int64 each."""
+
+    length: np.ndarray
+    first: np.ndarray
+    holes: np.ndarray
+    labels: np.ndarray
+    behind_padding: np.ndarray
+    out_of_range: np.ndarray
+    agree: np.ndarray
+    prompt: np.ndarray
 
     @property
-    def gaps(self):
+    def gaps(self) -> np.ndarray | None:
         """``first``, or None if every sequence begins in column 0."""
         return self.first if self.first.any() else None
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, and
-# what is shared.
+# what is shared. All of it on the host.
+_Rows = tuple[int, dict[str, np.ndarray], Sequences | None, tuple[tuple[int, int], ...]]
 
 
-def _shared_rows(batch, stats):
+def _shared_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     """For each prompt its P rows and what its sequences have in common, then all other tokens."""
     front, prefix, prompt = batch.front, batch.prefix_length, stats.prompt
-    count = 1 if batch.prompts is None else max(prompt.tolist(), default=-1) + 1
+    count = 1 if batch.prompts is None else int(prompt.max(initial=-1)) + 1
     some = stats.length > 0  # sequences without a token have no say
-    common = torch.full((count,), batch.width).scatter_reduce_(0, prompt[some], stats.agree[some], "amin")
-    common[prompt[some].bincount(minlength=count) < 2] = 0
+    common = np.full(count, batch.width)
+    np.minimum.at(common, prompt[some], stats.agree[some])
+    common[np.bincount(prompt[some], minlength=count) < 2] = 0
     lengths = front + common  # [N]
-    starts = lengths.cumsum(0) - lengths
+    starts = lengths.cumsum() - lengths
     start = int(lengths.sum())
-    taken = common[prompt].minimum(stats.length)  # [B] tokens that are shared rows
+    taken = np.minimum(common[prompt], stats.length)  # [B] tokens that are shared rows
     own = stats.length - taken
-    ends = start + own.cumsum(0)
-    leaders = {}  # of each prompt the sequence that writes its rows: the first with a token, if one has any
-    for _, number, owner in sorted(zip((stats.length == 0).tolist(), range(batch.size), prompt.tolist())):
-        leaders.setdefault(owner, number)
-    unused = [n for n in range(count) if n not in leaders]
-    writes = torch.zeros(batch.size + len(unused), dtype=torch.int64)
-    writes[list(leaders.values())] = 1
-    writes[batch.size :] = 1
-    prompt = torch.cat([prompt, torch.tensor(unused, dtype=torch.int64)])
+    ends = start + own.cumsum()
+    # One sequence of each prompt writes its rows: the first with a token, if one has any.
+    order = np.lexsort((~some, prompt))
+    grouped = prompt[order]
+    leads = grouped != np.append(-1, grouped[:-1])
+    unused = np.flatnonzero(np.bincount(prompt, minlength=count) == 0)
+    writes = np.ones(batch.size + len(unused), np.int64)
+    writes[order] = leads
     own_column = stats.first + taken
+    prompts = np.concatenate([prompt, unused])
     entries = dict(
-        prompt_row=starts[prompt], own_row=ends - own - own_column, own_column=own_column, prompt=prompt, writes=writes
+        prompt_row=starts[prompts],
+        own_row=ends - own - own_column,
+        own_column=own_column,
+        prompt=prompts,
+        writes=writes,
     )
     if not start:
-        sequences = Sequences.packed(torch.cat([ends.new_zeros(1), ends]), stats.prompt, gaps=stats.gaps)
-        return int(own.sum()), entries, sequences, ()
-    cu = torch.cat([starts, starts.new_tensor([start]), ends])
-    gaps = None if stats.gaps is None else torch.cat([torch.zeros_like(starts), stats.gaps])
+        return int(own.sum()), entries, Sequences.packed(np.append(0, ends), prompt, gaps=stats.gaps), ()
+    gaps = None if stats.gaps is None else np.concatenate([np.zeros_like(starts), stats.gaps])
+    prefix_lens: np.ndarray | None
     if prefix:  # the bank holds every prompt twice: the learned prefix, and it with the shared rows behind it
-        prefix_ids = torch.cat([torch.arange(count), count + stats.prompt])
-        prefix_lens = torch.cat([torch.full_like(lengths, prefix), prefix + lengths])
+        prefix_ids = np.concatenate([np.arange(count), count + prompt])
+        prefix_lens = np.concatenate([np.full(count, prefix), prefix + lengths])
     else:
-        prefix_ids = torch.cat([torch.full_like(starts, -1), stats.prompt])
-        prefix_lens = lengths if len(lengths.unique()) > 1 else None
+        prefix_ids = np.concatenate([np.full(count, -1), prompt])
+        prefix_lens = lengths if (lengths != lengths[0]).any() else None
+    sequences = Sequences.packed(np.concatenate([starts, [start], ends]), prefix_ids, prefix_lens, gaps)
     shared = tuple(zip(starts.tolist(), lengths.tolist()))
-    return start + int(own.sum()), entries, Sequences.packed(cu, prefix_ids, prefix_lens, gaps), shared
+    return start + int(own.sum()), entries, sequences, shared
 
 
-def _packed_rows(batch, stats):
+def _packed_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     """Each sequence behind P rows of its own."""
     if stats.gaps is not None and batch.front:
         raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
-    ends = (batch.front + stats.length).cumsum(0)
-    sequences = Sequences.packed(
-        torch.cat([ends.new_zeros(1), ends]), stats.prompt if batch.prefix_length else None, gaps=stats.gaps
-    )
+    ends = (batch.front + stats.length).cumsum()
+    sequences = Sequences.packed(np.append(0, ends), stats.prompt if batch.prefix_length else None, gaps=stats.gaps)
     return *_one_by_one(batch, stats, stats.length, stats.first), sequences, ()
 
 
-def _padded_rows(batch, stats):
+def _padded_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     """Every cell."""
     total, sequences = batch.front + batch.width, None
     if not (stats.holes.any() or batch.front and stats.first.any()):
         sequences = Sequences.padded(stats.first, batch.front + stats.length, total)
-    return (
-        *_one_by_one(batch, stats, torch.full_like(stats.length, batch.width), torch.zeros_like(stats.first)),
-        sequences,
-        (),
-    )
+    lengths, first = np.full(batch.size, batch.width), np.zeros(batch.size, np.int64)
+    return *_one_by_one(batch, stats, lengths, first), sequences, ()
 
 
-def _one_by_one(batch, stats, lengths, first):
+def _one_by_one(
+    batch: cells.Batch, stats: _Stats, lengths: np.ndarray, first: np.ndarray
+) -> tuple[int, dict[str, np.ndarray]]:
     """The number of rows and the table where each sequence writes P rows and its own."""
-    ends = (batch.front + lengths).cumsum(0)
+    ends = (batch.front + lengths).cumsum()
     starts = ends - lengths - batch.front
-    entries = dict(prompt_row=starts, own_row=starts + batch.front - first, own_column=first, prompt=stats.prompt,
-                   writes=torch.ones_like(starts))  # fmt: skip
+    entries = dict(
+        prompt_row=starts,
+        own_row=starts + batch.front - first,
+        own_column=first,
+        prompt=stats.prompt,
+        writes=np.ones_like(starts),
+    )
     return int(ends[-1]) if len(ends) else 0, entries

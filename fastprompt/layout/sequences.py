@@ -1,11 +1,31 @@
 """Which rows of a batch form a sequence, and what stands in front of each: what attention needs to know."""
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..checks import INTS, check_tensor
+
+Ints = torch.Tensor | np.ndarray | Sequence[int]
+
+
+class HostSequences(NamedTuple):
+    """What a :class:`Sequences` says, as int64 arrays on the host, with prefix 0 and gap 0 where it says nothing.
+
+    Attributes:
+        starts, lengths, prefix_ids, gaps: ``[B]``.
+        prefix_lens: ``[N]``, or None: all of every prefix is used.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    prefix_ids: np.ndarray
+    gaps: np.ndarray
+    prefix_lens: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,24 +54,38 @@ class Sequences:
     rows: int
 
     @classmethod
-    def packed(cls, cu_seqlens, prefix_ids=None, prefix_lens=None, gaps=None):
+    def packed(
+        cls,
+        cu_seqlens: Ints,
+        prefix_ids: Ints | None = None,
+        prefix_lens: Ints | None = None,
+        gaps: Ints | None = None,
+    ) -> "Sequences":
         """Sequences one after the other: rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` are sequence b.
 
         Args:
-            cu_seqlens: ``[B + 1]`` cumulative lengths, a tensor or a list, starting at 0, never falling.
+            cu_seqlens: ``[B + 1]`` cumulative lengths, a tensor, an array or a list, starting at 0, never falling.
             prefix_ids, prefix_lens, gaps: see the attributes; tensors or lists.
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes or values.
         """
         cu = _index("cu_seqlens", cu_seqlens, "B + 1")
-        bounds = cu.tolist()
-        if not bounds or bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds)}")
-        return cls._make("packed", cu[:-1], cu.diff(), bounds[-1], prefix_ids, prefix_lens, gaps)
+        bounds = cu.cpu().numpy()
+        if not len(bounds) or bounds[0] != 0 or (np.diff(bounds) < 0).any():
+            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds.tolist())}")
+        return cls._make("packed", cu[:-1], cu.diff(), int(bounds[-1]), prefix_ids, prefix_lens, gaps)
 
     @classmethod
-    def padded(cls, starts, lengths, max_len, prefix_ids=None, prefix_lens=None, gaps=None):
+    def padded(
+        cls,
+        starts: Ints,
+        lengths: Ints,
+        max_len: int,
+        prefix_ids: Ints | None = None,
+        prefix_lens: Ints | None = None,
+        gaps: Ints | None = None,
+    ) -> "Sequences":
         """A ``[B, max_len]`` batch used in place: sequence b is the ``lengths[b]`` columns from ``starts[b]`` on.
 
         Rows outside every sequence get zeros from attention.
@@ -59,46 +93,69 @@ class Sequences:
         Raises:
             ValueError, TypeError: wrong shapes or dtypes, or a sequence that leaves its row.
         """
-        starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
-        if starts.shape != lengths.shape:
-            raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
-        if len(starts) and not (
-            0 <= int(starts.min()) and 0 <= int(lengths.min()) and int((starts + lengths).max()) <= max_len
+        columns, counts = _starts_and_lengths(starts, lengths)
+        if len(columns) and not (
+            0 <= int(columns.min()) and 0 <= int(counts.min()) and int((columns + counts).max()) <= max_len
         ):
             raise ValueError(
                 f"starts and lengths must stay within the {max_len} columns of a row, "
-                f"got starts {_brief(starts.tolist())}, lengths {_brief(lengths.tolist())}"
+                f"got starts {_brief(columns.tolist())}, lengths {_brief(counts.tolist())}"
             )
-        first = torch.arange(len(starts), device=starts.device) * max_len + starts
-        return cls._make("padded", first, lengths, len(starts) * max_len, prefix_ids, prefix_lens, gaps)
+        first = torch.arange(len(columns), device=columns.device) * max_len + columns
+        return cls._make("padded", first, counts, len(columns) * max_len, prefix_ids, prefix_lens, gaps)
 
     @classmethod
-    def runs(cls, starts, lengths, rows, prefix_ids=None, prefix_lens=None, gaps=None):
+    def runs(
+        cls,
+        starts: Ints,
+        lengths: Ints,
+        rows: int,
+        prefix_ids: Ints | None = None,
+        prefix_lens: Ints | None = None,
+        gaps: Ints | None = None,
+    ) -> "Sequences":
         """Any runs of rows that do not overlap, in a batch of ``rows`` rows: a padded batch whose rows are packed.
 
         Raises:
             ValueError, TypeError: wrong shapes or dtypes, runs that overlap or leave the batch.
         """
-        starts, lengths = _index("starts", starts, "B"), _index("lengths", lengths, "B")
-        if starts.shape != lengths.shape:
-            raise ValueError(f"starts and lengths must have one entry a sequence, got {len(starts)} and {len(lengths)}")
-        end = 0
-        for start, length in sorted(zip(starts.tolist(), lengths.tolist())):
-            if start < end or length < 0 or start + length > rows:
-                raise ValueError(f"runs must not overlap or leave the {rows} rows, got one of {length} rows at {start}")
-            end = start + length
-        return cls._make("padded", starts, lengths, rows, prefix_ids, prefix_lens, gaps)
+        first_rows, counts = _starts_and_lengths(starts, lengths)
+        runs = torch.stack([first_rows, counts]).cpu().numpy()
+        start, length = runs[:, np.lexsort(runs[::-1])]  # by start
+        end = start + length
+        wrong = (start < np.append(0, end[:-1])) | (length < 0) | (end > rows)
+        if wrong.any():
+            first = wrong.argmax()
+            raise ValueError(
+                f"runs must not overlap or leave the {rows} rows, got one of {length[first]} rows at {start[first]}"
+            )
+        return cls._make("padded", first_rows, counts, rows, prefix_ids, prefix_lens, gaps)
 
     @classmethod
-    def decode(cls, lengths, prefix_ids=None, prefix_lens=None, gaps=None):
+    def decode(
+        cls,
+        lengths: Ints,
+        prefix_ids: Ints | None = None,
+        prefix_lens: Ints | None = None,
+        gaps: Ints | None = None,
+    ) -> "Sequences":
         """One query a sequence, against the first ``lengths[b]`` keys of its own cache (its own key included)."""
-        lengths = _index("lengths", lengths, "B")
-        starts = torch.arange(len(lengths), device=lengths.device)
-        return cls._make("decode", starts, lengths, len(lengths), prefix_ids, prefix_lens, gaps)
+        counts = _index("lengths", lengths, "B")
+        queries = torch.arange(len(counts), device=counts.device)
+        return cls._make("decode", queries, counts, len(counts), prefix_ids, prefix_lens, gaps)
 
     @classmethod
-    def _make(cls, kind, starts, lengths, rows, prefix_ids, prefix_lens, gaps):
-        def optional(name, value, size):
+    def _make(
+        cls,
+        kind: str,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        rows: int,
+        prefix_ids: Ints | None,
+        prefix_lens: Ints | None,
+        gaps: Ints | None,
+    ) -> "Sequences":
+        def optional(name: str, value: Ints | None, size: int | str) -> torch.Tensor | None:
             return None if value is None else _index(name, value, size).to(starts.device)
 
         batch = len(starts)
@@ -112,43 +169,44 @@ class Sequences:
             rows,
         )
 
-    def tensors(self):
-        """``[starts, lengths, prefix_ids, prefix_lens, gaps]`` with empty tensors for None: what crosses an operator."""
+    def tensors(self) -> list[torch.Tensor]:
+        """``[starts, lengths, prefix_ids, prefix_lens, gaps]``, empty tensors for None: what crosses an operator."""
         empty = self.starts.new_empty(0)
         return [
             empty if t is None else t for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)
         ]
 
     @classmethod
-    def from_tensors(cls, kind, rows, tensors):
+    def from_tensors(cls, kind: str, rows: int, tensors: Sequence[torch.Tensor]) -> "Sequences":
         """The inverse of :meth:`tensors`."""
         starts, lengths, *optional = tensors
-        return cls(kind, starts, lengths, *(t if t.numel() else None for t in optional), rows)
+        prefix_ids, prefix_lens, gaps = (t if t.numel() else None for t in optional)
+        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
         device = torch.device(device)
         if device == self.starts.device:
             return self
         moved = self.from_tensors(self.kind, self.rows, move(self.tensors(), device))
         if self.starts.device.type == "cpu":
-            moved.__dict__.update(host=self.host, host_prefix_lens=self.host_prefix_lens)
+            moved.__dict__.update(host=self.host)
         return moved
 
     @cached_property
-    def host(self):
-        """One ``(start, length, prefix id, gap)`` of Python ints a sequence; read from the device once."""
-        batch = len(self.starts)
-        prefix_ids = [0] * batch if self.prefix_ids is None else self.prefix_ids.tolist()
-        gaps = [0] * batch if self.gaps is None else self.gaps.tolist()
-        return list(zip(self.starts.tolist(), self.lengths.tolist(), prefix_ids, gaps))
+    def host(self) -> HostSequences:
+        """The same on the host; read from the device once, by one copy."""
+        starts, lengths, prefix_ids, prefix_lens, gaps = (t.numpy() for t in move(self.tensors(), torch.device("cpu")))
+        nothing = np.zeros(len(starts), np.int64)
+        return HostSequences(
+            starts,
+            lengths,
+            nothing if self.prefix_ids is None else prefix_ids,
+            nothing if self.gaps is None else gaps,
+            None if self.prefix_lens is None else prefix_lens,
+        )
 
-    @cached_property
-    def host_prefix_lens(self):
-        """``prefix_lens`` as Python ints, or None."""
-        return None if self.prefix_lens is None else self.prefix_lens.tolist()
-
-    def cached(self, key, make):
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """``make()``, which an operator works out from these sequences: once, whichever layer asks first.
 
         ``key`` starts with the name of who asks, and holds all that the result depends on beside the sequences.
@@ -158,18 +216,26 @@ class Sequences:
             made[key] = make()
         return made[key]
 
-    def prefix_length(self, prefix_id, longest):
-        """The keys of prefix ``prefix_id`` (-1: none) in a bank whose prefixes have room for ``longest``."""
-        if prefix_id < 0:
-            return 0
-        return longest if self.host_prefix_lens is None else self.host_prefix_lens[prefix_id]
+    def prefix_lengths(self, room: int) -> np.ndarray:
+        """``[B]`` the keys of the prefix in front of each sequence, on the host.
 
-    def span(self, longest):
+        Args:
+            room: P, how many keys the prefixes of the bank have room for; 0 without a bank.
+        """
+        host = self.host
+        if room == 0:
+            return np.zeros_like(host.lengths)
+        if host.prefix_lens is None:
+            return np.where(host.prefix_ids < 0, 0, room)
+        return np.append(host.prefix_lens, 0)[host.prefix_ids]  # -1 finds the last
+
+    def span(self, room: int) -> int:
         """The largest position count of any sequence: prefix, gap and own rows. A window of this size hides nothing."""
-        return max((self.prefix_length(p, longest) + gap + n for _, n, p, gap in self.host), default=0)
+        host = self.host
+        return int((self.prefix_lengths(room) + host.gaps + host.lengths).max(initial=0))
 
 
-def move(tensors, device):
+def move(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Tensors of one dtype on ``device``, by one copy."""
     if all(t.device == device for t in tensors):
         return tensors
@@ -177,13 +243,22 @@ def move(tensors, device):
     return [part.view(t.shape) for part, t in zip(whole.split([t.numel() for t in tensors]), tensors)]
 
 
-def _index(name, value, size):
-    """An int64 tensor from a tensor or a list of ints."""
-    if not isinstance(value, torch.Tensor):
+def _starts_and_lengths(starts: Ints, lengths: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+    first, counts = _index("starts", starts, "B"), _index("lengths", lengths, "B")
+    if first.shape != counts.shape:
+        raise ValueError(f"starts and lengths must have one entry a sequence, got {len(first)} and {len(counts)}")
+    return first, counts.to(first.device)
+
+
+def _index(name: str, value: Ints, size: int | str) -> torch.Tensor:
+    """An int64 tensor from a tensor, an array or a list of ints."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    elif not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty(0, dtype=torch.int64)
     check_tensor(name, value, [size], dtypes=INTS)
     return value.long()
 
 
-def _brief(values):
+def _brief(values: list[int]) -> list[int] | str:
     return values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ..checks import FLOATS, accumulator, check_tensor
-from ..ops import multitask_prompt
+from ..ops.multitask_prompt.api import multitask_prompt
 from .prompt_tuning import check_sizes, initial_values
 
 
@@ -33,7 +33,15 @@ class MultitaskPromptTuning(nn.Module):
         ValueError: a size below 1, or an ``init`` of another shape.
     """
 
-    def __init__(self, num_virtual_tokens, token_dim, num_tasks, *, num_ranks=1, init=None):
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        token_dim: int,
+        num_tasks: int,
+        *,
+        num_ranks: int = 1,
+        init: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(
             num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_tasks=num_tasks, num_ranks=num_ranks
@@ -44,7 +52,9 @@ class MultitaskPromptTuning(nn.Module):
         self.cols = nn.Parameter(torch.normal(0.0, 0.02, (num_tasks, num_ranks, token_dim)))
 
     @classmethod
-    def from_source(cls, source, task="average", num_tasks=1):
+    def from_source(
+        cls, source: "MultitaskPromptTuning", task: int | str = "average", num_tasks: int = 1
+    ) -> "MultitaskPromptTuning":
         """Start target tasks from trained source tasks; nothing is shared with ``source`` afterwards.
 
         Args:
@@ -61,7 +71,8 @@ class MultitaskPromptTuning(nn.Module):
         method = cls(length, source.token_dim, num_tasks, num_ranks=ranks, init=source.shared).to(source.shared.device)
         if task == "shared":
             return method
-        if task != "average" and not (isinstance(task, int) and 0 <= task < tasks):
+        is_source_task = isinstance(task, int) and 0 <= task < tasks
+        if task != "average" and not is_source_task:
             raise ValueError(f'task must be "average", "shared" or an int in [0, {tasks}), got {task!r}')
         with torch.no_grad():
             for name in ("rows", "cols"):
@@ -70,25 +81,25 @@ class MultitaskPromptTuning(nn.Module):
         return method
 
     @property
-    def num_prompts(self):
+    def num_prompts(self) -> int:
         """T: a batch picks its tasks as it picks prompts of another method."""
         return self.rows.shape[0]
 
     num_tasks = num_prompts
 
     @property
-    def num_virtual_tokens(self):
+    def num_virtual_tokens(self) -> int:
         return self.shared.shape[0]
 
     @property
-    def token_dim(self):
+    def token_dim(self) -> int:
         return self.shared.shape[1]
 
     @property
-    def num_ranks(self):
+    def num_ranks(self) -> int:
         return self.rows.shape[2]
 
-    def forward(self, task_ids=None):
+    def forward(self, task_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The prompts of the given tasks, ``[N * P, D]``.
 
         Args:
@@ -98,12 +109,20 @@ class MultitaskPromptTuning(nn.Module):
             task_ids = torch.arange(self.num_tasks, device=self.shared.device)
         return multitask_prompt(self.shared, self.rows, self.cols, task_ids).flatten(0, 1)
 
-    def parameter_groups(self, lr_shared, lr_task):
+    def parameter_groups(self, lr_shared: float, lr_task: float) -> list[dict]:
         """Groups for a torch optimizer that give the shared prompt and the task factors learning rates of their own."""
         return [{"params": [self.shared], "lr": lr_shared}, {"params": [self.rows, self.cols], "lr": lr_task}]
 
 
-def distillation_loss(student_logits, teacher_logits, student_hidden, teacher_hidden, *, weight=0.9, temperature=1.0):
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    *,
+    weight: float = 0.9,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     """What the source tasks' loss is increased by to learn from teachers, the prompts trained for one task each:
 
         weight * (KL(teacher || student) + mean((student_hidden - teacher_hidden) ** 2))

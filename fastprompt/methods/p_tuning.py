@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import nn
 
-from ..ops import prompt_lstm
+from ..ops.prompt_lstm.api import prompt_lstm
 from .cached import CachedOutput
 from .prompt_tuning import check_sizes, initial_values
 
@@ -44,8 +44,16 @@ class PTuning(nn.Module):
     num_prompts = 1
 
     def __init__(
-        self, num_virtual_tokens, token_dim, *, encoder="lstm", hidden_size=None, num_layers=2, dropout=0.0, init=None
-    ):
+        self,
+        num_virtual_tokens: int,
+        token_dim: int,
+        *,
+        encoder: str | None = "lstm",
+        hidden_size: int | None = None,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        init: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         hidden = token_dim if hidden_size is None else hidden_size
         check_sizes(
@@ -71,14 +79,14 @@ class PTuning(nn.Module):
         self._cached = CachedOutput()
 
     @property
-    def num_virtual_tokens(self):
+    def num_virtual_tokens(self) -> int:
         return self.embedding.num_embeddings
 
     @property
-    def token_dim(self):
+    def token_dim(self) -> int:
         return self.embedding.embedding_dim
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         """The prompt, ``[P, D]``."""
         if self.encoder is None:
             return self.embedding.weight
@@ -86,7 +94,7 @@ class PTuning(nn.Module):
             return self.encode(self.training)
         return self._cached(self.parameters(), self.training, lambda: self.encode(self.training))
 
-    def encode(self, training=False):
+    def encode(self, training: bool = False) -> torch.Tensor:
         """Run the encoder, with dropout if ``training``: ``[P, D]``."""
         rows = self.embedding.weight
         if self.encoder == "lstm":
@@ -94,7 +102,7 @@ class PTuning(nn.Module):
             rows = prompt_lstm(rows, weights, num_layers=self.num_layers, dropout=self.dropout, training=training)
         return rows if self.encoder is None else self.mlp_head(rows)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "PTuning":
         self._cached.drop()
         return super().train(mode)
 
@@ -102,13 +110,13 @@ class PTuning(nn.Module):
 class _Parameters(nn.Module):
     """The parameters of a module under their names: torch.compile does not go near an nn.LSTM itself."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         for name, parameter in module.named_parameters():
             self.register_parameter(name, parameter)
 
 
-def _mlp(*widths):
+def _mlp(*widths: int) -> nn.Sequential:
     """Linear layers from each width to the next, with ReLU in between."""
     layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
     return nn.Sequential(layers[0], *(module for layer in layers[1:] for module in (nn.ReLU(), layer)))

@@ -1,5 +1,7 @@
 """Prefix-Tuning: Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv 2101.00190."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -39,19 +41,22 @@ class PrefixTuning(nn.Module):
         ValueError: a size out of range, an ``init`` of another shape, or arguments that ``projection`` excludes.
     """
 
+    prefix: nn.Parameter
+    frozen: torch.Tensor
+
     def __init__(
         self,
-        num_virtual_tokens,
-        num_layers,
-        num_kv_heads,
-        head_dim,
+        num_virtual_tokens: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
         *,
-        num_prompts=1,
-        init=None,
-        projection=None,
-        frozen_tokens=0,
-        layers=None,
-    ):
+        num_prompts: int = 1,
+        init: torch.Tensor | str | None = None,
+        projection: int | None = None,
+        frozen_tokens: int = 0,
+        layers: Iterable[int] | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(
             num_virtual_tokens=num_virtual_tokens,
@@ -81,9 +86,9 @@ class PrefixTuning(nn.Module):
                 raise ValueError(
                     f'init must be None or "zero" with projection, which cannot be inverted, got {type(init).__name__}'
                 )
-            self._make_projection(zero=init == "zero")
+            self._make_projection(projection, zero=init == "zero")
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         """All prefixes, ``[L, 2, N, P, Hkv, Dh]``: keys at 0 and values at 1 of the second dimension.
 
         A strided view of the parameter, or of the MLP's output; only ``frozen_tokens`` cost a copy.
@@ -96,7 +101,7 @@ class PrefixTuning(nn.Module):
             flat = self.prefix
         return flat.unflatten(2, (self.num_layers, 2, self.num_kv_heads, self.head_dim)).permute(2, 3, 0, 1, 4, 5)
 
-    def _make_prefix(self, init):
+    def _make_prefix(self, init: torch.Tensor | str | None) -> None:
         shape = self.num_prompts, self.num_virtual_tokens, self.num_layers * 2 * self.num_kv_heads * self.head_dim
         if init is None:
             flat = torch.randn(shape)
@@ -112,12 +117,12 @@ class PrefixTuning(nn.Module):
             self.register_buffer("frozen", flat[:, : self.frozen_tokens].clone())
         self.prefix = nn.Parameter(flat[:, self.frozen_tokens :].clone())
 
-    def _make_projection(self, zero):
+    def _make_projection(self, projection: int, zero: bool) -> None:
         width = self.num_kv_heads * self.head_dim
         self.embedding = nn.Embedding(self.num_virtual_tokens, width)
         self.transform = nn.Sequential(
-            nn.Linear(width, self.projection), nn.Tanh(), nn.Linear(self.projection, self.num_layers * 2 * width)
+            nn.Linear(width, projection), nn.Tanh(), nn.Linear(projection, self.num_layers * 2 * width)
         )
         if zero:
-            nn.init.zeros_(self.transform[2].weight)
-            nn.init.zeros_(self.transform[2].bias)
+            for parameter in self.transform[2].parameters():
+                nn.init.zeros_(parameter)

@@ -1,5 +1,7 @@
 """Prompt Tuning: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -25,14 +27,18 @@ class PromptTuning(nn.Module):
         ValueError: a size below 1, or an ``init`` of another shape.
     """
 
-    def __init__(self, num_virtual_tokens, token_dim, num_prompts=1, init=None):
+    def __init__(
+        self, num_virtual_tokens: int, token_dim: int, num_prompts: int = 1, init: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         check_sizes(num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_prompts=num_prompts)
         shape = (num_prompts, num_virtual_tokens, token_dim)
         self.prompt = nn.Parameter(torch.randn(shape) if init is None else initial_values(init, shape, shape[1:]))
 
     @classmethod
-    def from_text(cls, token_ids, embedding, num_virtual_tokens, num_prompts=1):
+    def from_text(
+        cls, token_ids: Sequence[int], embedding: nn.Embedding, num_virtual_tokens: int, num_prompts: int = 1
+    ) -> "PromptTuning":
         """Start from the embeddings of a text, repeated or cut to P tokens, as PEFT's TEXT.
 
         Args:
@@ -45,13 +51,26 @@ class PromptTuning(nn.Module):
         return cls._from_ids(torch.tensor(ids), embedding, num_prompts)
 
     @classmethod
-    def from_vocabulary(cls, embedding, num_virtual_tokens, num_prompts=1, generator=None):
+    def from_vocabulary(
+        cls,
+        embedding: nn.Embedding,
+        num_virtual_tokens: int,
+        num_prompts: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> "PromptTuning":
         """Start from the embeddings of tokens drawn uniformly from the vocabulary, as PEFT's SAMPLE_VOCAB."""
         ids = torch.randint(0, embedding.weight.shape[0], (num_prompts, num_virtual_tokens), generator=generator)
         return cls._from_ids(ids, embedding, num_prompts)
 
     @classmethod
-    def from_labels(cls, label_token_ids, embedding, num_virtual_tokens, num_prompts=1, generator=None):
+    def from_labels(
+        cls,
+        label_token_ids: Sequence[Sequence[int]],
+        embedding: nn.Embedding,
+        num_virtual_tokens: int,
+        num_prompts: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> "PromptTuning":
         """Start from the class labels: virtual token c is the mean embedding of label c's tokens, and those beyond the
         labels are drawn from the vocabulary, anew for every prompt.
 
@@ -73,29 +92,29 @@ class PromptTuning(nn.Module):
         return method
 
     @classmethod
-    def _from_ids(cls, ids, embedding, num_prompts):
+    def _from_ids(cls, ids: torch.Tensor, embedding: nn.Embedding, num_prompts: int) -> "PromptTuning":
         with torch.no_grad():
             init = embedding(ids.to(embedding.weight.device))
         return cls(ids.shape[-1], init.shape[-1], num_prompts, init)
 
     @property
-    def num_prompts(self):
+    def num_prompts(self) -> int:
         return self.prompt.shape[0]
 
     @property
-    def num_virtual_tokens(self):
+    def num_virtual_tokens(self) -> int:
         return self.prompt.shape[1]
 
     @property
-    def token_dim(self):
+    def token_dim(self) -> int:
         return self.prompt.shape[2]
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         """All prompts, ``[N * P, D]``."""
         return self.prompt.flatten(0, 1)
 
 
-def ensemble_vote(logits):
+def ensemble_vote(logits: torch.Tensor) -> torch.Tensor:
     """The class that most of N prompts predict, as in section 6 of the paper; among equals the one with the highest
     mean logit.
 
@@ -120,14 +139,14 @@ def ensemble_vote(logits):
     return mean.masked_fill(votes < votes.amax(-1, keepdim=True), -torch.inf).argmax(-1)
 
 
-def check_sizes(**sizes):
+def check_sizes(**sizes: int) -> None:
     """Check that each is an int of at least 1, else ValueError."""
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
-def initial_values(init, shape, *others):
+def initial_values(init: torch.Tensor, shape: Sequence[int], *others: Sequence[int]) -> torch.Tensor:
     """A new fp32 tensor of shape ``shape`` from ``init``, which has that shape or one of ``others`` and is broadcast.
 
     Raises:

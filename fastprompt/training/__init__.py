@@ -1,6 +1,6 @@
 """Training soft prompts from files: what the command line and the quickstart are built on."""
 
-from .adapters import load_adapter, load_base, load_tokenizer
+from .adapters import StoredAdapter, load_adapter, load_base, load_tokenizer, read_adapter
 from .config import TrainingConfig
 from .data import Example, Task, read_rows, split_rows
 from .encoding import Encoded, collate, encode, encode_examples, features, plan_batches
@@ -14,6 +14,7 @@ __all__ = [
     "Encoded",
     "Example",
     "InputError",
+    "StoredAdapter",
     "Task",
     "TrainedAdapter",
     "TrainingConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "plan_batches",
+    "read_adapter",
     "read_record",
     "read_rows",
     "split_rows",

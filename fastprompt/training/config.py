@@ -4,12 +4,32 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .adapters import ENCODERS, METHODS, PRECISIONS, SOURCE_INITS
 from .data import Task
 from .errors import InputError
+from .methods import ENCODERS, METHODS, PRECISIONS, SOURCE_INITS
 
 # Trainer's "constant" has no warm-up; this one does, and with a warm-up of 0 steps the two are the same.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "schedule": tuple(SCHEDULES),
+    "precision": PRECISIONS,
+    "encoder": ENCODERS,
+    "source_init": SOURCE_INITS,
+}
+
+# Fields that are None or at least 1.
+OPTIONAL_COUNTS = (
+    "max_length",
+    "steps",
+    "batch_size",
+    "tokens_per_batch",
+    "eval_steps",
+    "eval_rows",
+    "encoder_hidden_size",
+    "num_ranks",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,7 @@ class TrainingConfig:
     are held out of ``data`` (``eval_fraction``, by a shuffle with ``seed``). ``max_length`` bounds a row's tokens.
     Prompt: ``method``, ``num_virtual_tokens``, and ``init``: ``random``, ``vocab`` (embeddings of random tokens),
     ``text`` (what ``init_text``, cut or repeated to fit, is to the frozen model: embeddings, or keys and values) or
-    ``zero`` (values that are zero). Which of these a method takes stands in `adapters.METHODS`.
+    ``zero`` (values that are zero). Which of these a method takes stands in `methods.METHODS`.
     ``prefix-tuning``: ``projection`` trains an MLP in front of the keys and values, ``encoder_hidden_size`` wide
     (default: as wide as the keys of a layer).
     ``p-tuning``: ``encoder`` (``lstm``, the default, or ``mlp``), ``encoder_hidden_size`` wide (default 128).
@@ -81,21 +101,17 @@ class TrainingConfig:
     eval_rows: int | None = None
     resume: bool = False
 
-    def __post_init__(self):
-        for name, choices in {
-            "method": METHODS,
-            "schedule": SCHEDULES,
-            "precision": PRECISIONS,
-            "encoder": (None, *ENCODERS),
-            "source_init": (None, *SOURCE_INITS),
-        }.items():
-            self._expect(name, getattr(self, name) in choices, f"one of {', '.join(filter(None, choices))}")
+    def __post_init__(self) -> None:
+        for name in ("method", "schedule", "precision"):
+            self._expect(name, getattr(self, name) in CHOICES[name], f"one of {', '.join(CHOICES[name])}")
+        for name in ("encoder", "source_init"):
+            value = getattr(self, name)
+            self._expect(name, value is None or value in CHOICES[name], f"one of {', '.join(CHOICES[name])}")
         for name in ("num_virtual_tokens", "save_steps", "keep_checkpoints"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_length", "steps", "batch_size", "tokens_per_batch", "eval_steps", "eval_rows"):
-            self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name in ("encoder_hidden_size", "num_ranks"):
-            self._expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in OPTIONAL_COUNTS:
+            value = getattr(self, name)
+            self._expect(name, value is None or value >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         self._expect("lr", self.lr is None or self.lr > 0, "more than 0")
@@ -104,23 +120,30 @@ class TrainingConfig:
         self._check_method()
         has_text = self.init_text is not None
         self._expect("init_text", has_text == (self.init == "text"), "a text exactly if init='text'")
-        self._expect("init_text", not has_text or bool(self.init_text.strip()), "a text that is not empty")
+        self._expect("init_text", self.init_text is None or bool(self.init_text.strip()), "a text that is not empty")
         self._one_of("steps", "epochs")
         self._at_most_one_of("batch_size", "tokens_per_batch")
         self._at_most_one_of("eval_data", "eval_fraction")
         for name in ("eval_steps", "eval_rows"):
             if getattr(self, name) is not None and self.eval_data is None and self.eval_fraction is None:
                 raise InputError(name, "nothing to evaluate on; expected eval_data or eval_fraction too")
-        self.task  # checks the columns, the template and the verbaliser
+        self._make_task()  # checks the columns, the template and the verbaliser
 
     @property
     def task(self) -> Task:
+        """What makes examples of this configuration's rows."""
+        return self._make_task()
+
+    def _make_task(self) -> Task:
         return Task(**{field.name: getattr(self, field.name) for field in fields(Task) if hasattr(self, field.name)})
 
     @property
     def learning_rate(self) -> float:
         """``lr``, or the method's own if that is None."""
-        return METHODS[self.method].lr(self) if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        method = METHODS[self.method]
+        return method.lr_projected if self.projection and method.lr_projected else method.lr
 
     def to_dict(self) -> dict:
         """The fields as JSON values. Paths are absolute, so that they hold from another folder too."""
@@ -130,7 +153,7 @@ class TrainingConfig:
                 values[name] = os.path.abspath(values[name])
         return values
 
-    def _check_method(self):
+    def _check_method(self) -> None:
         inits = METHODS[self.method].inits
         self._expect("init", self.init in inits, f"one of {', '.join(inits)} with method={self.method!r}")
         for name in sorted({option for method in METHODS.values() for option in method.options}):
@@ -149,13 +172,13 @@ class TrainingConfig:
             has_task, exact = self.source_task is not None, self.source_init == "exact"
             self._expect("source_task", has_task == exact, "a task exactly if source_init='exact'")
 
-    def _expect(self, name: str, holds: bool, expected: str):
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(name, f"expected {expected}, got {getattr(self, name)!r}")
 
-    def _at_most_one_of(self, a: str, b: str):
+    def _at_most_one_of(self, a: str, b: str) -> None:
         self._expect(a, getattr(self, a) is None or getattr(self, b) is None, f"only one of {a} and {b}")
 
-    def _one_of(self, a: str, b: str):
+    def _one_of(self, a: str, b: str) -> None:
         self._at_most_one_of(a, b)
         self._expect(a, getattr(self, a) is not None or getattr(self, b) is not None, f"{a} or {b}")

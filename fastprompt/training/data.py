@@ -4,7 +4,7 @@ import csv
 import json
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def _read_table(file: Path, delimiter: str, argument: str) -> list[dict[str, str
         rows = []
         for row in reader:
             if None in row or None in row.values():
+                fields = len(reader.fieldnames or ())
                 raise InputError(
-                    argument,
-                    f"{str(file)!r}, line {reader.line_num}: expected {len(reader.fieldnames)} fields as in the header",
+                    argument, f"{str(file)!r}, line {reader.line_num}: expected {fields} fields as in the header"
                 )
             rows.append(row)
     return rows
@@ -107,7 +107,7 @@ class Task:
     task_column: str | None = None
     tasks: dict[str, list[str]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         classify = (self.text_column, self.label_column)
         complete = (self.prompt_column, self.completion_column)
         if not (all(classify) and not any(complete)) and not (all(complete) and not any(classify)):
@@ -134,6 +134,11 @@ class Task:
     def is_classification(self) -> bool:
         return self.label_column is not None
 
+    @property
+    def _words(self) -> dict[str, str]:
+        """The verbaliser; empty before `with_words_of`."""
+        return self.verbaliser or {}
+
     def with_words_of(self, rows: Sequence[dict[str, str]], source: str = "data") -> "Task":
         """This task with its verbaliser filled in: each distinct label of ``rows`` is its own word."""
         if self.verbaliser is not None or not self.is_classification:
@@ -145,7 +150,7 @@ class Task:
         """This task with ``tasks`` filled in: the sorted tasks of ``rows``, with the sorted labels of each."""
         if self.task_column is None:
             return self
-        labels = {}
+        labels: dict[str, set[str]] = {}
         for name, row in _named(rows, source):
             seen = labels.setdefault(_value(row, self.task_column, "task_column", name), set())
             if self.is_classification:
@@ -154,11 +159,11 @@ class Task:
 
     def task_id(self, task: str | None) -> int:
         """The number of a task among ``tasks``; 0 where there is only one."""
-        return 0 if self.tasks is None else list(self.tasks).index(task)
+        return 0 if self.tasks is None or task is None else list(self.tasks).index(task)
 
     def labels(self, task: str | None) -> list[str]:
         """The labels to choose from in a task."""
-        return list(self.verbaliser) if self.tasks is None else self.tasks[task]
+        return list(self._words) if self.tasks is None or task is None else self.tasks[task]
 
     def examples(self, rows: Sequence[dict[str, str]], source: str = "data") -> list[Example]:
         """The rows as text. The verbaliser and the tasks must be known (`with_words_of`, `with_tasks_of`); ``source``
@@ -176,16 +181,16 @@ class Task:
 
     def completion(self, prompt: str, label: str) -> str:
         """The text that a label adds to its prompt."""
-        return ("" if prompt.endswith("\n") else " ") + self.verbaliser[label]
+        return ("" if prompt.endswith("\n") else " ") + self._words[label]
 
     def _classification(self, row: dict[str, str], name: str) -> Example:
         prompt = self.prompt(_value(row, self.text_column, "text_column", name), row)
         label = _value(row, self.label_column, "label_column", name)
-        if label not in self.verbaliser:
-            raise InputError("verbaliser", f"{name} has label {label!r}; expected one of {list(self.verbaliser)}")
+        if label not in self._words:
+            raise InputError("verbaliser", f"{name} has label {label!r}; expected one of {list(self._words)}")
         task = self._task(row, name)
-        if task is not None and label not in self.tasks[task]:
-            raise InputError("label_column", f"{name} has label {label!r}; task {task!r} has {self.tasks[task]}")
+        if task is not None and label not in self.labels(task):
+            raise InputError("label_column", f"{name} has label {label!r}; task {task!r} has {self.labels(task)}")
         return Example(prompt, self.completion(prompt, label), label, task, name)
 
     def _completion(self, row: dict[str, str], name: str) -> Example:
@@ -197,19 +202,20 @@ class Task:
         if self.task_column is None:
             return None
         task = _value(row, self.task_column, "task_column", name)
-        if task not in self.tasks:
-            raise InputError("task_column", f"{name} has task {task!r}; expected one of {list(self.tasks)}")
+        tasks = list(self.tasks or ())
+        if task not in tasks:
+            raise InputError("task_column", f"{name} has task {task!r}; expected one of {tasks}")
         return task
 
 
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 
-def _named(rows: Sequence[dict[str, str]], source: str):
+def _named(rows: Sequence[dict[str, str]], source: str) -> Iterator[tuple[str, dict[str, str]]]:
     return ((f"row {number} of {source}", row) for number, row in enumerate(rows, start=1))
 
 
-def _value(row: dict[str, str], column: str, argument: str, name: str) -> str:
+def _value(row: dict[str, str], column: str | None, argument: str, name: str) -> str:
     if column not in row:
         raise InputError(argument, f"{name} has no column {column!r}; expected one of {list(row)}")
     if not row[column].strip():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from .data import Example
 from .errors import InputError
@@ -20,7 +21,9 @@ class Encoded(NamedTuple):
     completion: list[int]
 
 
-def encode(tokenizer, prompts: Sequence[str], completions: Sequence[str], end: bool = False) -> list[Encoded]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str], end: bool = False
+) -> list[Encoded]:
     """Token ids of each prompt and of the completion that follows it.
 
     A completion is tokenised behind its prompt, since its first token may depend on what stands before it. ``end``
@@ -40,7 +43,9 @@ def encode(tokenizer, prompts: Sequence[str], completions: Sequence[str], end: b
     return encoded
 
 
-def encode_examples(tokenizer, examples: Sequence[Example], max_length: int | None = None) -> list[Encoded]:
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int | None = None
+) -> list[Encoded]:
     """Token ids of examples, of which none is empty. Rows longer than ``max_length`` tokens (virtual tokens not
     counted) lose tokens at the start of their prompt."""
     free_text = bool(examples) and examples[0].label is None
@@ -69,7 +74,7 @@ def collate(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, padded on the right to the longest row, and
     ``task_ids`` ``[B]`` where rows have them."""
 
-    def pad(columns, value):
+    def pad(columns: list[list[int]], value: int) -> torch.Tensor:
         return pad_sequence([torch.tensor(column) for column in columns], batch_first=True, padding_value=value)
 
     batch = {
@@ -100,7 +105,7 @@ def plan_batches(
     """
     generator = random.Random(seed)
     rows_left = None if epochs is None else max(round(epochs * len(lengths)), 1)
-    batches = []
+    batches: list[list[int]] = []
     while True:
         order = generator.sample(range(len(lengths)), len(lengths))
         batch, tokens = [], 0

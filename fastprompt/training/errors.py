@@ -8,7 +8,7 @@ class InputError(ValueError):
     (``--label-column``).
     """
 
-    def __init__(self, argument: str, message: str):
+    def __init__(self, argument: str, message: str) -> None:
         super().__init__(f"{argument}: {message}")
         self.argument = argument
         self.message = message

@@ -1,12 +1,13 @@
 """How well a model with an adapter does on rows it was not trained on."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerBase
 
 from .data import Example, Task
 from .encoding import Encoded, encode
@@ -24,13 +25,14 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
     only where a completion is predicted. The last token of a completion need not be fed to the model: completions of
     one prompt that differ in that token alone, such as one-token label words, cost one forward together.
     """
-    readers = {}  # input ids -> the pairs whose completion they predict
+    readers: dict[tuple[int, ...], list[int]] = {}  # input ids -> the pairs whose completion they predict
     for i, (prompt, completion) in enumerate(pairs):
         readers.setdefault((*prompt, *completion[:-1]), []).append(i)
 
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]  # not all: a frozen base may evaluate
     model.eval()
-    base, soft_prompt = model.get_base_model(), _soft_prompt(model, task_id)
+    base: Any = model.get_base_model()
+    soft_prompt = _soft_prompt(model, task_id)
     scores = torch.empty(len(pairs))
     with tqdm(total=len(readers), desc="evaluating", unit="row", leave=None) as bar:
         for batch in _equal_lengths(readers, TOKENS_PER_FORWARD):
@@ -42,26 +44,33 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
             logits = base(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits  # [B, keep, V]
             for row, sequence in zip(logits[:, -keep:].float().log_softmax(-1), batch):
                 for i in readers[sequence]:
-                    completion = torch.tensor(pairs[i].completion, device=base.device)
-                    scores[i] = row[-len(completion) :].gather(-1, completion[:, None]).sum()
+                    tokens = torch.tensor(pairs[i].completion, device=base.device)
+                    scores[i] = row[-len(tokens) :].gather(-1, tokens[:, None]).sum()
             bar.update(len(batch))
-    model.train(was_training)
+    for module in training:
+        module.training = True
     return scores
 
 
-def _soft_prompt(model: PeftModel, task_id: int):
-    """A cache with the soft prompt's keys and values, None for another adapter. In front of every row it is the same."""
+def _soft_prompt(model: PeftModel, task_id: int) -> Any:
+    """A cache with the soft prompt's keys and values, the same in front of every row; None for another adapter."""
     if not model.active_peft_config.is_prompt_learning:
         return None
-    base = model.get_base_model()
-    prompt = model.get_prompt(batch_size=1, task_ids=torch.tensor([task_id], device=base.device))
+    base: Any = model.get_base_model()
+    prompt: Any = model.get_prompt(batch_size=1, task_ids=torch.tensor([task_id], device=base.device))
     if isinstance(prompt, Cache):  # Prefix-Tuning learns keys and values
         return prompt
     prompt = prompt.to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
     return base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def evaluate(model, tokenizer, task: Task, examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict:
+def evaluate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+) -> dict:
     """``loss`` (mean over completion tokens, natural log), ``rows``, and for labelled rows ``accuracy``: how often the
     most probable of the task's label words is the right one. ``encoded`` are the token ids of ``examples``.
 
@@ -85,7 +94,14 @@ def _means(sums: Sequence[dict]) -> dict:
     return {**result, "rows": total["rows"]}
 
 
-def _sums(model, tokenizer, task: Task, name: str | None, examples, encoded) -> dict:
+def _sums(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    name: str | None,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+) -> dict:
     """Sums over the rows of one task: ``log_prob`` of the completions, their ``tokens``, ``rows``, and how many labels
     are ``right``."""
     task_id = task.task_id(name)
@@ -102,7 +118,7 @@ def _sums(model, tokenizer, task: Task, name: str | None, examples, encoded) -> 
     # The prompts of `encoded` may have been shortened; the words are scored behind the same.
     pairs = [Encoded(encoded[i // len(labels)].prompt, word.completion) for i, word in enumerate(words)]
     scores = completion_log_probs(model, pairs, task_id).view(len(encoded), len(labels))
-    right = torch.tensor([labels.index(example.label) for example in examples])
+    right = torch.tensor([labels.index(str(example.label)) for example in examples])
     return {
         **sums,
         "log_prob": scores.gather(1, right[:, None]).sum().item(),
@@ -110,9 +126,9 @@ def _sums(model, tokenizer, task: Task, name: str | None, examples, encoded) -> 
     }
 
 
-def _equal_lengths(sequences, tokens: int):
+def _equal_lengths(sequences: Iterable[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
     """Lists of equally long sequences, each list with at most ``tokens`` tokens or one sequence."""
-    batch = []
+    batch: list[tuple[int, ...]] = []
     for sequence in sorted(sequences, key=len):
         if batch and (len(sequence) != len(batch[0]) or len(sequence) * (len(batch) + 1) > tokens):
             yield batch

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +14,14 @@ RUN_FILE = "run.json"  # the configuration; marks a folder as the output of a ru
 STAGING = ".incomplete"  # under a run's folder: what is being written, or being deleted
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value: object) -> None:
     """Replace ``path`` by ``value`` as JSON in one step."""
     with replacing(path) as aside:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """A file to write aside, which on leaving takes the place of ``path`` in one step. After an error it does not."""
     aside = path.with_name(f".{path.name}.incomplete")
     yield aside
@@ -41,7 +42,7 @@ def read_record(folder: Path, argument: str = "adapter") -> dict:
 
 
 @contextmanager
-def staged(folder: Path):
+def staged(folder: Path) -> Iterator[Path]:
     """An empty folder to write into. On leaving, all that it holds is on the disk, then moves into ``folder``.
 
     A folder moves as a whole and must not exist there yet; a file replaces its namesake. After an error nothing moves.
@@ -64,7 +65,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def delete_checkpoint(path: Path):
+def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint; killed half-way, none by its name is left."""
     staging = path.parent / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -72,7 +73,7 @@ def delete_checkpoint(path: Path):
     shutil.rmtree(staging)
 
 
-def _sync(path: Path):
+def _sync(path: Path) -> None:
     # A folder's entry for a file reaches the disk with the folder, not with the file. Windows can't open folders.
     if path.is_dir() and os.name == "nt":
         return

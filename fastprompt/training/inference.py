@@ -25,7 +25,7 @@ class TrainedAdapter:
 
     def __init__(
         self, adapter: str, model: str | None = None, gguf_file: str | None = None, precision: str | None = None
-    ):
+    ) -> None:
         record = read_record(Path(adapter))
         moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
         self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
@@ -68,7 +68,7 @@ class TrainedAdapter:
         set_seed(seed)
         with torch.no_grad():
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def _task_id(self, task: str | None) -> int:
         if self.task.tasks is None and task is not None:

@@ -3,10 +3,13 @@
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from fastprompt import accelerate
 
@@ -17,7 +20,7 @@ from .encoding import Encoded, collate, encode_examples, features, plan_batches
 from .errors import InputError
 from .evaluation import evaluate
 from .files import RUN_FILE, checkpoints, read_record, staged, write_json
-from .trainer import SoftPromptTrainer, deterministic
+from .trainer import Loss, SoftPromptTrainer, deterministic
 
 # What a run may change when it is resumed: nothing here reaches the weights.
 FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "eval_steps", "eval_rows"}
@@ -29,7 +32,7 @@ class Data:
     ``held_out`` is empty where the configuration asks for no evaluation. ``task`` has its verbaliser and its tasks.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig) -> None:
         rows = read_rows(config.data)
         self.task: Task = config.task.with_words_of(rows).with_tasks_of(rows)
         self.train: list[Example] = self.task.examples(rows)
@@ -39,7 +42,8 @@ class Data:
         elif config.eval_fraction is not None:
             self.train, self.held_out = split_rows(self.train, config.eval_fraction, config.seed)
 
-    def encode(self, tokenizer, max_length: int | None):
+    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        """Fill in the token ids."""
         self.train_ids: list[Encoded] = encode_examples(tokenizer, self.train, max_length)
         self.held_out_ids: list[Encoded] = encode_examples(tokenizer, self.held_out, max_length)
 
@@ -51,10 +55,10 @@ class TrainingRun:
     ``batches`` the row numbers of every step, ``data`` the rows. Raises `InputError`.
     """
 
-    def __init__(self, config: TrainingConfig, accelerated: bool = True):
+    def __init__(self, config: TrainingConfig, accelerated: bool = True) -> None:
         self.config = config
         self.folder = Path(config.output)
-        self.record = {
+        self.record: dict[str, Any] = {
             "config": config.to_dict(),
             "data_sha256": [_sha256(path) for path in (config.data, config.eval_data) if path is not None],
         }
@@ -100,7 +104,7 @@ class TrainingRun:
         data = self.data
         return evaluate(self.model, self.tokenizer, data.task, data.held_out[:rows], data.held_out_ids[:rows])
 
-    def train(self, callbacks=(), loss=None) -> list[dict]:
+    def train(self, callbacks: Sequence[TrainerCallback] = (), loss: Loss | None = None) -> list[dict]:
         """Train, and leave in ``config.output`` the adapter (PEFT's format), ``run.json`` and ``log.json``.
 
         Returns the log: a dict for each step (``step``, ``loss``, ``grad_norm``, ``learning_rate``) and each
@@ -121,11 +125,11 @@ class TrainingRun:
                 trainer.evaluate()
         if trainer.args.should_save:
             with staged(self.folder) as staging:
-                self.model.save_pretrained(staging, save_embedding_layers=False)
+                self.model.save_pretrained(str(staging), save_embedding_layers=False)
             trainer.write_log(finished=True)
         return trainer.state.log_history
 
-    def _check_output(self):
+    def _check_output(self) -> None:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise InputError("output", f"{str(folder)!r} is a file; expected a folder, which may be missing")
@@ -148,7 +152,7 @@ class TrainingRun:
         if self.record["data_sha256"] != before["data_sha256"]:
             raise InputError("data", "its contents changed since the run to resume began")
 
-    def _check_lengths(self, argument: str, virtual_tokens: int, limit: int, where: str):
+    def _check_lengths(self, argument: str, virtual_tokens: int, limit: int, where: str) -> None:
         data = self.data
         for example, ids in zip(data.train + data.held_out, data.train_ids + data.held_out_ids):
             length = virtual_tokens + len(ids.prompt) + len(ids.completion)
@@ -174,5 +178,5 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _evaluated(state) -> bool:
+def _evaluated(state: TrainerState) -> bool:
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)

@@ -6,7 +6,7 @@ import triton.language as tl
 def factor(
     rows, cols, task, token, column, length, rank, WIDTH: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """``(rows[task] @ cols[task])[token, column]`` ``[BP, BD]`` in fp32, for ``token [BP, 1]`` and ``column [1, BD]``."""
+    """``(rows[task] @ cols[task])[token, column]`` ``[BP, BD]`` in fp32, of ``token [BP, 1]``, ``column [1, BD]``."""
     total = tl.zeros([BP, BD], tl.float32)
     for k in range(rank):
         left = tl.load(rows + (task * length + token) * rank + k, mask=token < length, other=0.0)  # [BP, 1]

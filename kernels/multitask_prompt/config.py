@@ -1,7 +1,8 @@
 """Tiles ``[BP, BK, BD]`` (tokens, ranks, columns) of the kernels that sum over one side of the factor, by rule.
 
 A thread keeps at most 16 fp32 sums: with 32 the loads of both factors in flight left too few registers and some targets
-spilled. There are few programs where a batch has one task, so a tile is small along what is left and long along what is summed.
+spilled. There are few programs where a batch has one task, so a tile is small along what is left and long along what is
+summed.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Tile:
 
 
 def rows_tile(width, rank, element_size):
-    """Of the sum over columns: 4 tokens, and what 128 threads load with one 16-byte load each, two for the first rank."""
+    """Of the sum over columns: 4 tokens, and what 128 threads load by one 16-byte load each, two for the first rank."""
     ranks = _ranks(rank)
     return Tile(4, ranks, min(power_of_two(width), max(512, 1024 // ranks) // element_size))
 

@@ -5,11 +5,21 @@ Every table row is 8 int32, the unused ones 0.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 QUERIES, KEYS, PREFIX = 0, 1, 2  # roles of backward items
 _COLUMNS = 8
+
+
+class Groups(NamedTuple):
+    """Queries that read one prefix, side by side. ``[G]`` each."""
+
+    first: np.ndarray
+    last: np.ndarray
+    prefix: np.ndarray  # -1: none
+    prefix_length: np.ndarray
 
 
 @dataclass(eq=False)
@@ -47,23 +57,23 @@ class Batch:
 
     @cached_property
     def groups(self):
-        """``(first query, last query, prefix, its length)`` of the queries that read one prefix."""
         edges = np.flatnonzero(np.diff(self.prefixes)) + 1
-        starts, ends = [0, *edges.tolist()], [*edges.tolist(), self.queries]
-        return [(a, b, int(self.prefixes[a]), int(self.prefix_lengths[a])) for a, b in zip(starts, ends) if a < b]
+        first = np.append(np.zeros(min(self.queries, 1), np.int64), edges)
+        last = np.append(edges, self.queries)[: len(first)]
+        return Groups(first, last, self.prefixes[first], self.prefix_lengths[first])
 
 
 def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
     """
     Args:
         sequences: ``[B, 4]`` ints: first row, length, prefix (-1: none), gap.
-        prefix_lengths: the keys of each prefix of the bank.
+        prefix_lengths: ``[B]`` the keys of the prefix that each reads.
         decode: one query a sequence, keys in a cache with ``room`` places a sequence.
     """
     table = np.asarray(sequences, np.int64).reshape(-1, 4)
     index = np.flatnonzero(table[:, 1] > 0)
     start, length, prefix, gap = table[index].T
-    used = np.append(np.asarray(prefix_lengths, np.int64), 0)[prefix]  # -1 finds the last
+    used = np.asarray(prefix_lengths, np.int64)[index]
     prefix = np.where(used > 0, prefix, -1)
     order = np.lexsort((start, prefix))
     index, start, length, prefix, gap, used = (x[order] for x in (index, start, length, prefix, gap, used))
@@ -92,12 +102,12 @@ def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
 
 def query_tiles(batch, rows):
     """``[T, 8]``: queries [q0, q1), own keys [k0, k1), prefix, its keys [p0, p1), at most ``rows`` queries a tile."""
-    firsts = [np.arange(a, b, rows) for a, b, _, _ in batch.groups]
-    q0 = np.concatenate([np.zeros(0, np.int64), *firsts])
-    ends = np.repeat([b for _, b, _, _ in batch.groups], [len(x) for x in firsts]).astype(np.int64)
-    q1 = np.minimum(q0 + rows, ends)
-    if not len(q0):
-        return np.zeros((0, _COLUMNS), np.int64)
+    first, last, *_ = batch.groups
+    group, number = _repeat(-(-(last - first) // rows))
+    if not len(group):
+        return _table()
+    q0 = first[group] + number * rows
+    q1 = np.minimum(q0 + rows, last[group])
     p1 = batch.prefix_lengths[q0]
     p0 = np.minimum(np.minimum.reduceat(batch.prefix_low, q0), p1)
     return _table(q0, q1, batch.low[q0], batch.high[q1 - 1], np.maximum(batch.prefixes[q0], 0), p0, p1)
@@ -114,10 +124,10 @@ def backward_items(batch, *, query_rows, key_block, chunk_rows, dq, dkv, dprefix
 
     Returns:
         items: ``[W, 8]``: role, queries [q0, q1), keys [k0, k1), prefix, then [p0, p1) or the slot of the partial sum.
-        slots: ``{(prefix, block): (first slot, last slot, keys of the prefix)}``.
+        slots: ``[E, 5]`` prefix, block of its keys, first slot, last slot, keys of the prefix.
         number of slots.
     """
-    parts, slots, count = [_table()], {}, 0
+    parts, slots, count = [_table()], np.zeros((0, 5), np.int64), 0
     if dq:
         tiles = query_tiles(batch, query_rows)
         parts.append(_table(QUERIES, *tiles[:, :7].T))
@@ -128,23 +138,17 @@ def backward_items(batch, *, query_rows, key_block, chunk_rows, dq, dkv, dprefix
         q1 = np.searchsorted(batch.low, k1 - 1, "right")
         parts.append(_table(KEYS, q0, q1, k0, k1))
     if dprefix:
-        for a, b, prefix, length in batch.groups:
-            chunks = np.arange(a, b, chunk_rows)
-            for block, p0 in enumerate(range(0, length, key_block)):
-                slots[prefix, block] = count, count + len(chunks), length
-                slot = np.arange(count, count + len(chunks))
-                count += len(chunks)
-                parts.append(
-                    _table(
-                        PREFIX,
-                        chunks,
-                        np.minimum(chunks + chunk_rows, b),
-                        p0,
-                        min(p0 + key_block, length),
-                        prefix,
-                        slot,
-                    )
-                )
+        first, last, prefix, length = batch.groups
+        chunks = -(-(last - first) // chunk_rows)
+        reader, block = _repeat(-(-length // key_block))  # of every block of keys of every prefix
+        entry, number = _repeat(chunks[reader])  # of every prefix item
+        count = len(entry)
+        slot = np.cumsum(chunks[reader])
+        slots = np.stack([prefix[reader], block, slot - chunks[reader], slot, length[reader]], 1)
+        group = reader[entry]
+        q0, p0 = first[group] + number * chunk_rows, block[entry] * key_block
+        q1, p1 = np.minimum(q0 + chunk_rows, last[group]), np.minimum(p0 + key_block, length[group])
+        parts.append(_table(PREFIX, q0, q1, p0, p1, prefix[group], np.arange(count)))
     items = np.concatenate(parts)
     return items[np.lexsort((items[:, 0], items[:, 1] // chunk_rows))], slots, count
 
@@ -152,8 +156,7 @@ def backward_items(batch, *, query_rows, key_block, chunk_rows, dq, dkv, dprefix
 def slot_table(slots, prefixes, length, key_block):
     """``[N, blocks, 3]`` of :func:`backward_items`'s slots for a bank of ``prefixes`` with room for ``length`` keys."""
     table = np.zeros((prefixes, -(-length // key_block), 3), np.int64)
-    for (prefix, block), entry in slots.items():
-        table[prefix, block] = entry
+    table[slots[:, 0], slots[:, 1]] = slots[:, 2:]
     return table
 
 
@@ -164,19 +167,27 @@ def decode_items(batch, *, rows, prefix_split, own_split):
         items: ``[W, 8]``: queries [q0, q1), keys [k0, k1), prefix or -1 for own keys, number among its queries' parts.
         parts: ``[Q + 1]`` the first part of each query, and the total.
     """
-    tables, counts = [_table()], np.zeros(batch.queries, np.int64)
-    for q0, q1, _, _, prefix, p0, p1, _ in query_tiles(batch, rows):
-        k0 = np.arange(p0, p1, prefix_split)
-        tables.append(_table(q0, q1, k0, np.minimum(k0 + prefix_split, p1), prefix, np.arange(len(k0))))
-        counts[q0:q1] = len(k0)
+    tiles = query_tiles(batch, rows)
+    q0, q1, _, _, prefix, p0, p1, _ = tiles.T
+    of_tile = -(-(p1 - p0) // prefix_split)
+    tile, number = _repeat(of_tile)
+    k0 = p0[tile] + number * prefix_split
+    k1 = np.minimum(k0 + prefix_split, p1[tile])
+    shared = _table(q0[tile], q1[tile], k0, k1, prefix[tile], number)
+
+    before = np.repeat(of_tile, q1 - q0)  # parts of each query
     splits = -(-(batch.high - batch.low) // own_split)
-    query = np.repeat(np.arange(batch.queries), splits)
-    number = np.arange(splits.sum()) - np.repeat(np.cumsum(splits) - splits, splits)
+    query, number = _repeat(splits)
     k0 = batch.low[query] + number * own_split
-    tables.append(
-        _table(query, query + 1, k0, np.minimum(k0 + own_split, batch.high[query]), -1, counts[query] + number)
-    )
-    return np.concatenate(tables), np.concatenate([[0], np.cumsum(counts + splits)])
+    k1 = np.minimum(k0 + own_split, batch.high[query])
+    own = _table(query, query + 1, k0, k1, -1, before[query] + number)
+    return np.concatenate([shared, own]), np.append(0, np.cumsum(before + splits))
+
+
+def _repeat(counts):
+    """Each index as often as ``counts`` says, and how many times it came before."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - (np.cumsum(counts) - counts)[index]
 
 
 def _table(*columns):

@@ -1,8 +1,10 @@
-"""Tiles that were measured to beat the rule of ``config.py``: ``tuned.json``, written by ``python -m benchmarks.gpu.tune``.
+"""Tiles measured to beat the rule of ``config.py``: ``tuned.json``, written by ``python -m benchmarks.gpu.tune``.
 
-The file maps the name of a device to its entries, and the key of an entry (:func:`key`) to all of its role's :data:`FIELDS`::
+The file maps the name of a device to its entries, and the key of an entry (:func:`key`) to all of its role's
+:data:`FIELDS`::
 
-    {"<device>": {"forward 16-bit 128": {"queries": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "registers": null}}}
+    {"<device>": {"forward 16-bit 128": {"queries": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "registers":
+    null}}}
 
 There may be no file, and no entry: then the rule holds.
 """

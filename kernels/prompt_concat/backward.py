@@ -1,8 +1,9 @@
 """Backward: the gradients of a row's readers, summed in fp32 in an order that depends on ``source`` alone.
 
-The inverse index is ``order``, the rows sorted by what they read, and ``starts``, where the readers of each row begin in it.
-A row may have one reader or nearly all (a padding token). So that no program sums thousands of rows alone, ``order`` is cut
-into chunks of equal length; those that lie within one row's readers are summed first, by programs of their own.
+The inverse index is ``order``, the rows sorted by what they read, and ``starts``, where the readers of each row begin
+in it. A row may have one reader or nearly all (a padding token). So that no program sums thousands of rows alone,
+``order`` is cut into chunks of equal length; those that lie within one row's readers are summed first, by programs of
+their own.
 """
 
 import triton
@@ -58,7 +59,8 @@ def sum_readers(
 ):  # fmt: skip
     """``ROWS`` rows of a gradient, each written once, with zero where it has no reader.
 
-    The readers of row j are ``order[starts[j] : starts[j + 1]]``, or from ``starts[j + 1]`` to ``starts[j]`` if ``FALLING``.
+    The readers of row j are ``order[starts[j] : starts[j + 1]]``, or from ``starts[j + 1]`` to ``starts[j]`` if
+    ``FALLING``.
     """
     column = (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
     first = tl.program_id(0) * ROWS

@@ -15,8 +15,8 @@ def gather(
     column = (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
     index = tl.load(source + row, mask=row < count, other=0)[:, None].to(tl.int64)  # [BR, 1]
     live = (row < count)[:, None] & (column < WIDTH)
-    # A row has one of the two sources, the loads of the other are masked off. A choice between the addresses instead would
-    # hide from the compiler that they are aligned.
+    # A row has one of the two sources, the loads of the other are masked off. A choice between the addresses instead
+    # would hide from the compiler that they are aligned.
     token = tl.load(
         table + index * stride_table + column.to(tl.int64) * TABLE_STEP, mask=live & (index >= 0), other=0.0
     )  # [BR, BD]

@@ -1,4 +1,4 @@
-"""A program walks over the columns of one sequence, ``BC`` at a time. Bytes do not matter here, the number of launches does."""
+"""A program walks over the columns of one sequence, ``BC`` at a time. Launches matter here, bytes do not."""
 
 import triton
 import triton.language as tl
@@ -44,7 +44,11 @@ def measure(
     b, c = tl.program_id(0), tl.arange(0, BC)
     begin, columns = cells_of(b, starts, lengths, width)
     count, first, last = tl.zeros([BC], tl.int32), tl.full([BC], width, tl.int32), tl.full([BC], -1, tl.int32)
-    labelled, orphans, strangers = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32)
+    labelled, behind_padding, out_of_range = (
+        tl.zeros([BC], tl.int32),
+        tl.zeros([BC], tl.int32),
+        tl.zeros([BC], tl.int32),
+    )
     for start in range(0, columns, BC):
         column = start + c  # [BC]
         inside = column < columns
@@ -56,17 +60,17 @@ def measure(
             wanted = are_wanted(tl.load(labels + begin + column, mask=inside, other=IGNORE), column, inside, FRONT)
             before = are_real(real, begin + column - 1, inside & (column > 0)) | (column == 0)
             labelled += wanted.to(tl.int32)
-            orphans += (wanted & (before == 0)).to(tl.int32)
+            behind_padding += (wanted & (before == 0)).to(tl.int32)
         if virtual is not None:
-            strangers += (tl.load(virtual + begin + column, mask=live, other=-1) >= prompt_length).to(tl.int32)
+            out_of_range += (tl.load(virtual + begin + column, mask=live, other=-1) >= prompt_length).to(tl.int32)
     length = tl.sum(count)
     begins, ends = tl.min(first), tl.max(last) + 1
     tl.store(stats + b, length)
     tl.store(stats + batch + b, begins)
     tl.store(stats + 2 * batch + b, (length > 0) & (ends - begins > length))
     tl.store(stats + 3 * batch + b, tl.sum(labelled))
-    tl.store(stats + 4 * batch + b, tl.sum(orphans) > 0)
-    tl.store(stats + 5 * batch + b, tl.sum(strangers) > 0)
+    tl.store(stats + 4 * batch + b, tl.sum(behind_padding) > 0)
+    tl.store(stats + 5 * batch + b, tl.sum(out_of_range) > 0)
     tl.store(stats + 6 * batch + b, 0)
     if prompts is None:
         tl.store(stats + 7 * batch + b, 0)

@@ -50,11 +50,11 @@ def check_guards():
 
 @contextmanager
 def guards():
-    """Within it ``torch.empty``, ``empty_like``, ``empty_strided`` and ``new_empty`` give poisoned tensors in guarded buffers.
+    """Within it ``torch.empty`` and its like give poisoned tensors in guarded buffers.
 
     Poison is NaN for floats and a large value for integers. On leaving, :func:`check_guards` runs. The interpreter also
-    refuses to read the bands: what is read there may be thrown away, and then no result would show it. And it rounds fp32
-    to the nearest bf16, as every GPU does; by itself it truncates.
+    refuses to read the bands: what is read there may be thrown away, and then no result would show it. And it rounds
+    fp32 to the nearest bf16, as every GPU does; by itself it truncates.
     """
     places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     before = len(_records)
@@ -64,9 +64,7 @@ def guards():
     if INTERPRETED:
         load, convert = interpreter_builder.create_masked_load, interpreter._convert_float
         interpreter._convert_float = _rounding(convert)
-        interpreter_builder.create_masked_load = lambda place, mask, *rest: (
-            _check_reads(place, mask) or load(place, mask, *rest)
-        )
+        interpreter_builder.create_masked_load = _checked(load)
     try:
         yield
         check_guards()
@@ -111,6 +109,14 @@ def _poisoned(empty):
         return tensor.requires_grad_(made.requires_grad)
 
     return poisoned
+
+
+def _checked(load):
+    def checked(place, mask, *rest):
+        _check_reads(place, mask)
+        return load(place, mask, *rest)
+
+    return checked
 
 
 def _check_reads(place, mask):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
-from budget import assert_sums_rounded_once, assert_within_budget
+from budget import assert_sums_rounded_once
 from fastprompt.kernels.launch import INTERPRETED, Kernel, Options
 from guard import DEVICE, check_guards, guarded, guards
 from triton.runtime.errors import InterpreterError
@@ -60,16 +60,6 @@ def test_a_guarded_copy_is_like_the_original(offset, dtype):
     assert torch.equal(copied.cpu(), tensor) and copied.stride() == tensor.stride()
     assert copied.data_ptr() % 16 == offset * copied.element_size() % 16
     check_guards()
-
-
-def test_the_budget():
-    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    same = exact.to(torch.float16)
-    step = torch.finfo(torch.float16).eps
-    assert_within_budget(same + 2 * step, same, exact)
-    for wrong in (same + 6 * step, same * torch.nan):
-        with pytest.raises(AssertionError, match="over the budget"):
-            assert_within_budget(wrong, same, exact)
 
 
 def test_the_bound_of_sums():

@@ -10,7 +10,8 @@ from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.ops.multitask_prompt.api import MultitaskPrompt, available_backends, multitask_prompt, select_backend
+from fastprompt.backends import available, choose
+from fastprompt.ops.multitask_prompt.api import MultitaskPrompt, multitask_prompt
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -102,11 +103,16 @@ def test_gradients_of_a_repeated_task_are_summed_in_fp32(dtype):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(ids=()), dict(length=0), dict(width=0), dict(rank=0), dict(ids=(), tasks=0), dict(ids=(), length=0, width=0),
+        dict(ids=()),
+        dict(length=0),
+        dict(width=0),
+        dict(rank=0),
+        dict(ids=(), tasks=0),
+        dict(ids=(), length=0, width=0),
         dict(ids=(), rank=0),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_empty_inputs(sizes):
     check(*map(guarded, inputs(**sizes)))
 
@@ -167,9 +173,13 @@ def test_the_order_of_programs_changes_no_bit(seed):
 
 
 @given(
-    ids=st.lists(st.integers(0, 2), max_size=4), length=st.integers(0, 9), width=st.integers(1, 20), rank=st.integers(1, 5),
-    seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    ids=st.lists(st.integers(0, 2), max_size=4),
+    length=st.integers(0, 9),
+    width=st.integers(1, 20),
+    rank=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
 @settings(max_examples=15, deadline=None)
 def test_any_shape(ids, length, width, rank, seed, dtype):
     check(*map(guarded, inputs(ids, length, width, 3, rank, dtype, seed)))
@@ -219,8 +229,8 @@ def test_a_task_out_of_range_is_refused_before_anything_is_read():
 
 
 def test_backends():
-    assert available_backends()["triton"] is None
-    assert select_backend("cuda") == "triton" != select_backend("cpu")
+    assert available("multitask_prompt")["triton"] is None
+    assert choose("multitask_prompt", "auto", "cuda") == "triton" != choose("multitask_prompt", "auto", "cpu")
     shared, rows, cols, task_ids, _ = (x.to(DEVICE) for x in inputs())
     double = [x.double() for x in (shared, rows, cols)]
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):

@@ -11,7 +11,8 @@ from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.ops.prompt_concat.api import PromptConcat, available_backends, prompt_concat, select_backend
+from fastprompt.backends import available, choose
+from fastprompt.ops.prompt_concat.api import PromptConcat, prompt_concat
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -200,9 +201,14 @@ def test_the_order_of_programs_changes_no_bit(seed):
 
 
 @given(
-    rows=st.integers(0, 2 * CHUNK + 9), vocabulary=st.integers(1, 5), prompts=st.integers(0, 5), width=st.integers(1, 20),
-    scale=st.sampled_from([1.0, 24.0]), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    rows=st.integers(0, 2 * CHUNK + 9),
+    vocabulary=st.integers(1, 5),
+    prompts=st.integers(0, 5),
+    width=st.integers(1, 20),
+    scale=st.sampled_from([1.0, 24.0]),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
 @settings(max_examples=15, deadline=None)
 def test_any_shape(rows, vocabulary, prompts, width, scale, seed, dtype):
     check(*map(guarded, inputs(rows, vocabulary, prompts, width, dtype, seed)), scale=scale)
@@ -245,8 +251,8 @@ def test_source_out_of_range_is_refused_before_anything_is_read():
 
 
 def test_backends(monkeypatch):
-    assert available_backends()["triton"] is None
-    assert select_backend("cuda") == "triton" != select_backend("cpu")
+    assert available("prompt_concat")["triton"] is None
+    assert choose("prompt_concat", "auto", "cuda") == "triton" != choose("prompt_concat", "auto", "cpu")
     source, table, prompt, _ = (x.to(DEVICE) for x in inputs())
     with pytest.raises(RuntimeError, match="cannot run this call: the Triton kernels have no float64"):
         prompt_concat(source, table.double(), prompt.double(), backend="triton")

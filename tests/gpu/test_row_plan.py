@@ -1,14 +1,12 @@
 """The kernels of the row plan against plain PyTorch: the same numbers, whatever the batch."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from guard import guarded, shuffled
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from row_plans import packed, padded, result_of
 
-from fastprompt.layout import CannotPack, plan_packed_input, plan_padded_input
+from fastprompt.layout import plan_packed_input, plan_padded_input
 from fastprompt.layout import triton as launcher
 
 
@@ -16,22 +14,6 @@ from fastprompt.layout import triton as launcher
 def _columns_at_a_time(monkeypatch, request):
     """So few that a sequence has several blocks of them."""
     monkeypatch.setattr(launcher, "_block", lambda batch: request.param)
-
-
-def flat(plan):
-    """Everything in a plan, tensors as lists."""
-    return {
-        field.name: x.tolist() if isinstance(x, torch.Tensor) else x and [None if t is None else t.tolist() for t in x.tensors()]
-        if field.name == "sequences" else x
-        for field in fields(plan) for x in [getattr(plan, field.name)]
-    }  # fmt: skip
-
-
-def result_of(make, *arguments, **options):
-    try:
-        return flat(make(*arguments, **options))
-    except (CannotPack, ValueError) as error:
-        return type(error), str(error)
 
 
 def check(make, *arguments, **options):
@@ -44,65 +26,21 @@ def check(make, *arguments, **options):
     return exact
 
 
-def draw_ints(draw, shape, low, high, dtype=torch.int64):
-    count = torch.Size(shape).numel()
-    return torch.tensor(draw(st.lists(st.integers(low, high), min_size=count, max_size=count)), dtype=dtype).view(shape)
-
-
-@st.composite
-def options(draw, shape, batch):
-    """What both sorts of input take."""
-    length = draw(st.integers(0, 5))
-    chosen = dict(prefix_length=draw(st.integers(0, 2)), layout=draw(st.sampled_from(["shared", "packed", "padded"])))
-    if draw(st.booleans()):
-        chosen["prompt_ids"] = draw_ints(draw, [batch], 0, 2)
-    ints = st.sampled_from([torch.int64, torch.int32])
-    if draw(st.booleans()):
-        labels = draw_ints(draw, shape, -4, 4, draw(ints))
-        chosen["labels"] = torch.where(labels < 0, -100, labels)
-    if draw(st.booleans()):
-        chosen["token_ids"] = draw_ints(draw, shape, 7, 8, draw(ints))
-    if draw(st.booleans()):
-        chosen["virtual_tokens"] = draw_ints(draw, shape, -3, length, draw(ints)).clamp(min=-1)
-    return length, chosen
-
-
-@st.composite
-def padded(draw):
-    batch, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    length, chosen = draw(options([batch, width], batch))
-    mask = torch.zeros(batch, width, dtype=draw(st.sampled_from([torch.int64, torch.bool])))
-    left = draw(st.booleans())
-    for row in mask:
-        size = draw(st.integers(0, width))
-        first = draw(st.integers(0, width - size)) if left else 0
-        row[first : first + size] = 1
-    if draw(st.integers(0, 9)) == 0:
-        column = draw(st.integers(0, width - 1))
-        mask[0, column] = mask[0, column] == 0
-    if draw(st.integers(0, 4)):
-        chosen["attention_mask"] = mask
-        if "labels" in chosen and draw(st.integers(0, 4)):
-            chosen["labels"][mask == 0] = -100
-    return batch, width, length, chosen
-
-
-QUIET = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(padded())
-@QUIET
+@FEW
 def test_padded_input(example):
     *sizes, chosen = example
     check(plan_padded_input, *sizes, **chosen)
 
 
-@given(st.data())
-@QUIET
-def test_packed_input(data):
-    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
-    length, chosen = data.draw(options([sum(lengths)], len(lengths)))
-    check(plan_packed_input, [sum(lengths[:i]) for i in range(len(lengths) + 1)], length, **chosen)
+@given(packed())
+@FEW
+def test_packed_input(example):
+    *sizes, chosen = example
+    check(plan_packed_input, *sizes, **chosen)
 
 
 def test_what_is_shared_is_written_once():

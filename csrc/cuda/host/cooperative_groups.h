@@ -21,7 +21,9 @@ struct cluster_group {
     emulation::grid->pass();
     auto const block = emulation::grid->block().cluster->first + rank;
     if (block == blockIdx.x) return address;
-    if (emulation::grid->block(block).ended) emulation::grid->fail("a look at the shared memory of a block that has ended");
+    if (emulation::grid->block(block).ended) {
+      emulation::grid->fail("a look at the shared memory of a block that has ended");
+    }
     auto const offset = reinterpret_cast<unsigned char*>(address) - reinterpret_cast<unsigned char*>(dynamic_shared);
     return reinterpret_cast<T*>(emulation::grid->block(block).shared.data() + offset);
   }

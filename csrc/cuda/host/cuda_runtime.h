@@ -1,16 +1,17 @@
-// An emulation of CUDA on a CPU, of as much of it as the kernels in the folder above use: with this folder first on the include
-// path a C++ compiler compiles them unchanged. It is for tests of what they compute, and says nothing about their speed.
+// An emulation of CUDA on a CPU, of as much of it as the kernels in the folder above use: with this folder first on the
+// include path a C++ compiler compiles them unchanged. It is for tests of what they compute, and says nothing about
+// their speed.
 //
-// Every CUDA thread is a fiber of one system thread. A fiber runs up to its next point of synchronisation (a barrier, a shuffle,
-// an atomic access, a look at another block's shared memory); then any fiber of the grid that waits for nothing may be the
-// next, as a generator with the seed `emulation::seed` decides; one thread of a grid is far slower than the others. A kernel
-// that forgets a barrier so meets orders that a GPU shows too rarely to be found. All blocks of a grid run at once, as cooperative
-// launches and clusters demand.
+// Every CUDA thread is a fiber of one system thread. A fiber runs up to its next point of synchronisation (a barrier, a
+// shuffle, an atomic access, a look at another block's shared memory); then any fiber of the grid that waits for
+// nothing may be the next, as a generator with the seed `emulation::seed` decides; one thread of a grid is far slower
+// than the others. A kernel that forgets a barrier so meets orders that a GPU shows too rarely to be found. All blocks
+// of a grid run at once, as cooperative launches and clusters demand.
 //
-// Not covered: caches and the order in which one thread's accesses reach others (an access is seen by all at once), warps that
-// are incomplete or whose lanes part, static shared memory. Dynamic shared memory is the array `dynamic_shared` of uint4,
-// declared outside any namespace, and starts as NaN. Its address is the same in all blocks: an address that another block's
-// memory was mapped to is good until the next point of synchronisation.
+// Not covered: caches and the order in which one thread's accesses reach others (an access is seen by all at once),
+// warps that are incomplete or whose lanes part, static shared memory. Dynamic shared memory is the array
+// `dynamic_shared` of uint4, declared outside any namespace, and starts as NaN. Its address is the same in all blocks:
+// an address that another block's memory was mapped to is good until the next point of synchronisation.
 //
 // For tests of the tests, -DEMULATION_WITHOUT_SYNCTHREADS and -DEMULATION_WITHOUT_CLUSTER_SYNC leave out that barrier.
 #pragma once
@@ -294,7 +295,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLau
 
 // Returns when the grid is done.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
@@ -304,6 +306,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     emulation::error = "not a launch that can be emulated";
     return cudaErrorLaunchFailure;
   }
-  emulation::Grid(config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); }).run();
+  emulation::Grid(config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes,
+                  [&] { kernel(arguments...); }).run();
   return emulation::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

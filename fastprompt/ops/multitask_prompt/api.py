@@ -2,19 +2,9 @@
 
 import torch
 
+from ...backends import implementation, is_eager
 from ...checks import FLOATS, INTS, check_range, check_tensor, without_autocast
-from ..launcher import available_here, choose, implementation, is_eager
 from . import cpu
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return available_here("multitask_prompt")
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose("multitask_prompt", "auto", device_type, torch.float32)
 
 
 def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
@@ -29,7 +19,7 @@ def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
         cols: ``[T, r, D]`` the right factors, likewise.
         task_ids: ``[N]`` int64 or int32, values in ``[0, T)``. Pass the distinct tasks of a batch: a task given twice
             is right, but computed twice.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+        backend: "auto", "reference", "cpu" or "triton". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
             "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:

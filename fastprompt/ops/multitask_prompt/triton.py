@@ -1,6 +1,5 @@
 """multitask_prompt on a GPU: launches the kernels of ``fastprompt.kernels.multitask_prompt``."""
 
-from ...kernels.launch import unsupported as unsupported
 from ...kernels.multitask_prompt.backward import sum_cols, sum_rows, sum_shared
 from ...kernels.multitask_prompt.config import cols_tile, rows_tile
 from ...kernels.multitask_prompt.forward import make_prompts
@@ -33,19 +32,19 @@ def backward(grad, shared, rows, cols, task_ids, need_shared, need_rows, need_co
     if need_shared:
         tile = row_tile(width, size, loads=1)
         sum_shared(
-            (-(-length // tile.rows), -(-width // tile.columns)), tile.options, grad, rows, cols, task_ids, dshared, *numbers,
-            **constants, BP=tile.rows, BD=tile.columns,
+            (-(-length // tile.rows), -(-width // tile.columns)), tile.options, grad, rows, cols, task_ids, dshared,
+            *numbers, **constants, BP=tile.rows, BD=tile.columns,
         )  # fmt: skip
     if need_rows:
         tile = rows_tile(width, rank, size)
         sum_rows(
-            (tasks * -(-length // tile.tokens), -(-rank // tile.ranks)), tile.options, grad, shared, cols, task_ids, drows,
-            *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
+            (tasks * -(-length // tile.tokens), -(-rank // tile.ranks)), tile.options, grad, shared, cols, task_ids,
+            drows, *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
         )  # fmt: skip
     if need_cols:
         tile = cols_tile(width, rank, size)
         sum_cols(
-            (tasks, -(-width // tile.columns), -(-rank // tile.ranks)), tile.options, grad, shared, rows, task_ids, dcols,
-            *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
+            (tasks, -(-width // tile.columns), -(-rank // tile.ranks)), tile.options, grad, shared, rows, task_ids,
+            dcols, *numbers, width, **constants, BP=tile.tokens, BK=tile.ranks, BD=tile.columns,
         )  # fmt: skip
     return dshared, drows, dcols

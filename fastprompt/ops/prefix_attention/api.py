@@ -2,24 +2,10 @@
 
 import torch
 
-from ... import native
-from ...checks import FLOATS, accumulator, check_range, check_tensor, choose_backend, without_autocast
+from ...backends import implementation, is_eager
+from ...checks import FLOATS, accumulator, check_range, check_tensor, without_autocast
 from ...layout import Sequences
-from ..launcher import available, available_here, is_eager, launcher
-from . import composed
 from .dropout import Dropout
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return available_here("prefix_attention", 64) | {"composed": None}
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call on ``device_type``."""
-    if device_type == "cpu":
-        return "composed" if native.missing else "cpu"
-    return "reference" if launcher("prefix_attention", "triton")[1] else "triton"
 
 
 def prefix_attention(
@@ -60,11 +46,11 @@ def prefix_attention(
             its head and the key's position decide what is dropped, on every backend alike: sequences that share a
             prefix draw masks of their own, and two calls with one seed draw the same, so layers need different ones.
             None: a seed is drawn from torch's default CPU generator, if ``dropout_p > 0``.
-        backend: "auto", "reference", "composed", "cpu", "triton" or "cuda". On a CPU "auto" takes "cpu", the C++
-            library. For float64 and where there is no library it takes "composed", torch's own attention kernel, and
-            "reference" for softcap, dropout, a window shorter than a sequence, and decode, which "composed" does not
-            have. On a GPU it takes "triton", and "reference" for float64, for heads wider than 256 and where Triton is
-            not installed.
+        backend: "auto", "reference", "composed", "cpu" or "triton". On a CPU "auto" takes "cpu", the C++ library. For
+            float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
+            for softcap, dropout, a window shorter than a sequence, and decode, which "composed" does not have. On a
+            GPU it takes "triton", and "reference" for float64, for heads wider than 256 and where Triton is not
+            installed.
 
     Returns:
         out: ``[Rq, H, Dh]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
@@ -187,40 +173,46 @@ def _seed(p, seed):
 
 def _implementation(q, prefix_k, seq, window, softcap, dropout_p, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
-    on_cpu = q.device.type == "cpu"
-    if requested == "auto" and on_cpu:  # without a look at Triton, whose import takes time
-        backends = {"reference": None}
-    else:
-        backends = available("prefix_attention", q.device.type, q.dtype, q.shape[-1])
-    room = 0 if prefix_k is None else prefix_k.shape[1]
-    backends["cpu"] = native.unsupported(q.device.type, q.dtype)
-    backends["composed"] = composed.unsupported(q, seq, room, window, softcap, dropout_p)
-    preferred = ["cpu", "composed", "reference"] if on_cpu else ["triton", "reference"]
-    return launcher("prefix_attention", choose_backend("prefix_attention", requested, backends, preferred))[0]
+    short_window, on_cpu = None, q.device.type == "cpu"
+    if window is not None and on_cpu:  # a backend of the CPU alone asks for it
+        room = 0 if prefix_k is None else prefix_k.shape[1]
+        span = seq.cached(("span", room), lambda: seq.span(room))
+        short_window = window if window < span else None
+    return implementation(
+        "prefix_attention",
+        requested,
+        q.device.type,
+        q.dtype,
+        head_dim=q.shape[-1],
+        decode=seq.kind == "decode",
+        softcap=softcap is not None,
+        dropout=dropout_p > 0,
+        short_window=short_window,
+    )
 
 
 def _check_ranges(k, prefix_k, seq):
     """What only the values of seq tell, from the host, where they have to be known anyway."""
     if seq.kind == "decode":
-        check_range("seq.lengths", torch.tensor([n for _, n, _, _ in seq.host]), 0, k.shape[2] + 1)
+        check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
     if prefix_k is not None:
         if seq.prefix_ids is None:
             if len(seq.starts) and prefix_k.shape[0] == 0:
                 raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
         else:
-            check_range("seq.prefix_ids", torch.tensor([p for _, _, p, _ in seq.host]), -1, prefix_k.shape[0])
+            check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, prefix_k.shape[0])
         if seq.prefix_lens is not None:
-            check_range("seq.prefix_lens", torch.tensor(seq.host_prefix_lens), 0, prefix_k.shape[1] + 1)
+            check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, prefix_k.shape[1] + 1)
 
 
 def _forward(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, causal, window, softcap, scale, dropout_p, backend):
     room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
     seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
-    implementation = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
+    runner = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
     dropout = _dropout(dropout_p, dropout_seed)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout=dropout)
     with without_autocast(q.device.type):
-        return implementation.forward(q, k, v, prefix_k, prefix_v, seq, **options)
+        return runner.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
 def _backward(
@@ -228,7 +220,7 @@ def _backward(
     seq, causal, window, softcap, scale, dropout_p, backend, needs,
 ):  # fmt: skip
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
-    implementation = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
+    runner = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
     dropout = _dropout(dropout_p, dropout_seed)
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
@@ -236,7 +228,7 @@ def _backward(
         causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout=dropout, needs=needs
     )
     with without_autocast(q.device.type):
-        grads = implementation.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
+        grads = runner.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
     return [g.to(x.dtype) if need else None for x, g, need in zip(inputs, grads, needs)]
 
 

@@ -4,11 +4,12 @@ Each query's softmax is split in two: over its prefix and over its own keys. The
 the first, so a prefix is read once however many sequences share it. In the second, long sequences run alone and short
 ones share tiles, several in one, kept apart by a mask. The halves are merged by their log-sum-exp.
 
-The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and
-dscore = p (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole.
-Autograd through two flash calls would be wrong, it takes lse for a constant.
+The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and dscore = p
+(dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd through
+two flash calls would be wrong, it takes lse for a constant.
 """
 
+import numpy as np
 import torch
 
 from ...checks import accumulator
@@ -21,21 +22,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # many query-key pairs (measured: 9 heads of 64, two Zen 3 cores).
 _PAIRS_PER_CALL = 2000
 _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
-
-
-def unsupported(q, seq, prefix_length, window, softcap, dropout_p):
-    """None if this backend can run the call, else the reason why not."""
-    if q.device.type != "cpu":
-        return f"q is on {q.device}"
-    if softcap is not None:
-        return "torch's CPU flash attention has no softcap"
-    if dropout_p > 0:
-        return "torch's CPU flash attention takes no dropout mask"
-    if seq.kind == "decode":
-        return "decode runs on the reference"
-    if window is not None and window < seq.span(prefix_length):
-        return f"torch's CPU flash attention has no sliding window, and {window} is shorter than the longest sequence"
-    return None
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
@@ -81,7 +67,7 @@ def backward(
     dq, dk, dv = (
         (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    dprefix_k, dprefix_v = (None if t is None else torch.zeros_like(t) for t in (prefix_k, prefix_v))
+    dprefix_k, dprefix_v = (torch.zeros_like(t) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:]))
     blocks, readers = _schedule(seq, causal, prefix_k)
     for block in blocks:
         part_q, part_k, part_v = _flash_backward(
@@ -113,9 +99,9 @@ def backward(
         )
         reader.add(dq, part_q.permute(2, 1, 0, 3).flatten(1, 2))
         for total, part in ((dprefix_k, part_k), (dprefix_v, part_v)):
-            total[reader.prefix_id, : reader.length] = (
-                part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1).to(total.dtype)
-            )
+            if total is not None:
+                summed = part.sum(0, dtype=accumulator(part.dtype)).transpose(0, 1)
+                total[reader.prefix_id, : reader.length] = summed.to(total.dtype)
     dsinks = None
     if sinks is not None:
         delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [Rq, H]
@@ -137,9 +123,10 @@ class _Rows:
     """A set of rows in rising order, read and written without a copy where they stand together."""
 
     def __init__(self, rows):
-        together = rows[-1] - rows[0] + 1 == len(rows)
-        self.slice = slice(rows[0], rows[-1] + 1) if together else None
-        self.index = None if together else torch.tensor(rows)
+        first, last = int(rows[0]), int(rows[-1])
+        together = last - first + 1 == len(rows)
+        self.slice = slice(first, last + 1) if together else None
+        self.index = None if together else torch.from_numpy(rows)
 
     def read(self, x):
         rows = x.index_select(0, self.index) if self.slice is None else x[self.slice]
@@ -163,9 +150,9 @@ class _Run:
 
     mask = None
 
-    def __init__(self, sequences, causal):
-        (start, self.length), self.causal = sequences[0], causal
-        self.rows = _Rows(range(start, start + len(sequences) * self.length))
+    def __init__(self, start, length, count, causal):
+        self.length, self.causal = length, causal
+        self.rows = _Rows(range(start, start + count * length))
 
     def read(self, x):
         """``[R, H, ...]`` -> ``[b, H, L, ...]``."""
@@ -187,24 +174,28 @@ class _Tiles:
 
     causal = False  # the mask says it all
 
-    def __init__(self, tiles, width, causal):
-        self.width = width
-        source = torch.tensor([[tile[0][0]] * width for tile in tiles])  # [tiles, width], the row in each place
-        owner = torch.full_like(source, -1)
-        for i, tile in enumerate(tiles):
-            column = 0
-            for number, (start, length) in enumerate(tile):
-                source[i, column : column + length] = torch.arange(start, start + length)
-                owner[i, column : column + length] = number
-                column += length
-        seen = owner[:, :, None] == owner[:, None, :]
+    def __init__(self, starts, lengths, tile, width, causal):
+        order = np.argsort(tile, kind="stable")
+        starts, lengths, tile = starts[order], lengths[order], tile[order]
+        ends = lengths.cumsum()
+        first = np.flatnonzero(np.diff(tile, prepend=-1))  # sequence of each tile
+        column = ends - lengths
+        column -= column[first][tile]
+        places, rows = _ranges(tile * width + column, lengths), _ranges(starts, lengths)
+        source = np.repeat(starts[first], width)  # [tiles * width], the row in each place
+        source[places] = rows
+        owner = np.full(len(source), -1)
+        owner[places] = np.repeat(np.arange(len(lengths)), lengths)
+
+        self.width, self.source, owner = width, torch.from_numpy(source), torch.from_numpy(owner)
+        in_tile = owner.view(-1, width)
+        seen = in_tile[:, :, None] == in_tile[:, None, :]
         if causal:
             seen = seen.tril()
         self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # [tiles, 1, width, width]
-        self.source, self.left_over = source.flatten(), (owner < 0).flatten()[:, None]
-        places = (owner >= 0).flatten().nonzero()[:, 0]
-        rows, order = self.source[places].sort()
-        self.rows, self.places = _Rows(rows.tolist()), places[order]
+        self.left_over = (owner < 0)[:, None]
+        order = np.argsort(rows)
+        self.rows, self.places = _Rows(rows[order]), torch.from_numpy(places[order])
 
     def read(self, x):
         """``[R, H, ...]`` -> ``[tiles, H, width, ...]``."""
@@ -224,11 +215,11 @@ class _Reader(_Rows):
     """All rows that read one prefix, whichever sequence they belong to."""
 
     def __init__(self, prefix_id, length, rows):
-        super().__init__(sorted(rows))
+        super().__init__(rows)
         self.prefix_id, self.length = prefix_id, length
 
     def fold(self, x, kv_heads):
-        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: the heads of a group become a batch that shares one key head."""
+        """``[R, H, Dh]`` -> ``[G, Hkv, Rn, Dh]``: a group's query heads become a batch that shares one key head."""
         return self.read(x).unflatten(1, (kv_heads, -1)).permute(2, 1, 0, 3)
 
     def prefix(self, bank, heads):
@@ -252,50 +243,66 @@ def _blocks(seq, causal):
     How many run by themselves is decided by counting pairs: tiles cost ``rows * width`` of them, a run its lengths
     squared, and each call ``_PAIRS_PER_CALL`` more.
     """
-    groups = []  # sequences of one length, side by side
-    for start, length in sorted((s, n) for s, n, _, _ in seq.host if n):
-        if groups and groups[-1][-1] == (start - length, length):
-            groups[-1].append((start, length))
-        else:
-            groups.append([(start, length)])
-    groups.sort(key=lambda group: -group[0][1])
-    rows = sum(len(group) * group[0][1] for group in groups)
-    best, alone, spent = torch.inf, 0, 0
-    for i, group in enumerate([*groups, [(0, 0)]]):  # the first i groups by themselves
-        width = _width(group[0][1])
-        cost = spent + (rows * width + _PAIRS_PER_CALL if rows else 0)
-        if cost < best:
-            best, alone = cost, i
-        spent += len(group) * group[0][1] ** 2 + _PAIRS_PER_CALL
-        rows -= len(group) * group[0][1]
-    blocks = [_Run(group, causal) for group in groups[:alone]]
-    if short := [sequence for group in groups[alone:] for sequence in group]:
-        width = _width(short[0][1])
-        blocks.append(_Tiles(_fill(short, width), width, causal))
+    host = seq.host
+    order = np.lexsort((host.starts, -host.lengths))
+    order = order[host.lengths[order] > 0]
+    starts, lengths = host.starts[order], host.lengths[order]
+    if not len(order):
+        return []
+    joined = (lengths[1:] == lengths[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1])
+    first = np.flatnonzero(np.append(True, ~joined))  # sequences of one length side by side are a group
+    last = np.append(first[1:], len(order))
+    length, count = lengths[first], last - first
+
+    # The cost if the first 0, 1, ... groups run by themselves.
+    alone = np.append(0, np.cumsum(count * length**2 + _PAIRS_PER_CALL))
+    rows = np.append(np.cumsum((count * length)[::-1])[::-1], 0)
+    tiles = rows * np.append(_width(length), 0) + _PAIRS_PER_CALL * (rows > 0)
+    best = int((alone + tiles).argmin())
+    runs = zip(starts[first[:best]].tolist(), length[:best].tolist(), count[:best].tolist())
+    blocks = [_Run(*run, causal) for run in runs]
+    if best < len(first):
+        short = slice(first[best], None)
+        width = int(_width(length[best]))
+        blocks.append(_Tiles(starts[short], lengths[short], _fill(lengths[short], width), width, causal))
     return blocks
 
 
-def _fill(sequences, width):
-    """Sequences, longest first, into tiles of ``width`` rows: each into the first that has room."""
-    tiles, room = [], []
-    for sequence in sequences:
-        i = next((i for i, free in enumerate(room) if free >= sequence[1]), len(tiles))
-        if i == len(tiles):
-            tiles.append([])
-            room.append(width)
-        tiles[i].append(sequence)
-        room[i] -= sequence[1]
-    return tiles
+def _fill(lengths, width):
+    """The tile of ``width`` rows that each sequence goes to, longest first: the first that has room.
+
+    Sequences of one length are placed at once: they fill up one tile after the other.
+    """
+    tile, room = [], np.zeros(0, np.int64)
+    for negative, count in zip(*np.unique(-lengths, return_counts=True)):
+        length = -negative
+        missing = max(0, count - (room // length).sum())
+        room = np.append(room, np.full(-(-missing // (width // length)), width))
+        fit = room // length
+        taken = np.clip(count - (fit.cumsum() - fit), 0, fit)
+        tile.append(np.repeat(np.arange(len(room)), taken))
+        room -= taken * length
+    return np.concatenate(tile)
 
 
 def _readers(seq, room):
-    rows = {}
-    for start, length, prefix_id, _ in seq.host:
-        if length and seq.prefix_length(prefix_id, room):
-            rows.setdefault(prefix_id, []).extend(range(start, start + length))
-    return [_Reader(i, seq.prefix_length(i, room), found) for i, found in sorted(rows.items())]
+    host, prefix_lengths = seq.host, seq.prefix_lengths(room)
+    order = np.lexsort((host.starts, host.prefix_ids))
+    order = order[(host.lengths[order] > 0) & (prefix_lengths[order] > 0)]
+    prefix, first = np.unique(host.prefix_ids[order], return_index=True)
+    sequences = np.split(order, first[1:])  # of each prefix
+    return [
+        _Reader(i, int(prefix_lengths[some[0]]), _ranges(host.starts[some], host.lengths[some]))
+        for i, some in zip(prefix.tolist(), sequences)
+    ]
+
+
+def _ranges(starts, lengths):
+    """``[starts[i], starts[i] + lengths[i])`` for all i, one after the other."""
+    before = lengths.cumsum() - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
 def _width(longest):
-    """The width of a tile that holds a sequence of this length."""
-    return max(-(-longest // _STEP) * _STEP, _NARROWEST_TILE)
+    """The width of tiles that hold sequences of these lengths."""
+    return np.maximum(-(-longest // _STEP) * _STEP, _NARROWEST_TILE)

@@ -3,7 +3,7 @@
 import torch
 
 from ..columns import columns_together
-from .plan import plan_of
+from .schedule import cpu_schedule
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
@@ -20,7 +20,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
         prefix_k,
         prefix_v,
         _fp32(sinks),
-        _plan(q, k, prefix_k, seq, causal, window),
+        list(_schedule(q, k, prefix_k, seq, causal, window)),
         causal,
         window,
         softcap,
@@ -37,16 +37,16 @@ def backward(
 ):
     """Gradients of q, k, v, prefix_k, prefix_v and sinks; None for those that ``needs``, six bools, leaves out."""
     grad, q, k, v, prefix_k, prefix_v, out = (columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
-    plan = _plan(q, k, prefix_k, seq, causal, window)
+    schedule = _schedule(q, k, prefix_k, seq, causal, window)
     whole = seq.kind == "packed"
     dq, dk, dv = (_empty_like(t, whole) if need else None for t, need in zip((q, k, v), needs))
     every_prefix = (
-        prefix_k is not None and seq.prefix_lens is None and len(plan[3]) == len(prefix_k)
+        prefix_k is not None and seq.prefix_lens is None and len(schedule.prefixes) == len(prefix_k)
     )  # is read to its end
     dprefix_k, dprefix_v = (
         _empty_like(t, every_prefix) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:])
     )
-    sink_parts = lse.new_zeros(len(plan[2]), q.shape[1]) if needs[5] else None
+    sink_parts = lse.new_zeros(len(schedule.chunks), q.shape[1]) if needs[5] else None
     torch.ops.fastprompt.prefix_attention_backward_cpu.default(
         grad,
         q,
@@ -57,7 +57,7 @@ def backward(
         _fp32(sinks),
         out,
         lse.contiguous(),
-        plan,
+        list(schedule),
         causal,
         window,
         softcap,
@@ -73,9 +73,9 @@ def backward(
     return dq, dk, dv, dprefix_k, dprefix_v, None if sink_parts is None else sink_parts.sum(0).to(sinks.dtype)
 
 
-def _plan(q, k, prefix_k, seq, causal, window):
+def _schedule(q, k, prefix_k, seq, causal, window):
     room = 0 if prefix_k is None else prefix_k.shape[1]
-    return plan_of(seq, causal=causal, window=window, room=room, heads=q.shape[1], kv_heads=k.shape[1])
+    return cpu_schedule(seq, causal=causal, window=window, room=room, heads=q.shape[1], kv_heads=k.shape[1])
 
 
 def _empty_like(x, written):

@@ -23,18 +23,21 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 
 def backward(
-    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None, needs=None
-):
-    """Gradients of q, k, v, prefix_k, prefix_v, sinks (None where there is no such input), from the final out and lse.
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    needs=(True,) * 6,
+):  # fmt: skip
+    """Gradients of q, k, v, prefix_k, prefix_v, sinks, from the final out and lse; None where there is no such input.
 
-    ``needs`` is for backends that can leave some out. With weights p = exp(score - lse) and dropout's factors m:
-    dv = (p m)^T dout, dscore = p (m dout v^T - rowsum(dout out)), since out is the sum of p m v. A sink takes the
-    weight that is left over, dsink = -sum exp(sink - lse) rowsum(dout out).
+    ``needs`` is for backends that can leave some out; here those of the prefixes, which may be a large bank. With
+    weights p = exp(score - lse) and dropout's factors m: dv = (p m)^T dout, dscore = p (m dout v^T - rowsum(dout out)),
+    since out is the sum of p m v; a sink takes the weight that is left over,
+    dsink = -sum exp(sink - lse) rowsum(dout out).
     """
     acc = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (q, k, v))
     dprefix_k, dprefix_v = (
-        None if t is None else torch.zeros(t.shape, dtype=acc, device=t.device) for t in (prefix_k, prefix_v)
+        torch.zeros(t.shape, dtype=acc, device=t.device) if t is not None and need else None
+        for t, need in zip((prefix_k, prefix_v), needs[3:])
     )
     groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, Dh] and the decode cache [B, Hkv, Lmax, Dh] alike
     delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
@@ -54,9 +57,9 @@ def backward(
         dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", used, dout), groups)
         part.own(dk).add_(dkeys[part.prefix :])
         part.own(dv).add_(dvalues[part.prefix :])
-        if part.prefix:
-            dprefix_k[part.prefix_id, : part.prefix] += dkeys[: part.prefix]
-            dprefix_v[part.prefix_id, : part.prefix] += dvalues[: part.prefix]
+        for total, grads in ((dprefix_k, dkeys), (dprefix_v, dvalues)):
+            if part.prefix and total is not None:
+                total[part.prefix_id, : part.prefix] += grads[: part.prefix]
     dsinks = None
     if sinks is not None:
         left_over = torch.exp(sinks.to(acc)[:, None] - lse.to(acc)).masked_fill(lse == -torch.inf, 0.0)
@@ -68,12 +71,12 @@ class _Part:
     """One sequence with its prefix in front: queries, keys and values in the accumulator's dtype, heads repeated."""
 
     def __init__(self, seq, index, q, k, v, prefix_k, prefix_v):
-        start, length, prefix_id, gap = seq.host[index]
+        start, length, prefix_id, gap = (int(x[index]) for x in seq.host[:4])
         self.decode, self.index = seq.kind == "decode", index
         queries = 1 if self.decode else length
         self.rows, self.length = slice(start, start + queries), length
         self.prefix_id = prefix_id if prefix_k is not None else -1
-        self.prefix = seq.prefix_length(self.prefix_id, 0 if prefix_k is None else prefix_k.shape[1])
+        self.prefix = int(seq.prefix_lengths(0 if prefix_k is None else prefix_k.shape[1])[index])
         acc = accumulator(q.dtype)
         keys, values = self.own(k), self.own(v)
         if self.prefix:
@@ -112,7 +115,7 @@ class _Part:
 
 
 def _parts(seq, q, k, v, prefix_k, prefix_v):
-    for index, (_, length, _, _) in enumerate(seq.host):
+    for index, length in enumerate(seq.host.lengths):
         if length:
             yield _Part(seq, index, q, k, v, prefix_k, prefix_v)
 

@@ -1,5 +1,6 @@
 """prefix_attention on a GPU: launches the kernels of ``fastprompt.kernels.prefix_attention``."""
 
+import numpy as np
 import torch
 
 from ...kernels import launch
@@ -9,15 +10,6 @@ from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
-
-LARGEST_HEAD = 256
-
-
-def unsupported(device_type, dtype, head_dim):
-    """None if the kernels take such tensors, else the reason why not."""
-    if head_dim > LARGEST_HEAD:
-        return f"the Triton kernels have heads of at most {LARGEST_HEAD}, q has {head_dim}"
-    return launch.unsupported(device_type, dtype)
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
@@ -38,7 +30,7 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
     call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
-    if prefix_k is not None and dprefix_k is None:  # a bank of prefixes without keys
+    if prefix_k is not None and dprefix_k is None and (needs[3] or needs[4]):  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
     dsinks = None
     if sinks is not None and needs[5]:
@@ -82,13 +74,13 @@ class _Call:
         self.width = config.block_width(self.head_dim)
         self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
-        self.plan = _Plan.of(seq, self.prefix_room, self.room, causal, window, q.device)
+        self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
         self.numbers = (
-            self.plan.batch.queries, self.room, window or 0, scale, softcap or 0.0, *_dropout_arguments(dropout),
+            self.schedule.batch.queries, self.room, window or 0, scale, softcap or 0.0, *_dropout_arguments(dropout),
         )  # fmt: skip
         self.constants = dict(
             GROUP=self.group, DH=self.head_dim, BD=self.width, CAUSAL=causal, WINDOW=window is not None,
-            SOFTCAP=softcap is not None, GATHER=not self.plan.batch.in_order,
+            SOFTCAP=softcap is not None, GATHER=not self.schedule.batch.in_order,
             UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
         stride_k, stride_v = (
@@ -101,7 +93,7 @@ class _Call:
 
     def new_outputs(self):
         """``out`` and ``lse``: rows outside every sequence are written here, all others by a kernel."""
-        whole = self.plan.batch.queries == self.rows
+        whole = self.schedule.batch.queries == self.rows
         out = (torch.empty if whole else torch.zeros)(self.q.shape, dtype=self.q.dtype, device=self.q.device)
         if whole:
             return out, self.q.new_empty(self.heads, self.rows, dtype=torch.float32)
@@ -110,30 +102,31 @@ class _Call:
     def forward(self, out, lse, sinks):
         tiles = config.forward_tiles(*self.tiled_by, group=self.group, gather=self.constants["GATHER"])
         fold = config.fold(self.group, tiles.queries)
-        table = self.plan.query_tiles(tiles.queries // fold)
+        table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
             (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
-            sinks, out, lse, table, *self.plan.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
+            sinks, out, lse, table, *self.schedule.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
             **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, CACHE=False,
         )  # fmt: skip
 
     def decode(self, out, lse, sinks):
-        batch = self.plan.batch
+        batch = self.schedule.batch
         fold = config.fold(self.group, config.DECODE_ROWS)
-        sharing = max((b - a for a, b, prefix, _ in batch.groups if prefix >= 0), default=1)
+        groups = batch.groups
+        sharing = int((groups.last - groups.first)[groups.prefix >= 0].max(initial=1))
         tiles = config.decode_tiles(*self.tiled_by, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
-        items, parts, total = self.plan.decode_items(tiles.queries // fold, split)
+        items, parts, total = self.schedule.decode_items(tiles.queries // fold, split)
         part_out = self.q.new_empty(total, self.heads, self.head_dim, dtype=torch.float32)
         part_lse = self.q.new_empty(total, self.heads, dtype=torch.float32)
         decode_kernel(
             (len(items), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
-            part_out, part_lse, items, parts, *self.plan.tensors, *self.numbers, self.heads, *self.strides,
+            part_out, part_lse, items, parts, *self.schedule.tensors, *self.numbers, self.heads, *self.strides,
             **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys,
         )  # fmt: skip
         merge_kernel(
             (batch.queries, self.heads), launch.Options(num_warps=1, num_stages=2), part_out, part_lse, sinks, out, lse,
-            parts, self.plan.tensors[0], self.heads, lse.stride(0), out.stride(0),
+            parts, self.schedule.tensors[0], self.heads, lse.stride(0), out.stride(0),
             DH=self.head_dim, BD=self.width, GATHER=self.constants["GATHER"],
         )  # fmt: skip
 
@@ -148,11 +141,11 @@ class _Call:
         tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
-        items, slots, count = self.plan.backward_items(
+        items, slots, count = self.schedule.backward_items(
             query_rows=tiles.queries // fold, key_block=tiles.key_keys, chunk_rows=chunk,
             dq=need_q, dkv=need_kv, dprefix=need_prefix, prefixes=0 if self.prefix_k is None else len(self.prefix_k),
         )  # fmt: skip
-        whole = self.plan.batch.queries == self.rows and not self.cache
+        whole = self.schedule.batch.queries == self.rows and not self.cache
         new = torch.empty if whole else torch.zeros
         dq = new(q.shape, dtype=q.dtype, device=q.device) if need_q else None
         dk, dv = (new(k.shape, dtype=k.dtype, device=k.device) if need_kv else None for _ in range(2))
@@ -165,7 +158,7 @@ class _Call:
             stride_dk = self.head_dim, self.room * self.head_dim
         backward_kernel(
             (len(items), self.heads // fold), tiles.options, q, k, self.v, self.prefix_k, self.prefix_v, out, grad, lse,
-            dq, dk, dv, partial_k, partial_v, items, *self.plan.tensors, *self.numbers, kv_heads, *self.strides,
+            dq, dk, dv, partial_k, partial_v, items, *self.schedule.tensors, *self.numbers, kv_heads, *self.strides,
             lse.stride(0), out.stride(0), *grad.stride()[:-1], kv_heads * self.room * self.head_dim, *stride_dk,
             **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries,
             KEYS_BN=tiles.key_keys, CACHE=self.cache,
@@ -183,7 +176,7 @@ class _Call:
         return dq, dk, dv, dprefix_k, dprefix_v
 
 
-class _Plan:
+class _Schedule:
     """The tables of one batch on its device, made when first asked for; all layers share them through ``seq``."""
 
     def __init__(self, batch, prefix_room, device, cache):
@@ -195,10 +188,8 @@ class _Plan:
     @classmethod
     def of(cls, seq, prefix_room, room, causal, window, device):
         def make():
-            bank = max((p for _, _, p, _ in seq.host), default=-1) + 1
-            lengths = [seq.prefix_length(p, prefix_room) for p in range(bank)]
-            decode = seq.kind == "decode"
-            batch = schedule.make_batch(seq.host, lengths, decode=decode, room=room, causal=causal, window=window)
+            decode, table, lengths = seq.kind == "decode", np.stack(seq.host[:4], 1), seq.prefix_lengths(prefix_room)
+            batch = schedule.make_batch(table, lengths, decode=decode, room=room, causal=causal, window=window)
             return cls(batch, prefix_room, device, decode)
 
         return seq.cached(("triton", prefix_room, room, causal, window, device), make)

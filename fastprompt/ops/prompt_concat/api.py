@@ -2,19 +2,9 @@
 
 import torch
 
+from ...backends import implementation, is_eager
 from ...checks import FLOATS, INTS, check_range, check_tensor
-from ..launcher import available_here, choose, implementation, is_eager
 from . import cpu
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return available_here("prompt_concat")
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call on ``device_type``."""
-    return choose("prompt_concat", "auto", device_type, torch.float32)
 
 
 def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
@@ -29,7 +19,7 @@ def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
         table: ``[V, D]`` token embeddings (or any rows to gather from).
         prompt: ``[M, D]`` prompt vectors, the dtype and device of ``table``. N prompts of P tokens are ``M = N * P``.
         scale: factor on the rows of ``table`` only, for models that scale embeddings inside the embedding module.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
+        backend: "auto", "reference", "cpu" or "triton". "auto" takes "cpu" on a CPU and "triton" on a GPU, but
             "reference" for float64 and where the C++ library or Triton is missing.
 
     Returns:

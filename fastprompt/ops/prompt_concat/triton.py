@@ -1,12 +1,11 @@
 """prompt_concat on a GPU: launches the kernels of ``fastprompt.kernels.prompt_concat``.
 
-Rows only: position ids, labels and segment starts belong to the row plan (``fastprompt/layout/triton.py``), which waits for
-the device once, because the number of rows has to be known here.
+Rows only: position ids, labels and segment starts belong to the row plan (``fastprompt/layout/triton.py``), which waits
+for the device once, because the number of rows has to be known here.
 """
 
 import torch
 
-from ...kernels.launch import unsupported as unsupported
 from ...kernels.prompt_concat.backward import CHUNK, sum_chunks, sum_readers
 from ...kernels.prompt_concat.forward import gather
 from ...kernels.tiles import row_tile
@@ -60,7 +59,7 @@ class _Readers:
         out = self.grad.new_empty(count, self.grad.shape[1])
         rows = 1 if prompt else 8  # of the table's rows few have a reader
         sum_readers(
-            (-(-count // rows), self.blocks), self.tile.options, self.grad, self.order, starts, self.partial, out, count,
-            scale, self.grad.stride(0), FALLING=prompt, ROWS=rows, **self.constants,
+            (-(-count // rows), self.blocks), self.tile.options, self.grad, self.order, starts, self.partial, out,
+            count, scale, self.grad.stride(0), FALLING=prompt, ROWS=rows, **self.constants,
         )  # fmt: skip
         return out

@@ -2,26 +2,8 @@
 
 import torch
 
-from ... import native
-from ...checks import FLOATS, accumulator, check_tensor, choose_backend, without_autocast
-from ..launcher import is_eager, launcher
-from . import cuda
-
-
-def available_backends():
-    """Backend name -> None if it can run here, else the reason why not."""
-    return {
-        "reference": None,
-        "torch": None,
-        "cpu": native.missing,
-        "triton": "the Triton kernel is not part of this version",
-        "cuda": native.missing_cuda,
-    }
-
-
-def select_backend(device_type):
-    """The backend that "auto" takes for a plain call (float32, not compiled) on ``device_type``."""
-    return choose_backend("prompt_lstm", "auto", available_backends(), _preferred(device_type, torch.float32))
+from ...backends import choose, is_eager, module_of
+from ...checks import FLOATS, accumulator, check_tensor, without_autocast
 
 
 def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, training=False, backend="auto"):
@@ -37,11 +19,11 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
     The next layer reads the hidden states of both directions side by side; in training each is dropped with
     probability ``dropout`` in between, as drawn from torch's generator, but not after the last layer.
 
-    "auto" takes the C++ library ("cpu") on a CPU: it was the faster one for every size measured, but for the forward pass
-    alone of 200 steps in bfloat16, which oneDNN multiplies without widening it. For float64 and where there is no library
-    it takes nn.LSTM's own code ("torch": oneDNN) for float32 and the reference for the other dtypes, where that trains
-    faster. On accelerators it takes nn.LSTM's own code ("torch": cuDNN); the reference for an empty ``x``, which nn.LSTM
-    refuses, and under torch.compile, which would unroll nn.LSTM step by step.
+    "auto" takes the C++ library ("cpu") on a CPU: it was the faster one for every size measured, but for the forward
+    pass alone of 200 steps in bfloat16, which oneDNN multiplies without widening it. For float64 and where there is no
+    library it takes nn.LSTM's own code ("torch": oneDNN) for float32 and the reference for the other dtypes, where that
+    trains faster. On accelerators it takes nn.LSTM's own code ("torch": cuDNN); the reference for an empty ``x``, which
+    nn.LSTM refuses, and under torch.compile, which would unroll nn.LSTM step by step.
 
     Args:
         x: ``[P, E]`` float32, float16, bfloat16 or float64.
@@ -50,7 +32,7 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
             first layer. The dtype and device of ``x``.
         num_layers, bidirectional, dropout: as given to nn.LSTM.
         training: whether to drop (``module.training``).
-        backend: "auto", "reference", "torch", "cpu", "triton" or "cuda". "auto" never takes "cuda", a fused kernel that has
+        backend: "auto", "reference", "torch", "cpu" or "cuda". "auto" never takes "cuda", a fused kernel that has
             not been measured on a GPU yet.
 
     Returns:
@@ -67,12 +49,7 @@ def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, tr
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {dropout!r}")
     dropout = float(dropout) if training else 0.0
-    available, preferred = available_backends(), _preferred(x.device.type, x.dtype)
-    available["cpu"] = native.unsupported(x.device.type, x.dtype)
-    available["cuda"] = cuda.unsupported(x)
-    if x.shape[0] == 0:
-        available["torch"] = "nn.LSTM takes no sequence of length 0"
-    backend = choose_backend("prompt_lstm", backend, available, preferred)
+    backend = choose("prompt_lstm", backend, x.device.type, x.dtype, empty=x.shape[0] == 0)
     if backend == "torch":
         return _torch_lstm(x, weights, num_layers, bidirectional, dropout)
     return PromptLstm.apply(x, num_layers, bool(bidirectional), dropout, backend, *weights)
@@ -101,13 +78,6 @@ class PromptLstm(torch.autograd.Function):
         grads = run(grad, x, weights, keep, steps, ctx.num_layers, ctx.bidirectional, needs, ctx.backend)
         dx, *dweights = (g if need else None for g, need in zip(grads, needs))
         return dx, None, None, None, None, *dweights
-
-
-def _preferred(device_type, dtype):
-    """The order "auto" tries. On a CPU only oneDNN's float32 has a fast backward; accelerators are not measured yet."""
-    slow = torch.compiler.is_compiling() or (device_type == "cpu" and dtype != torch.float32)
-    rest = ["reference", "torch"] if slow else ["torch", "reference"]
-    return ["cpu", *rest] if device_type == "cpu" else rest
 
 
 def _check_weights(x, weights, num_layers, bidirectional):
@@ -170,7 +140,7 @@ _library.define(
 @torch.library.impl(_library, "prompt_lstm", "CompositeExplicitAutograd")
 def _forward(x, weights, keep, num_layers, bidirectional, backend):
     with without_autocast(x.device.type):
-        return launcher("prompt_lstm", backend)[0].forward(x, weights, keep, num_layers, bidirectional)
+        return module_of("prompt_lstm", backend).forward(x, weights, keep, num_layers, bidirectional)
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm", lib=_library)
@@ -183,8 +153,9 @@ def _forward_fake(x, weights, keep, num_layers, bidirectional, backend):
 @torch.library.impl(_library, "prompt_lstm_backward", "CompositeExplicitAutograd")
 def _backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs, backend):
     with without_autocast(x.device.type):
-        implementation = launcher("prompt_lstm", backend)[0]
-        return implementation.backward(grad, x, weights, keep, steps, num_layers, bidirectional, needs)
+        return module_of("prompt_lstm", backend).backward(
+            grad, x, weights, keep, steps, num_layers, bidirectional, needs
+        )
 
 
 @torch.library.register_fake("fastprompt::prompt_lstm_backward", lib=_library)

@@ -1,21 +1,10 @@
 """prompt_lstm by the CUDA library: its kernels run the steps of a layer, torch the matrix products around them.
 
-No GPU has run these kernels yet. They are compiled for GPUs and tested under emulation on a CPU (``csrc/cuda/host``), and
-"auto" does not choose them before they are measured.
+No GPU has run these kernels yet. They are compiled for GPUs and tested under emulation on a CPU (``csrc/cuda/host``),
+and "auto" does not choose them before they are measured.
 """
 
 import torch
-
-from ... import native
-
-
-def unsupported(x):
-    """None if this backend can run a call on ``x``, else the reason why not."""
-    if native.missing_cuda:
-        return native.missing_cuda
-    if x.device.type != "cuda":
-        return f"x is on {x.device}"
-    return "float64 runs on reference and torch" if x.dtype == torch.float64 else None
 
 
 def forward(x, weights, keep, num_layers, bidirectional):

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +21,23 @@ from peft import (
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedConfig
 
+from ..hf.arguments import Method
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
 _WEIGHTS, _CONFIG, _ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
 _HEAD = "base_model."  # in front of the names of a head's parameters, as PEFT writes its modules_to_save
 
 
-def save(directory, method, config, task_type="CAUSAL_LM", head=None):
+def save(
+    directory: str | os.PathLike[str],
+    method: nn.Module,
+    config: PreTrainedConfig,
+    task_type: str = "CAUSAL_LM",
+    head: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a method's prompts so that ``PeftModel.from_pretrained`` reads them.
 
     One prompt, and all tasks of a :class:`MultitaskPromptTuning`, go into ``directory`` itself; several prompts go into
@@ -69,7 +79,8 @@ def save(directory, method, config, task_type="CAUSAL_LM", head=None):
         if isinstance(method, PrefixTuning):
             peft_config, adapters, encoder, notes = _prefix_to_peft(method, common, _own_layers(text))
         else:
-            peft_config, adapters, encoder, notes = *_to_peft(method, common), {}
+            peft_config, adapters, encoder = _to_peft(method, common)
+            notes = {}
     for index, tensors in enumerate(adapters):
         folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
         _write(
@@ -80,7 +91,7 @@ def save(directory, method, config, task_type="CAUSAL_LM", head=None):
             (stale / _CONFIG).unlink(missing_ok=True)
 
 
-def load(directory, layers=None):
+def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None) -> Method:
     """Read a method from a folder that PEFT or :func:`save` wrote.
 
     A trained P-Tuning encoder comes back whole from ``encoder.safetensors``. Without that file, as PEFT leaves it, its
@@ -126,7 +137,7 @@ def load(directory, layers=None):
     return _READERS[kind](folders[0], configs[0], bank, weights[0], layers)
 
 
-def load_head(directory):
+def load_head(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """``{parameter name in the model: tensor}`` of the head that was saved with the prompts; {} if there was none."""
     directory = Path(directory)
     folder = directory if (directory / _CONFIG).is_file() else directory / "prompt_0"

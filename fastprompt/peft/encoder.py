@@ -1,5 +1,6 @@
 """PEFT's PromptEncoder, P-Tuning's, on prompt_lstm, with its output kept while nothing trains."""
 
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -14,16 +15,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def fast_encoder(encoder, outputs):
-    """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block; all modules in it are still called.
+def fast_encoder(encoder: nn.Module, outputs: MutableMapping[nn.Module, CachedOutput]) -> Iterator[None]:
+    """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block; all modules in it are still
+    called.
 
-    The LSTM is not: it runs on :func:`prompt_lstm` where it is a plain nn.LSTM without hooks. Where all modules are plain and
+    The LSTM is not: it runs on :func:`prompt_lstm` where it is a plain nn.LSTM without hooks. Where all modules are
+        plain and
     nothing trains, what the encoder gave is kept in ``outputs``, a dictionary.
     """
     if type(encoder) is not PromptEncoder or "forward" in vars(encoder) or torch.compiler.is_compiling():
         yield
         return
-    encoder.forward = lambda indices: _forward(encoder, indices, outputs)
+    encoder.__dict__["forward"] = lambda indices: _forward(encoder, indices, outputs)
     try:
         yield
     finally:

@@ -1,0 +1,235 @@
+"""What a model can be trusted to do on packed rows: asked of the untouched model, then of the attached one.
+
+A model is asked what it gives before anything in it is changed, and everything runs in wider arithmetic than the
+model's own (see ``precision.py``): there rounding lies far below whatever one token may leak into another, and a
+difference can only mean that packed rows are not the same computation.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..layout import IGNORE, CannotPack, plan_padded_input
+from .attachment import evaluation_mode
+from .cache import PackedCache
+from .expectations import ITEMS, Expectations, column_read, first_output
+from .runner import Runner
+from .shared_state import layers_with_own_keys
+from .structure import is_plain_linear, rope_limit, why_never_packed
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What the engine may do with a model.
+
+    Attributes:
+        refusal: None if packed rows give the model's own output, else the reason why not.
+        is_lm: is it a causal LM, whose whole forward runs packed rows?
+        layout: "shared" for a causal model, whose prompt no text changes, else "packed".
+        position_offset, compact_positions: see Runner.
+        left_padding: are left-padded rows seen as packed rows are?
+        right_padding: is it so that the head does not read the last column, whatever stands there?
+        keeps_rows: does its forward take ``logits_to_keep``, so that the head runs on chosen rows only?
+        plain_head: is its forward behind the decoder nothing but a linear head and the ordinary loss?
+        own_loss: None if its loss is that of its logits, else what is different; with ``num_items_in_batch`` see
+            own_loss_of_items.
+        needs_ids: does it look more up by token id than embeddings?
+        returns_cache: does it return a cache when asked?
+        makes_cache: are the keys and values of attention what that cache holds?
+        pooled_column: the column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it
+            reads them all.
+        rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
+    """
+
+    refusal: str | None = None
+    is_lm: bool = False
+    layout: str = "shared"
+    position_offset: int = 0
+    compact_positions: bool = False
+    left_padding: bool = True
+    right_padding: bool = True
+    keeps_rows: bool = False
+    plain_head: bool = False
+    own_loss: str | None = None
+    own_loss_of_items: str | None = None
+    needs_ids: bool = False
+    returns_cache: bool = False
+    makes_cache: bool = False
+    pooled_column: int | None = None
+    rope_limit: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.layout == "shared"
+
+
+@dataclass(eq=False)
+class Probe:
+    """Asks one model: :meth:`expect` while it is untouched, :meth:`abilities` once it is attached."""
+
+    base: PreTrainedModel
+    is_lm: bool = field(init=False)
+    backbone: nn.Module = field(init=False)
+    expected: Expectations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
+        self.backbone = self.base.get_decoder() if self.is_lm else self.base.base_model
+
+    @torch.no_grad()
+    def expect(self) -> str | None:
+        """Ask the untouched model; the reason why it can never be packed, or None."""
+        reason = why_never_packed(self.base, self.backbone)
+        if reason is None:
+            with evaluation_mode(self.base):
+                self.expected = Expectations.of(self.base, self.backbone, self.is_lm)
+            reason = self.expected.refusal
+        return reason
+
+    @torch.no_grad()
+    def abilities(self) -> Abilities:
+        """Compare what the attached model gives on packed rows."""
+        with evaluation_mode(self.base):
+            found = self._find_layout()
+            if found.refusal is not None:
+                return found
+            found = self._find_left_padding(found)
+            found = replace(
+                found,
+                returns_cache=self.expected.cache is not None,
+                makes_cache=self._cache_is_the_same(found),
+                rope_limit=rope_limit(self.backbone),
+            )
+            if not self.is_lm:
+                return replace(found, pooled_column=column_read(self.expected))
+            return replace(
+                found,
+                keeps_rows="logits_to_keep" in self.expected.parameters,
+                plain_head=self._head_is_plain(),
+                own_loss=self._own_loss(None),
+                own_loss_of_items=self._own_loss(ITEMS),
+                needs_ids=self.expected.needs_ids,
+            )
+
+    def runner(self, abilities: Abilities) -> Runner:
+        return Runner(
+            self.base,
+            self.backbone,
+            self.is_lm,
+            abilities.layout,
+            abilities.position_offset,
+            abilities.compact_positions,
+        )
+
+    def _find_layout(self):
+        """The layout and the first position that give the model's own output, or the reason why none does."""
+        padding = getattr(self.base.config, "pad_token_id", None)
+        offsets = [0] if self.is_lm or padding is None else [0, padding + 1]  # RoBERTa counts from there
+        reason = None
+        for mask in ("right",) if self.is_lm else ("right", "full"):
+            for layout in ("shared",) if self.is_lm else ("shared", "packed"):
+                for offset in offsets:
+                    tried = Abilities(None, self.is_lm, layout, offset, right_padding=mask == "right")
+                    try:
+                        found = self._differs(tried, mask)
+                    except Exception as error:  # a model can fail in any way on rows it was not written for
+                        found = reason_of(self.base, error)
+                    if found is None:
+                        return tried
+                    reason = reason or found
+        return Abilities(reason, self.is_lm)
+
+    def _find_left_padding(self, found):
+        for compact in (False, True):
+            tried = replace(found, compact_positions=compact)
+            try:
+                if self._differs(tried, "left") is None:
+                    return tried
+            except CannotPack:
+                break
+        return replace(found, left_padding=False)
+
+    def _differs(self, tried, name):
+        """None if the packed and the padded output agree where tokens are real, else what differs."""
+        sample = self.expected.sample
+        _, packed = self._packed(tried, name)
+        return self.expected.difference(packed, self.expected.outputs[name], sample.real(sample.masks[name]))
+
+    def _packed(self, tried, name, recorded=None):
+        """The plan of the sample under a mask, and the output of the attached model on its packed rows."""
+        sample = self.expected.sample
+        mask = sample.masks[name]
+        plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=tried.layout)
+        runner = self.runner(tried)
+        with self.expected.arithmetic():
+            rows = runner.rows(plan, sample.prompt, sample.embeds)
+            if self.is_lm:
+                return plan, plan.unpack(runner.logits(plan, rows, recorded=recorded))
+            with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
+                return plan, first_output(sample.run(self.base, mask))
+
+    def _cache_is_the_same(self, found):
+        """Are the recorded keys and values those in the cache that the untouched model returned?"""
+        expected, sample = self.expected.cache, self.expected.sample
+        if expected is None:
+            return False
+        name = "right" if found.right_padding else "full"
+        recorded = {}
+        try:
+            plan, _ = self._packed(found, name, recorded)
+        except Exception:  # attention modules without the index of their layer
+            return False
+        got, mask = PackedCache(plan, recorded, None, None, self.base.config), sample.masks["right"]
+        own = layers_with_own_keys(self.base.config)
+        if len(got.layers) < own or sorted(recorded)[:own] != list(range(own)) or len(expected.layers) < own:
+            return False
+        for ours, theirs in zip(got.layers[:own], expected.layers):
+            for x, y in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                real = sample.real(mask)[:, -y.shape[2] :]
+                if x.shape != y.shape:
+                    return False
+                x, y = x.transpose(1, 2)[real], y.transpose(1, 2)[real]
+                if self.expected.difference(x.flatten(1), y.flatten(1), None) is not None:
+                    return False
+        return True
+
+    def _own_loss(self, items):
+        """None if the untouched model's loss is ``loss_function`` of its logits, else what is different."""
+        expected = self.expected
+        loss, labels = expected.losses[items], expected.sample.labels()
+        if isinstance(loss, str):
+            return loss
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        with expected.arithmetic():
+            logits = expected.outputs["right"][rows, columns]
+            ours = loss_of_logits(self.base, logits, labels[rows, columns + 1], items)
+        if expected.difference(ours.reshape(1, 1), loss.reshape(1, 1), None) is None:
+            return None
+        return f"{type(self.base).__name__} computes a loss of its own"
+
+    def _head_is_plain(self):
+        head = self.base.get_output_embeddings()
+        return is_plain_linear(head) and self.base.loss_function is ForCausalLMLoss and self.expected.head_is_linear
+
+
+def loss_of_logits(
+    base: PreTrainedModel,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The model's own loss of ``[M, V]`` logits against ``[M]`` shifted labels."""
+    extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+    return base.loss_function(
+        logits=logits[None], labels=labels[None], vocab_size=logits.shape[-1], shift_labels=labels[None], **extra
+    )
+
+
+def reason_of(base: PreTrainedModel, error: Exception) -> str:
+    """An error on packed rows in words for users."""
+    if "PackedMask" in str(error):  # what stands in place of the mask met code that wants a tensor
+        return f"{type(base).__name__} computes attention in code of its own"
+    return f"{type(error).__name__}: {error}"

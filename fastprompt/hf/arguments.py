@@ -1,0 +1,63 @@
+"""What a SoftPromptModel is made of and called with, checked."""
+
+from typing import Any
+
+import torch
+
+from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from .shared_state import layers_with_keys
+
+Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
+
+
+def checked_prompt_ids(prompt_ids: Any, num_prompts: int) -> torch.Tensor | None:
+    """``prompt_ids`` as ``[B]`` int64, or None.
+
+    Raises:
+        TypeError, ValueError: no integers, another shape, or ids that are not in ``[0, num_prompts)``.
+    """
+    if prompt_ids is None:
+        return None
+    try:
+        ids = torch.as_tensor(prompt_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prompt_ids must be integers, one a row, got {prompt_ids!r}") from None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"prompt_ids must be integers, one a row, got {ids.dtype}")
+    if ids.dim() != 1:
+        raise ValueError(f"prompt_ids must have shape [B], got {list(ids.shape)}")
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= num_prompts:
+            raise ValueError(f"prompt_ids must lie in [0, {num_prompts}), got values from {low} to {high}")
+    return ids.long()
+
+
+def check_method(base: Any, method: Method) -> None:
+    """Raises ValueError if the prompt fits the model in no way."""
+    if not isinstance(method, PrefixTuning):
+        width = base.get_input_embeddings().weight.shape[1]
+        if method.token_dim != width:
+            raise ValueError(
+                f"method must produce prompts of width {width} like the model's embeddings, got {method.token_dim}"
+            )
+        return
+    if base.config.is_encoder_decoder:
+        raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
+    config, last = base.config.get_text_config(), method.layers[-1]
+    if last >= config.num_hidden_layers:
+        raise ValueError(
+            f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
+        )
+    missing = sorted(set(layers_with_keys(config)) - set(method.layers))
+    if missing:  # a cache has no such gaps, so the model has no forward of its own to be equal to
+        expected = "a prefix in every layer with keys and values of its own"
+        raise ValueError(f"method must have {expected}, got none in layers {missing}")
+    if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
+        return
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = method.num_kv_heads, method.head_dim
+    if found != (heads, width):
+        expected = f"{heads} key heads of width {width} like the model"
+        raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")

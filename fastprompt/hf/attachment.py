@@ -1,0 +1,173 @@
+"""What attaching changes in a model, and its exact undoing.
+
+A model is sent to prefix_attention by ``config._attn_implementation``. The config object may belong to other models
+too, so this one gets a copy. Several users may be attached to one model (two adapters on one base,
+``patch_attention``): the record of what was changed stands in the model, counts them, and the last one to leave undoes
+it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .attention import IMPLEMENTATIONS
+from .masks import UnsupportedAttention
+from .mlp import patch_gated_mlps, unpatch_gated_mlps
+
+_RECORD = "_fastprompt_attachment"
+_OURS = {before: name for name, before in IMPLEMENTATIONS.items()}
+
+
+class _Record:
+    """The configs of a model before and while its attention is switched."""
+
+    def __init__(self) -> None:
+        self.users: dict[object, bool] = {}  # user -> does it want the gated MLPs patched, too?
+        self.replaced: list[tuple[Any, Any, Any]] = []  # (module, its config before, its config meanwhile)
+        self.root: Any = None  # the config meanwhile
+        self.unchanged: Any = None  # what it would still equal had nobody changed it
+        self.complete = False
+
+    def __setstate__(self, state):
+        vars(self).update(state, complete=False)  # a pickle brings MLPs back unpatched
+
+
+def attach(model: PreTrainedModel, user: object, mlps: bool = False) -> None:
+    """Make ``model`` run on prefix_attention inside of ``running`` blocks; :func:`detach` undoes it.
+
+    Args:
+        model: a Hugging Face model.
+        user: who asks; a plain ``object()`` to name in :func:`detach`.
+        mlps: let gated MLPs keep less for their backward, too.
+
+    Raises:
+        UnsupportedAttention: the model's present attention is not one that can be handed back to.
+    """
+    record = model.__dict__.get(_RECORD)
+    if record is None:
+        copies: dict[int, Any] = {}
+        root = copy.deepcopy(model.config, copies)
+        configs = [(module, module.__dict__.get("config")) for module in model.modules()]
+        found = [(module, config, copies[id(config)]) for module, config in configs if id(config) in copies]
+        _check(config for _, config, _ in found)
+        record = _Record()
+        record.replaced, record.root = found, root
+        model.__dict__[_RECORD] = record
+    record.users[user] = mlps
+    if record.unchanged is None:
+        for module, _, own in record.replaced:
+            module.config = own
+        _switch(model)
+        record.unchanged = copy.deepcopy(record.root)
+    record.complete = False
+    attach_again(model)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Does ``model`` still run on prefix_attention? ``set_attn_implementation`` may have changed that."""
+    record = model.__dict__.get(_RECORD)
+    return record is not None and record.complete and model.config._attn_implementation in IMPLEMENTATIONS
+
+
+def attach_again(model: PreTrainedModel) -> None:
+    """Make complete what :func:`is_attached` misses."""
+    record = model.__dict__[_RECORD]
+    _check(_configs(model))
+    _switch(model)
+    if any(record.users.values()):
+        patch_gated_mlps(model)
+    record.complete = True
+
+
+def detach(model: PreTrainedModel, user: object) -> None:
+    """Undo :func:`attach` for one user, whole or interrupted; the last one's leaving undoes it for the model.
+
+    Every module then gets the config object back that it had. If the config was changed meanwhile, the changes count:
+    the model keeps its own copy.
+    """
+    record = model.__dict__.get(_RECORD)
+    if record is None:
+        return
+    record.users.pop(user, None)
+    if not any(record.users.values()):
+        unpatch_gated_mlps(model)
+    if record.users:
+        return
+    changed = record.unchanged is not None and not _same(record.root, record.unchanged)
+    _switch_back(model)
+    if not changed:
+        for module, config, own in record.replaced:
+            if module.__dict__.get("config") is own:
+                module.config = config
+    model.__dict__.pop(_RECORD, None)
+
+
+@contextmanager
+def suspended(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, an attached model computes as it did before, whoever is attached to it."""
+    try:
+        _switch_back(model)
+        unpatch_gated_mlps(model)
+        yield
+    finally:
+        attach_again(model)
+
+
+def _same(config, other):
+    """Do two configs hold the same, attention implementations included, which their own comparison passes over?"""
+    mine, theirs = vars(config), vars(other)
+    if mine.keys() != theirs.keys():
+        return False
+    for name, value in mine.items():
+        if isinstance(value, PreTrainedConfig):
+            if not _same(value, theirs[name]):
+                return False
+        elif value != theirs[name]:
+            return False
+    return True
+
+
+def _configs(model):
+    """The config objects of a model's modules that belong to the model's own, each once."""
+    known = {}
+    copy.deepcopy(model.config, known)
+    configs = {id(config): config for config in (module.__dict__.get("config") for module in model.modules())}
+    return [config for key, config in configs.items() if config is not None and key in known]
+
+
+def _check(configs):
+    for config in configs:
+        name = config._attn_implementation
+        if name not in _OURS and name not in IMPLEMENTATIONS:
+            raise UnsupportedAttention(f"attention implementation {name!r} is not one of {sorted(_OURS)}")
+
+
+def _switch(model):
+    for config in _configs(model):
+        # The public setter would also overwrite sub-configs, which may run on something else.
+        config._attn_implementation_internal = _OURS.get(config._attn_implementation, config._attn_implementation)
+
+
+def _switch_back(model):
+    for config in _configs(model):
+        before = IMPLEMENTATIONS.get(config._attn_implementation)
+        if before is not None:
+            config._attn_implementation_internal = before
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without autocast for a while; every module gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,274 @@
+"""How a planned batch is described to a model: what stands where its layers expect an attention mask.
+
+Inside of a :func:`running` block a model that asks transformers for a mask is given a :class:`PackedMask`; it travels
+through the layers, gradient checkpointing included, to the attention function, which finds everything it needs in it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..layout import RowPlan, Sequences
+from .mask_patterns import find_pattern, name_unread, read_pattern
+from .shared_state import SharedState
+
+# Each layer's keys and values [Hkv, R, Dh], by its index.
+Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class UnsupportedAttention(NotImplementedError):
+    """A model asks attention for something prefix_attention does not compute; the message says what."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """What stands where a model expects its attention mask, for attention that runs on prefix_attention.
+
+    Attributes:
+        seq: the sequences among the rows of the batch.
+        window: see prefix_attention.
+        causal: see prefix_attention.
+        shared: what stands in front of the sequences.
+        dense: the same mask for the implementation before; None for planned rows, which it cannot run.
+        recorded: where attention leaves each layer's keys and values ``[Hkv, R, Dh]``, by its index; None: nowhere.
+    """
+
+    seq: Sequences
+    window: int | None = None
+    causal: bool = True
+    shared: SharedState = SharedState()
+    dense: "DenseMask | None" = None
+    recorded: Recorded | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
+        """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMask:
+    """What stands where a model expects its attention mask, for attention that runs on the implementation before.
+
+    Attributes:
+        before: its name.
+        arguments: what the model asked its mask function for.
+        shared: see :class:`PackedMask`.
+    """
+
+    before: str
+    arguments: dict[str, Any]
+    shared: SharedState = SharedState()
+
+    def to(self, *args: Any, **kwargs: Any) -> "DenseMask":
+        """As :meth:`PackedMask.to`."""
+        return self
+
+    @cached_property
+    def of_each_row(self) -> SharedState:
+        """``shared`` with an entry for each row of the batch."""
+        return self.shared.of_each_row(self.arguments["batch_size"])
+
+    @cached_property
+    def behind_nothing(self) -> torch.Tensor | None:
+        """The mask over own keys, for a layer without learned ones."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**self.arguments)
+
+    @cached_property
+    def behind_prefix(self) -> torch.Tensor | None:
+        """The mask over learned and own keys."""
+        length, arguments = self.shared.length, dict(self.arguments)
+        arguments["kv_length"] += length
+        arguments["q_offset"] = arguments.get("q_offset", 0) + length
+        arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+        real = arguments.get("attention_mask")
+        if real is not None:
+            arguments["attention_mask"] = torch.cat([real.new_ones(real.shape[0], length), real], 1)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**arguments)
+
+
+class PackedRows:
+    """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1.
+
+    Args:
+        plan: a RowPlan.
+        causal: is the plan one for causal attention only? (It is if rows are shared.)
+        shared: the learned keys and values in front of the sequences; None: there are none.
+        recorded: see :class:`PackedMask`.
+    """
+
+    def __init__(
+        self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
+    ) -> None:
+        self.sequences: Any = plan.sequences
+        self.causal, self.recorded = causal, recorded
+        self.shared = (shared or SharedState()).for_rows(plan.shared)
+
+    def mask(
+        self,
+        before: str,
+        *,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> PackedMask:
+        """The mask of the plan's sequences.
+
+        Raises:
+            UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
+                sliding window, one with padding or sequences of its own, or one of other rows.
+        """
+        rows = self.sequences.rows
+        if (batch_size, q_length, kv_length) != (1, rows, rows):
+            raise UnsupportedAttention(
+                f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
+            )
+        pattern = read_pattern(mask_function)
+        if pattern is None or not pattern.is_expressible:
+            raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
+        if self.causal and not pattern.causal:
+            raise UnsupportedAttention("its attention is not causal")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise UnsupportedAttention("it masks some of the packed rows")
+        if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
+            raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
+        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
+
+    def _splits_a_sequence(self, segments):
+        splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
+        splits[self.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
+        return bool(splits[:-1].any())
+
+
+class PaddedBatch:
+    """A batch as users pass it: padded, packed by its position ids, or decoding, behind a shared state or none.
+
+    Attributes:
+        asked: did the model ask for a mask at all?
+    """
+
+    def __init__(self, shared: SharedState | None = None) -> None:
+        self.shared = shared or SharedState()
+        self.asked = False
+
+    def mask(self, before: str, **arguments: Any) -> PackedMask | DenseMask | torch.Tensor | None:
+        """A :class:`PackedMask` where one says the same on all pairs of real tokens, else the mask there was before.
+
+        Raises:
+            UnsupportedAttention: a mask that a learned prefix has no place under.
+        """
+        self.asked = True
+        pattern = read_pattern(arguments["mask_function"])
+        if self.shared.learned and pattern is None:
+            raise UnsupportedAttention(f"{name_unread(arguments['mask_function'])} leaves no place for a prefix")
+        packed = self._packed(before, pattern, **arguments)
+        if packed is not None:
+            return packed
+        if pattern is None or not self.shared.learned:
+            return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
+        if pattern.segments is not None:
+            raise UnsupportedAttention("sequences that are both packed and padded leave no place for a prefix")
+        # Of indices alone, which moves behind the prefix; a function over the tokens of the batch would not.
+        return DenseMask(before, arguments | dict(mask_function=pattern.sees, use_vmap=False), self.shared)
+
+    def _packed(
+        self, before, pattern, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **arguments
+    ):
+        if q_length != kv_length or not _starts_at_zero(arguments):
+            return None
+        real = _real(attention_mask, batch_size, q_length, arguments.get("device", "cpu"))
+        runs = _runs(real, None if pattern is None else pattern.segments)
+        if runs is None:
+            return None
+        starts, lengths, gaps = runs
+        if pattern is None:
+            pattern = find_pattern(mask_function, real, use_vmap=arguments.get("use_vmap", False))
+        if pattern is None or not pattern.is_expressible:
+            return None
+        ids = self.shared.repeated(batch_size)
+        ids = None if ids is None else ids[starts // q_length]
+        seq = Sequences.runs(starts, lengths, batch_size * q_length, ids, gaps=gaps)
+        arguments |= dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length)
+        arguments |= dict(mask_function=mask_function, attention_mask=attention_mask)
+        dense = DenseMask(before, arguments, self.shared)
+        return PackedMask(seq, pattern.window, pattern.causal, self.shared, dense)
+
+
+class AsBefore:
+    """A batch that runs as it would if its model were not attached, nor patched with a prefix."""
+
+    shared = SharedState()
+
+    def mask(self, before: str, **arguments: Any) -> Any:
+        """The mask of the implementation before."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
+
+
+def _starts_at_zero(arguments):
+    offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
+    return not any(isinstance(offset, torch.Tensor) or offset for offset in offsets)
+
+
+def _real(attention_mask, batch, width, device):
+    """``[B, S]`` booleans: the tokens that are no padding. Behind a short mask all is, as in transformers."""
+    if attention_mask is None:
+        return torch.ones(batch, width, dtype=torch.bool, device=device)
+    real = attention_mask[:, :width].bool()
+    return torch.nn.functional.pad(real, (0, width - real.shape[1]))
+
+
+def _runs(real, segments):
+    """The runs of real tokens of a segment: starts, lengths and gaps; None if padding leaves more than one in a row."""
+    padded = not bool(real.all())
+    first = torch.ones_like(real[:, :1])
+    joined = real[:, :-1] & real[:, 1:]
+    if segments is not None:
+        joined &= segments.diff(dim=1) == 0
+    opens = real & torch.cat([first, ~joined], 1)
+    closes = real & torch.cat([~joined, first], 1)
+    if padded and bool((opens.sum(1) > 1).any()):
+        return None
+    starts, ends = opens.reshape(-1).nonzero()[:, 0], closes.reshape(-1).nonzero()[:, 0]
+    gaps = starts % max(real.shape[1], 1) if padded else None
+    return starts, ends - starts + 1, gaps
+
+
+Batch = TypeVar("Batch", bound=PackedRows | PaddedBatch | AsBefore)
+_ACTIVE: ContextVar[PackedRows | PaddedBatch | AsBefore | None] = ContextVar("fastprompt_active", default=None)
+
+
+@contextmanager
+def running(batch: Batch) -> Iterator[Batch]:
+    """While the block runs, models that are attached run ``batch`` on prefix_attention."""
+    token = _ACTIVE.set(batch)
+    try:
+        yield batch
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active() -> PackedRows | PaddedBatch | AsBefore | None:
+    """The batch of the innermost :func:`running` block, or None outside of any."""
+    return _ACTIVE.get()
+
+
+def outranks_patch() -> bool:
+    """Does the batch that is being run stay what it is in a model that is patched?"""
+    return isinstance(_ACTIVE.get(), PackedRows | AsBefore)
+
+
+@torch.compiler.disable
+def make_mask(before: str, **arguments: Any) -> Any:
+    """What a model that ran on ``before`` is given for the mask it asks for, with transformers' arguments."""
+    batch = _ACTIVE.get()
+    if batch is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[before](**arguments)
+    return batch.mask(before, **arguments)

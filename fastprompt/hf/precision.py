@@ -1,0 +1,76 @@
+"""A model run in wider arithmetic than its own, as it is: no copy of it, whatever hooks and wrappers it has."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LARGE = 10**9  # parameters from which on a CPU would spend minutes on float64
+
+
+class WideArithmetic(TorchDispatchMode):
+    """Inside of this block every operation on floating-point tensors computes and returns ``dtype``.
+
+    Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it runs in
+    the model's own dtype, and :attr:`exact` is False from then on. What an operation writes into keeps its dtype.
+
+    Attributes:
+        dtype: the wide one: float64, or float32 where float64 is not to be had, or would take too long.
+        exact: did everything run in it so far?
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.narrow = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
+        device = model.device.type
+        large = device == "cpu" and sum(p.numel() for p in model.parameters()) > _LARGE
+        self.dtype, self.exact = torch.float32 if large or device == "mps" else torch.float64, True
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of one operation."""
+        return torch.finfo(self.dtype if self.exact else self.narrow).eps
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        arguments = function._schema.arguments
+        aliases = [a for a in arguments if a.alias_info is not None]
+        written = {a.name for a in aliases if a.alias_info.is_write}
+        if aliases and not written:  # a view, which is widened where it is computed with
+            return function(*args, **kwargs)
+        if function is torch.ops.aten.embedding.default:  # the rows that are read are all that has to be widened
+            return self._widen(function(*args, **kwargs))
+        names = [a.name for a in arguments]
+
+        def convert(change):
+            new_args = [x if name in written else _map(x, change) for name, x in zip(names, args)]
+            return new_args, {name: x if name in written else _map(x, change) for name, x in kwargs.items()}
+
+        new_args, new_kwargs = convert(self._widen)
+        try:
+            out = function(*new_args, **new_kwargs)
+        except (RuntimeError, NotImplementedError):  # no kernel for the dtype, or no memory for a widened weight
+            self.exact = False
+            new_args, new_kwargs = convert(self._narrow)
+            out = function(*new_args, **new_kwargs)
+        return out if written else _map(out, self._widen)
+
+    def _widen(self, x):
+        return _cast(x, self.dtype)
+
+    def _narrow(self, x):
+        return _cast(x, self.narrow)
+
+
+def _cast(x, dtype):
+    if isinstance(x, torch.dtype):
+        return dtype if x in _FLOATS else x
+    # Other kinds of tensors (sharded, quantised) know themselves how to be computed with.
+    if type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype in _FLOATS:
+        return x.to(dtype)
+    return x
+
+
+def _map(x, change):
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map(item, change) for item in x) if type(x) in (list, tuple) else x
+    return change(x)

@@ -1,0 +1,83 @@
+"""Request: what a front understood of one call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..layout import RowPlan
+from .shared_state import SharedState
+
+
+class Loss(Protocol):
+    """A loss of the logits of some rows."""
+
+    def rows(self, plan: RowPlan) -> torch.Tensor:
+        """``[M]`` int64, the plan's rows whose logits it reads."""
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """A scalar, of ``[M, V]`` logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call of a model behind a soft prompt. The fronts make it; the engine alone decides how it is run.
+
+    Attributes:
+        tokens: ``[B, S]`` token ids or ``[B, S, D]`` embeddings; with ``cu_seqlens`` a sequence of T in place of B x S.
+        num_virtual_tokens: P at the input; 0 behind learned keys and values.
+        prompts: gives the distinct prompts of the batch, ``[N * P, D]``; called once, if the batch is run. None: no
+            prompt at the input.
+        prompt_ids: ``[B]`` int64, dense: which of the N each row has, at the input or in ``shared``; None: the first.
+        shared: learned keys and values in front of the batch, or None.
+        attention_mask: ``[B, S]`` or None.
+        labels: of a causal LM, like token ids and not shifted, or None.
+        virtual_tokens: where the prompt's tokens stand among the text; None: in front. See ``plan_padded_input``.
+        cu_seqlens: ``[B + 1]``, if the batch comes packed.
+        loss: a loss of the front's own in place of the model's, with the rows it is taken from; see Loss.
+        num_items_in_batch: what to divide the summed loss by; None: the number of labels.
+        training: is it a step of training? Then the loss is all that is wanted of a causal LM with labels ...
+        keep_logits: ... unless logits are asked for.
+        use_cache: are keys and values wanted with the logits? None: as the model's config says.
+        own_forward: does the front run the model's own forward around the packed backbone, on the batch as it came?
+        head_labels: the labels of such a forward.
+        reads_all_columns: does its result depend on the states of all columns, padding among them?
+        finds_last: does its head find a row's last token whatever stands behind it?
+        rows_differ: may tokens of the same id be different rows, by what is given beside them?
+    """
+
+    tokens: torch.Tensor
+    num_virtual_tokens: int
+    prompts: Callable[[], torch.Tensor] | None = None
+    prompt_ids: torch.Tensor | None = None
+    shared: SharedState | None = None
+    attention_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    virtual_tokens: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | list[int] | None = None
+    loss: Loss | None = None
+    num_items_in_batch: torch.Tensor | int | None = None
+    training: bool = False
+    keep_logits: bool = False
+    use_cache: bool | None = False
+    own_forward: bool = False
+    head_labels: torch.Tensor | None = None
+    reads_all_columns: bool = False
+    finds_last: bool = False
+    rows_differ: bool = False
+
+    @property
+    def has_ids(self) -> bool:
+        """Are the tokens ids, and not embeddings?"""
+        return not self.tokens.is_floating_point()
+
+    @property
+    def wants_logits(self) -> bool:
+        """Is more wanted of a causal LM than its loss?"""
+        return self.labels is None or self.keep_logits or not self.training
+
+    @property
+    def prefix_length(self) -> int:
+        """The length of the learned keys and values in front."""
+        return 0 if self.shared is None else self.shared.length

@@ -1,0 +1,190 @@
+"""How a planned batch travels through a model: its rows in, its hidden states, logits or loss out."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from ..layout import RowPlan
+from ..ops import prompt_concat
+from .attachment import attach_again, is_attached
+from .checkpointing import checkpoints_reentrantly, through_reentrant_checkpoints
+from .masks import PackedRows, running
+from .shared_state import SharedState
+
+Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
+# What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
+Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Runner:
+    """Runs the rows of a plan through an attached model.
+
+    Attributes:
+        base: the model.
+        backbone: the part of it that runs packed rows; what comes behind it sees padded hidden states.
+        is_lm: is it a causal LM, whose whole forward runs packed rows?
+        layout: "shared" for a causal model, whose prompt no text changes, else "packed".
+        position_offset: the first position, as the model's embedding of positions counts them.
+        compact_positions: does the model number tokens alone, so that left padding leaves no gap?
+    """
+
+    base: nn.Module
+    backbone: nn.Module
+    is_lm: bool
+    layout: str = "shared"
+    position_offset: int = 0
+    compact_positions: bool = False
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
+
+    def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
+        """``[R, D]`` input rows of a plan.
+
+        Args:
+            plan: a RowPlan.
+            prompt: ``[N * P, D]``, or None if the plan has no virtual tokens.
+            embeds: ``[B, S, D]`` or ``[T, D]`` embedded tokens of the batch the plan was made of.
+        """
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
+
+    def hidden(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> torch.Tensor:
+        """``[R, D]`` rows, or ``[R]`` token ids -> ``[R, D]`` last hidden states of the backbone."""
+        return self._call(self.backbone, plan, rows, shared).last_hidden_state[0]
+
+    def logits(
+        self,
+        plan: RowPlan,
+        rows: torch.Tensor,
+        shared: SharedState | None = None,
+        keep: torch.Tensor | None = None,
+        recorded: Recorded | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[R, V]`` of all rows, or ``[M, V]`` of the rows ``keep``. A causal LM only.
+
+        ``recorded`` is a dictionary that is given each layer's keys and values, see PackedMask; or None.
+        """
+        extra = {} if keep is None else {"logits_to_keep": keep}
+        return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
+
+    @contextmanager
+    def packed_backbone(
+        self,
+        plan: RowPlan,
+        inputs: Inputs,
+        shared: SharedState | None = None,
+        finish: Callable[[ModelOutput], None] | None = None,
+        recorded: Recorded | None = None,
+    ) -> Iterator[None]:
+        """While the block runs, a call of the backbone runs the plan's rows, and gives back padded ``[B, W, D]``
+        states.
+
+        So a model's own forward, with whatever comes behind its backbone, can run on packed rows.
+
+        Args:
+            plan: a RowPlan.
+            inputs: ``{argument: rows}``, ``[R, D]`` ``inputs_embeds`` or ``[R]`` ``input_ids`` and others; or a
+                function that makes it from the arguments the backbone is called with.
+            shared: the learned keys and values in front of the sequences, or None.
+            finish: called with the backbone's output at the end.
+            recorded: see :meth:`logits`.
+        """
+        signature = inspect.signature(self.backbone.forward)
+        blocks = []
+
+        def enter(module, args, kwargs):
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            given.update(given.pop("kwargs", {}))
+            rows = inputs(given) if callable(inputs) else inputs
+            for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values"):
+                given.pop(name, None)
+            block = ExitStack()
+            blocks.append(block)
+            given.update(block.enter_context(self._running(plan, rows, shared, recorded)))
+            return (), given
+
+        def leave(module, args, kwargs, output):
+            if blocks:
+                blocks.pop().close()
+            if output is None:
+                return None
+            output = _unpacked(plan, module, output)
+            if finish is not None:
+                finish(output)
+            return output
+
+        hooks = []
+        try:
+            hooks.append(self.backbone.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(self.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            while blocks:  # torch calls no hook after a KeyboardInterrupt
+                blocks.pop().close()
+
+    @contextmanager
+    def padded_backbone(self, plan: RowPlan) -> Iterator[None]:
+        """While the block runs, a call of the backbone on ``[B, W]`` rows gives the states that the grid picks."""
+        hook = self.backbone.register_forward_hook(lambda module, args, output: _unpacked(plan, module, output))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _call(self, model, plan, rows, shared, recorded=None, **extra):
+        name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
+        with self._running(plan, {name: rows}, shared, recorded) as inputs:
+            return model(**inputs, **extra)
+
+    @contextmanager
+    def _running(self, plan, rows, shared, recorded):
+        """The block that the model has to run in, and the backbone's keyword arguments for ``{argument: [R, ...]}``."""
+        if not is_attached(self.base):  # set_attn_implementation was called meanwhile
+            attach_again(self.base)
+        with ExitStack() as block:
+            learns = shared is not None and any(x.requires_grad for x in shared.tensors())
+            if learns and checkpoints_reentrantly(self.base):
+                shared, bridge = through_reentrant_checkpoints(shared)
+                if "inputs_embeds" in rows:
+                    rows = {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
+                else:
+                    embedding = self.base.get_input_embeddings()
+                    hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
+                    block.callback(hook.remove)
+            inputs = {name: x[None] for name, x in rows.items()}
+            inputs["position_ids"] = self._positions(plan)[None]
+            inputs["return_dict"] = True
+            if self._takes_use_cache:
+                inputs["use_cache"] = False
+            block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            yield inputs
+
+    def _positions(self, plan):
+        positions, sequences = plan.position_ids, plan.sequences
+        if self.compact_positions and sequences.gaps is not None:
+            positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
+        return positions + self.position_offset
+
+
+def _unpacked(plan, backbone, output):
+    """A backbone's output with padded in place of packed states, and what it pools from them pooled again."""
+    output.last_hidden_state = plan.unpack(output.last_hidden_state.flatten(0, 1))
+    return pooled_again(backbone, output)
+
+
+def pooled_again(backbone: Any, output: Any) -> Any:
+    """A backbone's output with what it pools from its hidden states, if anything, made of those it has now."""
+    if output.get("pooler_output") is not None:
+        output.pooler_output = backbone.pooler(output.last_hidden_state)
+    return output

@@ -1,0 +1,118 @@
+"""What a model's structure says before anything is run: what is known not to pack, and what is random."""
+
+import inspect
+from functools import cache
+
+from torch import nn
+
+# Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
+_PACKS = {"full_attention", "sliding_attention", "attention", "moe", "dense", "sparse"}
+# Packed or refused by what its masks say.
+_KNOWN_ELSEWHERE = {"chunked_attention"}
+_LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
+_STATE_METHODS = {
+    "get_conv_state",
+    "get_recurrent_state",
+    "update_conv_state",
+    "update_recurrent_state",
+    "has_previous_state",
+}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def why_never_packed(base: nn.Module, backbone: nn.Module) -> str | None:
+    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
+    name = type(backbone).__name__
+    if getattr(base.config, "is_encoder_decoder", False):
+        return "an encoder-decoder's cross-attention has no packed layout"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return f"{name} takes no position_ids"
+    for attribute in _LAYER_LISTS:
+        kinds = getattr(backbone.config, attribute, None) or ()
+        unknown = sorted({str(kind) for kind in kinds} - _PACKS - _KNOWN_ELSEWHERE)
+        if unknown:
+            return (
+                f"{name} has layers of type {', '.join(unknown)}, through which one sequence would reach into the next"
+            )
+    for module in backbone.modules():
+        carries = _carries_state(module)
+        if carries is not None:
+            return f"{type(module).__name__} {carries}, through which one sequence would reach into the next"
+    if getattr(base, "_is_stateful", False):
+        return f"{type(base).__name__} carries a state from token to token"
+    return None
+
+
+def _carries_state(module):
+    """What carries something from one token to others beside attention, or None."""
+    if isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size):
+        return "is a convolution over tokens"
+    if isinstance(module, nn.RNNBase):
+        return "is recurrent"
+    if _STATE_METHODS & _names_used(type(module)):
+        return "keeps a recurrent or convolution state"
+    return None
+
+
+@cache
+def _names_used(kind):
+    """The names of attributes that the methods of a module's class use."""
+    names = set()
+    for parent in kind.__mro__:
+        if parent is nn.Module:
+            break
+        for method in vars(parent).values():
+            code = getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None)
+            names.update(() if code is None else code.co_names)
+    return names
+
+
+def active_dropout(module: nn.Module) -> str | None:
+    """The first dropout or routing noise that is at work inside of ``module`` right now, or None.
+
+    Looked for in every call: adapters may be added and modes changed at any time.
+    """
+    for part in module.modules():
+        if not part.training:
+            continue
+        for name, value in vars(part).items():
+            if type(value) not in (int, float) or value <= 0:
+                continue
+            if "drop" in name or "jitter" in name or (name == "p" and isinstance(part, nn.Dropout)):
+                return f"{type(part).__name__}.{name} = {value}"
+    return None
+
+
+def rope_limit(backbone: nn.Module) -> int | None:
+    """The number of positions from which on rotary frequencies depend on the largest position of a call; None: never.
+
+    Dynamic NTK scaling and LongRoPE choose them so, and padding counts.
+    """
+    limits = [_rope_limit(module) for module in backbone.modules()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _rope_limit(module):
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    if not any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+        return None
+    lengths = _lengths(getattr(module, "original_max_seq_len", None))
+    lengths += _lengths(getattr(getattr(module, "config", None), "rope_parameters", None))
+    return min(lengths, default=0)
+
+
+def _lengths(value):
+    """The lengths in ``value``: a number, or rope parameters, of all layers or of each type of layer."""
+    if isinstance(value, int):
+        return [value]
+    if not isinstance(value, dict):
+        return []
+    own = value.get("original_max_position_embeddings")
+    return ([own] if own else []) + [n for x in value.values() if isinstance(x, dict) for n in _lengths(x)]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Is it a frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook?"""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,1 @@
+"""All that knows PEFT: its models on the engine, its encoders, its checkpoints."""

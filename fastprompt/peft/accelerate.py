@@ -1,0 +1,184 @@
+"""accelerate(peft_model): PEFT prompt learning on the packed engine, in place; restore(peft_model) undoes it."""
+
+import functools
+import inspect
+import warnings
+import weakref
+
+import torch
+from peft import PeftModel, PeftType
+
+from ..hf.attachment import is_attached
+from ..hf.engine import Engine
+from ..hf.masks import UnsupportedAttention
+from ..layout import CannotPack
+from .call import PACKED_CLASSES, Call
+
+_STATE = "_fastprompt"
+
+
+def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel:
+    """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
+    checkpoints.
+
+    Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
+    Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
+    feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows
+    of a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with
+    gradient checkpointing switched on afterwards.
+
+    With labels, in training, the head of a causal LM runs on labelled rows only and the output is its loss:
+    ``outputs.logits`` and ``outputs.past_key_values`` are None. Otherwise logits come in PEFT's shape, and a cache
+    where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
+    rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
+    ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy, by
+    ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own forward.
+
+    Args:
+        peft_model: a ``PeftModel`` with a prompt-learning adapter.
+        keep_logits: return logits in training too.
+
+    Raises:
+        TypeError: not such a model; it is left as it was.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model must be a peft.PeftModel, got {type(peft_model).__name__}")
+    config = peft_model.active_peft_config
+    if not config.is_prompt_learning:
+        raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
+    restore(peft_model)
+    state = _State(peft_model, keep_logits)
+    try:
+        peft_model.__dict__[_STATE] = state
+        engine = state.attach(peft_model)
+        state.attached = True
+    finally:
+        if not state.attached:
+            restore(peft_model)
+    if engine.refusal is not None:
+        state.warn(engine.refusal)
+    return peft_model
+
+
+def restore(peft_model: PeftModel) -> PeftModel:
+    """Undo :func:`accelerate`; a model that is not accelerated is left alone. Returns the model."""
+    state = peft_model.__dict__.get(_STATE)
+    if state is not None:
+        state.detach(peft_model)
+        peft_model.__dict__.pop(_STATE, None)
+    return peft_model
+
+
+class _State:
+    """What an accelerated model remembers.
+
+    Attributes:
+        engine: the engine of its base model.
+        keep_logits: see :func:`accelerate`.
+        own_forward: the instance's own forward, if it had one.
+        outputs: a prompt encoder -> its CachedOutput.
+    """
+
+    engine = None
+    attached = False
+
+    def __init__(self, model, keep_logits):
+        self.keep_logits = keep_logits
+        self.own_forward, self.config = model.__dict__.get("forward"), model.__dict__.get("config")
+        self.config_is_base_s = self.config is not None and self.config is model.base_model.config
+        self.warned, self.outputs = set(), weakref.WeakKeyDictionary()
+
+    def attach(self, model):
+        base = model.base_model
+        self.engine = Engine(base)
+        if self.config_is_base_s:
+            model.config = base.config
+        model.forward = _Forward(model)
+        return self.engine
+
+    def detach(self, model):
+        if self.own_forward is not None:
+            model.forward = self.own_forward
+        else:
+            model.__dict__.pop("forward", None)
+        if self.engine is not None:
+            self.engine.detach()
+        if self.config_is_base_s:  # where another user keeps the base attached, that is not the model's own yet
+            model.config = self.config if is_attached(model.base_model) else model.base_model.config
+
+    def original(self, model):
+        """The forward that the model had before."""
+        return self.own_forward or functools.partial(type(model).forward, model)
+
+    def warn(self, reason):
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=5)
+
+    def __getstate__(self):
+        return {**vars(self), "outputs": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, outputs=weakref.WeakKeyDictionary())
+
+
+class _Forward:
+    """The forward of one accelerated model: a bound method that, unlike Python's, a pickle brings back."""
+
+    def __init__(self, model):
+        self.__self__, self.__func__ = model, _forward_like(type(model))
+
+    def __call__(self, *args, **kwargs):
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __reduce__(self):
+        return _Forward, (self.__self__,)
+
+    def __getattr__(self, name):
+        return getattr(self.__func__, name)  # as of a bound method
+
+    @property
+    def __signature__(self):
+        return inspect.signature(functools.partial(self.__func__, None))
+
+
+@torch.compiler.disable
+def _translate(model, state, original, args, kwargs):
+    """The call, planned, or None if it has to take PEFT's own forward."""
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    try:
+        return Call(model, state, given)
+    except CannotPack as reason:
+        state.warn(str(reason))
+        return None
+
+
+@functools.cache
+def _forward_like(peft_class):
+    """``peft_class.forward`` on packed rows where they give the same result."""
+
+    def forward(self, *args, **kwargs):
+        state = self.__dict__[_STATE]
+        original = state.original(self)
+        if torch.compiler.is_exporting():
+            return original(*args, **kwargs)
+        if not self.active_peft_config.is_prompt_learning or not issubclass(peft_class, PACKED_CLASSES):
+            return original(*args, **kwargs)
+        call = _translate(self, state, original, args, kwargs)
+        if call is None:
+            return original(*args, **kwargs)
+        try:
+            if call.direct:
+                return call.language_model()
+            with call.packed_backbone():
+                return original(*args, **kwargs)
+        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+            state.warn(str(reason))
+        return original(*args, **kwargs)
+
+    # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.
+    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(forward, name, getattr(peft_class.forward, name))
+    forward.__signature__ = inspect.signature(peft_class.forward)
+    return forward

@@ -1,0 +1,206 @@
+"""One call of a PEFT model, translated for the engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftType,
+)
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..hf.request import Request
+from ..hf.shared_state import SharedState
+from ..layout import CannotPack
+from .cpt import CPTLoss
+from .encoder import fast_encoder
+
+PACKED_CLASSES = (
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering,
+    PeftModelForFeatureExtraction,
+)
+_PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+# What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
+_UNDERSTOOD = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "labels",
+    "task_ids",
+    "num_items_in_batch",
+    "return_dict",
+    "use_cache",
+    "token_type_ids",
+    "start_positions",
+    "end_positions",
+    "input_type_mask",
+}
+_OUTPUTS = {"output_attentions", "output_hidden_states"}
+
+
+class Call:
+    """One forward call of an accelerated model.
+
+    There are two ways to run it: :meth:`language_model` does what PEFT's forward would do, with the head on labelled
+        rows
+    only; in :meth:`packed_backbone` PEFT's own forward runs, and only the layers in it see packed rows.
+
+    Attributes:
+        request: what the engine is asked for.
+        plan: its rows.
+        direct: is :meth:`language_model` the way?
+
+    Raises:
+        CannotPack: the call has to take PEFT's own forward; the message says why.
+        ValueError: wrong arguments.
+    """
+
+    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any]) -> None:
+        self.model, self.state, self.engine, self.given = model, state, state.engine, given
+        self.config = model.active_peft_config
+        self.length = self.config.num_virtual_tokens
+        self.is_prefix = self.config.peft_type in _PREFIXES
+        is_lm = isinstance(model, PeftModelForCausalLM)
+        self.direct = is_lm and self.engine.is_lm
+        if self.engine.refusal is not None:
+            raise CannotPack(self.engine.refusal)
+        self._check_arguments()
+        self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        if self.tokens.shape[1] == 0:
+            raise CannotPack("the batch has no tokens")
+        self._find_tasks()
+        labels = given.get("labels")
+        self.request = Request(
+            tokens=self.tokens,
+            num_virtual_tokens=0 if self.is_prefix else self.length,
+            prompts=None if self.is_prefix else self._prompts,
+            prompt_ids=self.prompt_ids,
+            shared=self._shared() if self.is_prefix else None,
+            attention_mask=given.get("attention_mask"),
+            labels=labels if is_lm else None,
+            loss=self._loss(labels) if is_lm else None,
+            num_items_in_batch=given.get("num_items_in_batch"),
+            training=model.training,
+            keep_logits=state.keep_logits or not self.direct,
+            use_cache=given.get("use_cache"),
+            own_forward=not self.direct,
+            head_labels=labels,
+            reads_all_columns=isinstance(model, PeftModelForQuestionAnswering),
+            finds_last=self.is_prefix and given.get("input_ids") is not None,
+            rows_differ=given.get("token_type_ids") is not None and not self.direct,
+        )
+        self.plan = self.engine.plan(self.request)
+
+    def _check_arguments(self):
+        given = self.given
+        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+            raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
+        ignored = set() if self.is_prefix else {"position_ids"}  # PEFT ignores them there
+        unknown = {name for name, value in given.items() if value is not None} - _UNDERSTOOD - ignored
+        unknown -= {name for name in _OUTPUTS if given.get(name) is False}
+        if unknown:
+            raise CannotPack(f"{', '.join(sorted(unknown))} given")
+
+    def _find_tasks(self):
+        """The distinct tasks of the batch, and which of them each row has; None where the adapter has no tasks."""
+        self.task_ids, self.prompt_ids = self.given.get("task_ids"), None
+        if self.config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or self.task_ids is None:
+            return
+        batch, ids = len(self.tokens), self.task_ids.reshape(-1)
+        if len(ids) not in (1, batch):
+            raise ValueError(
+                f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(ids)}"
+            )
+        self.task_ids, self.prompt_ids = ids.expand(batch).unique(return_inverse=True)
+
+    def _loss(self, labels):
+        """CPT's own loss; None: the model's."""
+        if self.config.peft_type != PeftType.CPT or labels is None:
+            return None
+        # PEFT takes the weights from the adapter of this name, whichever is active.
+        decay = self.model.peft_config.get("default", self.config)
+        return CPTLoss(self.config, decay, labels, self.given.get("input_type_mask"))
+
+    @property
+    def _num_prompts(self):
+        return 1 if self.prompt_ids is None else len(self.task_ids)
+
+    def _prompts(self):
+        with self._encoder():
+            prompts = self.model.get_prompt(batch_size=self._num_prompts, task_ids=self.task_ids)
+        return prompts.flatten(0, 1)  # [N * P, D]
+
+    @cached_property
+    def _cache(self):
+        """PEFT's prefix, for a batch of one row."""
+        return self.model.get_prompt(batch_size=1)
+
+    def _shared(self):
+        if not isinstance(self._cache, Cache):
+            raise CannotPack(f"its prefix is a {type(self._cache).__name__}")
+        shared = SharedState.of_cache(self._cache, self.engine.base.config)
+        reason = self.engine.why_not_prefix(
+            lambda: SharedState.of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config),
+            (self.model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
+            self.state.original(self.model),
+        )
+        if reason is not None:
+            raise CannotPack(reason)
+        return shared
+
+    def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """The output of a causal LM."""
+        given, model = self.given, self.model
+        # PEFT's warnings about arguments it ignores.
+        ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
+        model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
+        outputs = self.engine.run(self.request, self.plan, self._embed)
+        by_default = getattr(model.base_model.config, "return_dict", True)
+        as_dict = given.get("return_dict")
+        return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
+
+    def _encoder(self):
+        return fast_encoder(self.model.prompt_encoder[self.model.active_adapter], self.state.outputs)
+
+    def _embed(self, tokens):
+        return tokens if tokens.is_floating_point() else self.model.word_embeddings(tokens)
+
+    @contextmanager
+    def packed_backbone(self) -> Iterator[None]:
+        """PEFT's own forward inside of this block runs its layers on packed rows."""
+        try:
+            if self.is_prefix:
+                # PEFT would repeat the prefix for every row of the batch; nothing reads it here.
+                self.model.__dict__["get_prompt"] = lambda *args, **kwargs: self._cache
+            with self.engine.packed_backbone(self.request, self.plan, self._packed), self._encoder():
+                yield
+        finally:
+            self.model.__dict__.pop("get_prompt", None)
+
+    def _packed(self, given):
+        """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
+        source = self.plan.source
+        batch, width = self.tokens.shape[:2]
+        front = self.request.num_virtual_tokens
+        cells = source + front * (1 + source // width)  # token (b, c) stands in column P + c there
+        if front:
+            row_of = torch.zeros(self._num_prompts, dtype=torch.int64, device=source.device)
+            if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
+                row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
+            prompt, virtual = (-1 - source).clamp(min=0) // front, (-1 - source).clamp(min=0) % front
+            cells = torch.where(source >= 0, cells, row_of[prompt] * (front + width) + virtual)
+        names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
+        return {name: given[name].flatten(0, 1)[cells] for name in names}

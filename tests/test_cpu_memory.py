@@ -1,0 +1,63 @@
+"""No memory for a C++ kernel is a MemoryError, whichever of its threads wanted some, and the process goes on."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastprompt import native
+
+pytestmark = [
+    pytest.mark.skipif(native.missing is not None, reason=str(native.missing)),
+    pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory and its use are read as Linux gives them"),
+]
+
+# Each call wants more scratch memory per thread than `room`, and its tensors are far smaller than that.
+SCRIPT = """
+import resource, sys
+import torch
+from fastprompt import Sequences, multitask_prompt, prefix_attention
+
+torch.set_num_threads(int(sys.argv[1]))
+
+def fails(name, room, call):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+    try:
+        call()
+        print(name, "had enough memory")
+    except MemoryError:
+        print(name, "MemoryError")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+MIB = 1 << 20
+small = torch.ones(4, 2, 8)
+one = Sequences.packed(torch.tensor([0, 4]))
+prefix_attention(small, small, small, None, None, one, backend="cpu")  # the threads are there
+
+rank = 1 << 20
+factors = torch.ones(1, 200), torch.ones(1, 1, rank), torch.ones(1, rank, 200)
+task = torch.zeros(1, dtype=torch.int64)
+fails("multitask_prompt", 64 * MIB, lambda: multitask_prompt(*factors, task, backend="cpu"))
+
+rank = 1 << 15
+factors = torch.ones(1, 200), torch.ones(8, 1, rank), torch.ones(8, rank, 200)
+prompts = multitask_prompt(*(x.requires_grad_() for x in factors), torch.arange(8), backend="cpu")
+grad = torch.ones_like(prompts)
+fails("its backward", 230 * MIB, lambda: prompts.backward(grad))
+
+q = torch.ones(64, 2, 1 << 18)
+seq = Sequences.packed(torch.tensor([0, 32, 64]))
+fails("prefix_attention", 160 * MIB, lambda: prefix_attention(q, q, q, None, None, seq, backend="cpu"))
+
+assert torch.equal(prefix_attention(small, small, small, None, None, one, backend="cpu")[0], small)
+print("and on")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_memory_is_an_exception(threads):
+    result = subprocess.run([sys.executable, "-c", SCRIPT, str(threads)], capture_output=True, text=True, timeout=240)
+    lines = ["multitask_prompt MemoryError", "its backward MemoryError", "prefix_attention MemoryError", "and on"]
+    assert result.stdout.splitlines() == lines, result.stdout + result.stderr

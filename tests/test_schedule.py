@@ -1,0 +1,263 @@
+"""The schedules of prefix_attention against what they are, written with loops."""
+
+import pytest
+import torch
+from fastprompt.kernels.prefix_attention import schedule as gpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastprompt import Sequences, native, prefix_attention
+from fastprompt.ops.prefix_attention.schedule import CpuSchedule, cpu_schedule
+
+
+@st.composite
+def batches(draw, longest=300):
+    """Sequences and the keys that a prefix has room for."""
+    length = st.one_of(st.integers(0, 12), st.integers(0, longest))
+    lengths = draw(st.lists(length, max_size=30))
+    prefixes, room = draw(st.integers(1, 4)), draw(st.sampled_from([0, 1, 7, 100]))
+    options = {}
+    if draw(st.booleans()):
+        options["prefix_ids"] = [draw(st.integers(-1, prefixes - 1)) for _ in lengths]
+    if draw(st.booleans()):
+        options["prefix_lens"] = [draw(st.integers(0, room)) for _ in range(prefixes)]
+    if draw(st.booleans()):
+        options["gaps"] = [draw(st.integers(0, 5)) for _ in lengths]
+    kind = draw(st.sampled_from(["packed", "padded", "decode", "runs"]))
+    if kind == "packed":
+        return Sequences.packed([sum(lengths[:i]) for i in range(len(lengths) + 1)], **options), room
+    if kind == "padded":
+        starts = [draw(st.integers(0, 3)) for _ in lengths]
+        return Sequences.padded(starts, lengths, max(lengths, default=0) + 3, **options), room
+    if kind == "decode":
+        return Sequences.decode(lengths, **options), room
+    starts = [sum(lengths[:i]) + 2 * i for i in range(len(lengths))]  # from the last run to the first
+    return Sequences.runs(starts[::-1], lengths[::-1], sum(lengths) + 2 * len(lengths), **options), room
+
+
+def described(seq, room):
+    """``(number, start, length, prefix, its length, gap)`` of every sequence, as ints; prefix -1: none."""
+    for number, (start, length) in enumerate(zip(seq.starts.tolist(), seq.lengths.tolist())):
+        prefix = 0 if seq.prefix_ids is None else int(seq.prefix_ids[number])
+        used = 0
+        if prefix >= 0 and room:
+            used = room if seq.prefix_lens is None else int(seq.prefix_lens[prefix])
+        gap = 0 if seq.gaps is None else int(seq.gaps[number])
+        yield number, start, length, prefix if used else -1, used, gap
+
+
+def seen(first, end, length, causal, window):
+    """The own keys that queries ``first`` to ``end`` see: the first and the end of them."""
+    begin, stop = 0, end if causal else length
+    if window is not None:
+        begin, stop = max(0, first - window + 1), min(stop, end - 1 + window)
+    return begin, stop
+
+
+def aligned(keys):
+    return -(-keys // 32) * 32
+
+
+def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
+    """The tables of :class:`CpuSchedule`, as lists."""
+    decode, group = seq.kind == "decode", heads // kv_heads
+    sequences = [s for s in described(seq, room) if s[2]]
+    if window is not None and window >= max(
+        (used + gap + n for _, _, n, _, used, gap in described(seq, room)), default=0
+    ):
+        window = None
+    rows_of = {s: 1 if decode else s[2] for s in sequences}
+    queries = sum(rows_of.values())
+    pairs = sum(rows * (s[4] + s[2]) for s, rows in rows_of.items())
+    wanted = -(-min(8, pairs * heads // (1 << 14) + 1) // kv_heads)
+    share = -(-queries * group // wanted)
+    tile_rows = max(1, min(192, max(48, share)) // group)
+    chunk_rows = max(1, min(1024, share) // group)
+
+    prefixes, chunks = [], []
+    for prefix in sorted({s[3] for s in sequences}):
+        readers = [s for s in sequences if s[3] == prefix]
+        used, number = readers[0][4], -1
+        if prefix >= 0:
+            number = len(prefixes)
+            prefixes.append([prefix, used, sum(aligned(length) for _, length, _ in prefixes)])
+        tiles, free = [], 0  # of (sequence, first query, end)
+        for s in readers:
+            rows = rows_of[s]
+            before = s[2] - rows
+            if rows > tile_rows:
+                size = -(-rows // -(-rows // tile_rows))
+                tiles += [[(s, i, min(i + size, rows))] for i in range(0, rows, size)]
+                free = 0
+                continue
+            if rows > free:
+                tiles.append([])
+                free = tile_rows
+            tiles[-1].append((s, before, before + rows))
+            free -= rows
+        sizes = [sum(end - first for _, first, end in tile) for tile in tiles]
+        count = max(1, round(sum(sizes) / chunk_rows))
+        dealt, done = [], 0
+        for tile, size in zip(tiles, sizes):
+            if done * count >= sum(sizes) * len(dealt):
+                dealt.append([])
+            dealt[-1].append(tile)
+            done += size
+        chunks += [(number, used, tiles) for tiles in dealt]
+
+    def cost(chunk):
+        _, used, tiles = chunk
+        total = 0
+        for s, first, end in sum(tiles, []):
+            begin, stop = seen(first, end, s[2], causal, window)
+            total += (end - first) * (used + (stop - begin) / (2 if causal and not decode else 1))
+        return total
+
+    chunks.sort(key=cost, reverse=True)
+
+    spans = {}  # (chunk, sequence) -> its queries there
+    for i, (_, _, tiles) in enumerate(chunks):
+        for s, first, end in sum(tiles, []):
+            spans[i, s] = spans.get((i, s), (first,))[0], end
+    base = {s: s[0] if decode else s[1] for s in sequences}
+    splits, parts, part_of, split_parts = [], [], {}, 0
+    for s in dict.fromkeys(s for _, s in spans):
+        places = [(*seen(*span, s[2], causal, window), i) for (i, other), span in spans.items() if other == s]
+        if len(places) < 2:
+            continue
+        splits.append([base[s], s[2], len(parts), len(parts) + len(places)])
+        for begin, end, i in sorted(places, key=lambda place: place[1]):
+            part_of[i, s] = split_parts
+            parts.append([begin, end, split_parts])
+            split_parts += end - begin
+
+    segments, tile_table, chunk_table, prefix_parts, most_rows, most_slots = [], [], [], 0, 0, 0
+    for i, (number, used, tiles) in enumerate(chunks):
+        chunk_table.append([len(tile_table), len(tile_table) + len(tiles), number, prefix_parts])
+        prefix_parts += used
+        for tile in tiles:
+            tile_table.append([len(segments), len(segments) + len(tile)])
+            slot = 0
+            for s, first, end in tile:
+                span = spans[i, s]
+                begin, stop = seen(*span, s[2], causal, window)
+                row = s[1] if decode else s[1] + first
+                load, store = int(first == span[0]), int(end == span[1])
+                part = part_of.get((i, s), -1)
+                segments.append([row, end - first, first, base[s], begin, stop, slot, s[5], load, store, part])
+                slot += aligned(stop - begin)
+            most_slots = max(most_slots, slot)
+            most_rows = max(most_rows, sum(end - first for _, first, end in tile))
+    prefix_slots = sum(aligned(length) for _, length, _ in prefixes)
+    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts]
+    return CpuSchedule(segments, tile_table, chunk_table, prefixes, splits, parts, sizes)
+
+
+FLAGS = dict(
+    causal=st.booleans(),
+    window=st.sampled_from([None, None, 1, 5, 40, 1000]),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 3, 8, 200]),
+)
+
+
+@given(batches(), st.fixed_dictionaries(FLAGS))
+@settings(max_examples=300, deadline=None)
+def test_the_cpu_schedule_is_its_definition(batch, flags):
+    seq, room = batch
+    group = flags.pop("group")
+    options = dict(flags, room=room, heads=group * flags["kv_heads"])
+    found, exact = cpu_schedule(seq, **options), cpu_definition(seq, **options)
+    for name, table, expected in zip(CpuSchedule._fields, found, exact):
+        assert table.dtype == torch.int64 and table.is_contiguous(), name
+        assert table.tolist() == expected, name
+
+
+@given(batches(longest=40), st.booleans(), st.sampled_from([None, 1, 9]), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_gpu_schedule_is_its_definition(batch, causal, window, data):
+    seq, room = batch
+    sequences = [s for s in described(seq, room) if s[2]]
+    sequences.sort(key=lambda s: (s[3], s[1]))
+    decode, cache = seq.kind == "decode", 50
+    keys = [(s, j) for s in sequences for j in range(s[2])]  # in virtual order
+    queries = [(s, s[2] - 1) for s in sequences] if decode else keys
+    first = {s: sum(other[2] for other in sequences[:i]) for i, s in enumerate(sequences)}
+    bounds = [seen(j, j + 1, s[2], causal, window) for s, j in queries]
+    table, lengths = torch.tensor(list(described(seq, room))).view(-1, 6)[:, [1, 2, 3, 5]], seq.prefix_lengths(room)
+    made = gpu.make_batch(table, lengths, decode=decode, room=cache, causal=causal, window=window)
+    assert made.query_rows.tolist() == [s[1] if decode else s[1] + j for s, j in queries]
+    assert made.key_rows.tolist() == [s[0] * cache + j if decode else s[1] + j for s, j in keys]
+    assert made.low.tolist() == [first[s] + low for (s, _), (low, _) in zip(queries, bounds)]
+    assert made.high.tolist() == [first[s] + high for (s, _), (_, high) in zip(queries, bounds)]
+
+    rows, block, chunk = (data.draw(st.sampled_from(sizes)) for sizes in ([1, 7, 64], [4, 16], [5, 60]))
+    tiles = []
+    for prefix in sorted({s[3] for s in sequences}):
+        numbers = [i for i, (s, _) in enumerate(queries) if s[3] == prefix]
+        tiles += [(numbers[i], min(numbers[i] + rows, numbers[-1] + 1)) for i in range(0, len(numbers), rows)]
+    table = gpu.query_tiles(made, rows)
+    assert [tuple(row) for row in table[:, :2].tolist()] == tiles
+    for q0, q1, k0, k1, prefix, p0, p1, _ in table.tolist():
+        of_tile = range(q0, q1)
+        assert (k0, k1) == (min(made.low[i] for i in of_tile), max(made.high[i] for i in of_tile))
+        s = queries[q0][0]
+        assert (prefix, p1) == (max(s[3], 0), s[4])
+        visible = [0 if window is None else s[4] + s[5] + j - window + 1 for s, j in queries[q0:q1]]
+        assert p0 == min(max(min(visible), 0), s[4])
+    if decode:
+        check_decode_items(made, queries, rows, block)
+        return
+
+    # Every query and key of every prefix meet in one item, and so do all keys in one.
+    items, slots, count = gpu.backward_items(
+        made, query_rows=rows, key_block=block, chunk_rows=chunk, dq=True, dkv=True, dprefix=True
+    )
+    met = [
+        (query, prefix, key)
+        for role, q0, q1, k0, k1, prefix, _, _ in items.tolist() if role == gpu.PREFIX
+        for query in range(q0, q1) for key in range(k0, k1)
+    ]  # fmt: skip
+    assert sorted(met) == [(i, s[3], key) for i, (s, _) in enumerate(queries) for key in range(s[4])]
+    of_keys = [row for row in items.tolist() if row[0] == gpu.KEYS]
+    assert sorted(key for row in of_keys for key in range(row[3], row[4])) == list(range(len(keys)))
+    for _, q0, q1, k0, k1, *_ in of_keys:
+        meet = [i for i in range(len(queries)) if made.low[i] < k1 and made.high[i] > k0]
+        assert not meet or (q0 <= meet[0] and meet[-1] < q1)
+
+    # The partial sums of a block of a prefix stand in slots side by side, and no slot is another's.
+    found = gpu.slot_table(slots, 4, room, block)
+    used = [slot for begin, end, _ in found.reshape(-1, 3).tolist() for slot in range(begin, end)]
+    assert sorted(used) == list(range(count))
+    for row in items.tolist():
+        if row[0] == gpu.PREFIX:
+            begin, end, length = found[row[5], row[3] // block].tolist()
+            assert begin <= row[6] < end and row[4] <= length
+
+
+def check_decode_items(made, queries, rows, split):
+    """Every query meets every key that it sees of its prefix and of its own once, in parts numbered from 0."""
+    items, parts = gpu.decode_items(made, rows=rows, prefix_split=split, own_split=split)
+    met, numbers = {i: [] for i in range(len(queries))}, {i: [] for i in range(len(queries))}
+    for q0, q1, k0, k1, prefix, number, *_ in items.tolist():
+        for query in range(q0, q1):
+            met[query] += [(prefix, key) for key in range(k0, k1)]
+            numbers[query].append(number)
+    for i, (s, _) in enumerate(queries):
+        own = [(-1, key) for key in range(made.low[i], made.high[i])]
+        shared = [(s[3], key) for key in range(s[4])]
+        assert set(own) <= set(met[i]) <= set(own + shared) and len(set(met[i])) == len(met[i])
+        assert set(shared[made.prefix_low[i] :]) <= set(met[i])
+        assert sorted(numbers[i]) == list(range(parts[i + 1] - parts[i]))
+
+
+library = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", pytest.param("cpu", marks=library)])
+def test_lengths_of_prefixes_mean_nothing_where_there_are_none(backend):
+    seq = Sequences.packed([0, 3, 5], prefix_ids=[0, 1], prefix_lens=[2, 4])
+    q, k, v = torch.randn(3, 5, 2, 8)
+    found = prefix_attention(q, k, v, None, None, seq, backend=backend)
+    expected = prefix_attention(q, k, v, None, None, Sequences.packed([0, 3, 5]), backend="reference")
+    torch.testing.assert_close(found, expected)
