@@ -73,10 +73,12 @@ class BuildLibrary(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         # torch has loaded libtorch_cpu by then, so its name is enough and no path of this machine is kept.
+        # The C++ runtime first: libtorch_cpu exports some of its functions, too, and another torch may not.
+        runtime = ["stdc++"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=["torch_cpu"],
+            libraries=[*runtime, "torch_cpu"],
             library_dirs=[str(torch / "lib")],
             target_lang="c++",
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -230,7 +230,7 @@ _NAMES = frozenset(row.name for row in TABLE)
 _OF = {operator: tuple(row for row in TABLE if row.operator == operator) for operator in OPERATORS}
 
 
-def choose(operator: str, requested: str, device: str, dtype: torch.dtype = torch.float32, **facts) -> str:
+def choose(operator: str, requested: str, device: str, dtype: torch.dtype = torch.float32, **facts: Any) -> str:
     """The name of the backend that runs a call.
 
     Args:
@@ -247,7 +247,7 @@ def choose(operator: str, requested: str, device: str, dtype: torch.dtype = torc
 
 @cache
 def implementation(
-    operator: str, requested: str, device: str, dtype: torch.dtype = torch.float32, **facts
+    operator: str, requested: str, device: str, dtype: torch.dtype = torch.float32, **facts: Any
 ) -> ModuleType:
     """The module of the backend that :func:`choose` names, remembered: the answer is the same for every such call."""
     return _row(operator, requested, Call(device, dtype, **facts)).load()

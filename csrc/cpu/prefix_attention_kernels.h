@@ -11,7 +11,8 @@ template <typename T>
 struct Attention {
   static void pack_prefix(const Call& call, int64_t kv_head, int64_t number, bool backward) {
     auto const& prefix = call.schedule.prefixes[number];
-    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot, width = call.head_dim, stride = row_stride(width);
+    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
+    auto const width = call.head_dim, stride = row_stride(width);
     auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
     pack_panels(k, call.prefix_k.row, prefix.length, width, call.prefix_kt + slot * width);
     if (backward) {

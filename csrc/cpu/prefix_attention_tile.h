@@ -1,8 +1,9 @@
-// What forward and backward share: packing of operands, which keys a query sees, products of a tile with a block of keys.
+// What forward and backward share: packing of operands, which keys a query sees, products of a tile with a block of
+// keys.
 //
 // In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. Keys come as
-// transposed panels [keys / PANEL, Dh, PANEL] where they are multiplied over Dh, and as rows `stride` floats apart where
-// they are summed over.
+// transposed panels [keys / PANEL, Dh, PANEL] where they are multiplied over Dh, and as rows `stride` floats apart
+// where they are summed over.
 #pragma once
 
 #include "prefix_attention.h"
@@ -56,7 +57,8 @@ inline void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t 
   for (int64_t n = 0; n < count; ++n) pack_row(from + n * row_stride, width, to + n * stride);
 }
 
-// The queries of a tile, or what else belongs to them, as an operand of products: rows WIDTH apart, in slabs of KEYS columns.
+// The queries of a tile, or what else belongs to them, as an operand of products: rows WIDTH apart, in slabs of KEYS
+// columns.
 struct Operand {
   float* data;
   int64_t slab;  // floats
@@ -71,7 +73,8 @@ struct Rows {
 
 // Ask for rows and heads of x that are needed soon, so that they come while something else is computed.
 template <typename T>
-inline void prefetch(const Strided& x, int64_t base, int64_t row, int64_t rows, int64_t head, int64_t heads, int64_t width) {
+inline void prefetch(const Strided& x, int64_t base, int64_t row, int64_t rows, int64_t head, int64_t heads,
+                     int64_t width) {
   constexpr int64_t line = 64 / sizeof(T);
   for (auto r = row; r < row + rows; ++r) {
     for (auto h = head; h < head + heads; ++h) {
@@ -187,8 +190,8 @@ inline void each_block(const Queries& queries, int64_t from, int64_t to, const F
 }
 
 // products [rows, WIDTH] = queries panels^T, for the keys from `from` to `to`: whole vectors of them.
-inline void multiply_panels(const Queries& queries, const Operand& operand, const float* panels, int64_t width, int64_t from,
-                            int64_t to, float* products) {
+inline void multiply_panels(const Queries& queries, const Operand& operand, const float* panels, int64_t width,
+                            int64_t from, int64_t to, float* products) {
   for (auto panel = from; panel < to; panel += PANEL) {
     each_block(queries, panel, smaller(panel + PANEL, to), [&](const Rows& rows, int64_t first, int64_t end) {
       auto const start = round_down(first, LANES), vectors = (end - start + LANES - 1) / LANES;
@@ -203,8 +206,8 @@ inline void multiply_panels(const Queries& queries, const Operand& operand, cons
 }
 
 // sums [rows, width] += weights rows_of_keys.
-inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t width, int64_t from, int64_t to,
-                     float* sums) {
+inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t width, int64_t from,
+                     int64_t to, float* sums) {
   auto const stride = row_stride(width);
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
@@ -218,8 +221,8 @@ inline void add_keys(const Queries& queries, const float* weights, const float* 
 
 // sums [keys, width] += weights^T operand, or = where they are fresh. The weights of a block of rows are there, or
 // zero, for all keys of the blocks of ROWS keys that hold one it sees.
-inline void add_queries(const Queries& queries, const float* weights, const Operand& operand, int64_t width, int64_t from,
-                        int64_t to, bool fresh, float* sums) {
+inline void add_queries(const Queries& queries, const float* weights, const Operand& operand, int64_t width,
+                        int64_t from, int64_t to, bool fresh, float* sums) {
   auto const stride = row_stride(width);
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);

@@ -1,6 +1,7 @@
 """gated_activation: the elementwise middle of a gated MLP, with less saved for its backward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -54,7 +55,13 @@ class GatedActivation(torch.autograd.Function):
     """Autograd of :func:`gated_activation`; arguments are positional and already checked."""
 
     @staticmethod
-    def forward(ctx, gate, up, activation, backend="auto"):
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: str | Callable[[torch.Tensor], torch.Tensor],
+        backend: str = "auto",
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.backend = activation, backend
         if is_eager(gate) or not isinstance(activation, str):  # an operator takes no function
@@ -63,10 +70,10 @@ class GatedActivation(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         gate, up = ctx.saved_tensors
         eager = is_eager(grad) or not isinstance(ctx.activation, str)
-        run = _backward if eager else torch.ops.fastprompt.gated_activation_backward
+        run: Any = _backward if eager else torch.ops.fastprompt.gated_activation_backward
         needs = ctx.needs_input_grad[:2]
         grads = run(grad, gate, up, ctx.activation, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs)), None, None

@@ -1,5 +1,7 @@
 """linear_cross_entropy: the loss behind a linear head, without its logits in memory."""
 
+from typing import Any
+
 import torch
 
 from ...backends import implementation, is_eager
@@ -53,7 +55,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Autograd of :func:`linear_cross_entropy`; arguments are positional and already checked."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, backend):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        ignore_index: int,
+        backend: str,
+    ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         ctx.frozen = not (need_weight or need_bias)
         run = _forward if is_eager(hidden) else torch.ops.fastprompt.linear_cross_entropy
@@ -68,12 +78,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         if ctx.frozen:
             (dhidden,) = ctx.saved_tensors
             return (dhidden * grad).to(ctx.dtype), None, None, None, None, None
         needs = ctx.needs_input_grad[:3]
-        run = _backward if is_eager(grad) else torch.ops.fastprompt.linear_cross_entropy_backward
+        run: Any = _backward if is_eager(grad) else torch.ops.fastprompt.linear_cross_entropy_backward
         grads = run(grad, *ctx.saved_tensors, ctx.ignore_index, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs)), None, None, None
 

@@ -1,5 +1,7 @@
 """multitask_prompt: the prompts of several tasks from one shared prompt and a low-rank factor per task."""
 
+from typing import Any
+
 import torch
 
 from ...backends import implementation, is_eager
@@ -7,7 +9,9 @@ from ...checks import FLOATS, INTS, check_range, check_tensor, without_autocast
 from . import cpu
 
 
-def multitask_prompt(shared, rows, cols, task_ids, *, backend="auto"):
+def multitask_prompt(
+    shared: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, task_ids: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
     """Make the prompts of the given tasks: ``prompts[n] = shared * (rows[t] @ cols[t])`` with ``t = task_ids[n]``.
 
     The prompt of Multitask Prompt Tuning (Wang et al. 2023, arXiv 2303.02861), with a factor of any rank ``r``. PEFT
@@ -41,7 +45,9 @@ class MultitaskPrompt(torch.autograd.Function):
     """Autograd of :func:`multitask_prompt`; arguments are positional and already checked."""
 
     @staticmethod
-    def forward(ctx, shared, rows, cols, task_ids, backend):
+    def forward(
+        ctx: Any, shared: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, task_ids: torch.Tensor, backend: str
+    ) -> torch.Tensor:
         ctx.save_for_backward(shared, rows, cols, task_ids)  # the factors [N, P, D] are made again
         ctx.backend = backend
         run = _forward if is_eager(shared) else torch.ops.fastprompt.multitask_prompt
@@ -49,9 +55,9 @@ class MultitaskPrompt(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         needs = ctx.needs_input_grad[:3]
-        run = _backward if is_eager(grad) else torch.ops.fastprompt.multitask_prompt_backward
+        run: Any = _backward if is_eager(grad) else torch.ops.fastprompt.multitask_prompt_backward
         grads = run(grad, *ctx.saved_tensors, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs)), None, None
 

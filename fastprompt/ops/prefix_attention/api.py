@@ -1,5 +1,7 @@
 """prefix_attention: attention of packed, padded or decoding sequences over a shared prefix and their own keys."""
 
+from typing import Any
+
 import torch
 
 from ...backends import implementation, is_eager
@@ -9,22 +11,22 @@ from .dropout import Dropout
 
 
 def prefix_attention(
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    seq,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    seq: Sequences,
     *,
-    causal=True,
-    window=None,
-    softcap=None,
-    sinks=None,
-    scale=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    backend="auto",
-):
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
 
     Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
@@ -92,8 +94,22 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, causal, window, softcap, scale, dropout_p, backend
-    ):
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prefix_k: torch.Tensor | None,
+        prefix_v: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        dropout_seed: torch.Tensor | None,
+        seq: Sequences,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        scale: float,
+        dropout_p: float,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = q, k, v, prefix_k, prefix_v, sinks, dropout_seed
         options = causal, window, softcap, scale, dropout_p, backend
         if is_eager(q):
@@ -108,13 +124,14 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
         if grad is None:
             return (None,) * 14
         seq, tensors = ctx.seq, (grad, *ctx.saved_tensors)
         needs = list(ctx.needs_input_grad[:6])
         if is_eager(grad):
-            grads = _backward(*tensors, seq, *ctx.options, needs)
+            eagerly: Any = _backward
+            grads = eagerly(*tensors, seq, *ctx.options, needs)
         else:
             grads = torch.ops.fastprompt.prefix_attention_backward(
                 *tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options, needs

@@ -1,5 +1,7 @@
 """prompt_concat: token embeddings and prompt rows gathered into one packed batch."""
 
+from typing import Any
+
 import torch
 
 from ...backends import implementation, is_eager
@@ -7,7 +9,9 @@ from ...checks import FLOATS, INTS, check_range, check_tensor
 from . import cpu
 
 
-def prompt_concat(source, table, prompt, scale=1.0, *, backend="auto"):
+def prompt_concat(
+    source: torch.Tensor, table: torch.Tensor, prompt: torch.Tensor, scale: float = 1.0, *, backend: str = "auto"
+) -> torch.Tensor:
     """Build the rows of a batch from token embeddings and prompt vectors.
 
     ``rows[r]`` is ``table[source[r]] * scale`` where ``source[r] >= 0`` and ``prompt[-1 - source[r]]`` where it is
@@ -40,7 +44,9 @@ class PromptConcat(torch.autograd.Function):
     """Autograd of :func:`prompt_concat`; arguments are positional and already checked."""
 
     @staticmethod
-    def forward(ctx, source, table, prompt, scale, backend):
+    def forward(
+        ctx: Any, source: torch.Tensor, table: torch.Tensor, prompt: torch.Tensor, scale: float, backend: str
+    ) -> torch.Tensor:
         ctx.save_for_backward(source)
         ctx.scale, ctx.table_rows, ctx.prompt_rows = scale, table.shape[0], prompt.shape[0]
         ctx.backend = backend
@@ -49,10 +55,10 @@ class PromptConcat(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         (source,) = ctx.saved_tensors
         need_table, need_prompt = ctx.needs_input_grad[1:3]
-        run = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_concat_backward
+        run: Any = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_concat_backward
         dtable, dprompt = run(
             grad, source, ctx.scale, ctx.table_rows, ctx.prompt_rows, need_table, need_prompt, ctx.backend
         )

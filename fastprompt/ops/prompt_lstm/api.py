@@ -1,12 +1,24 @@
 """prompt_lstm: the LSTM that turns P-Tuning's embeddings into prompt vectors, batch 1."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ...backends import choose, is_eager, module_of
 from ...checks import FLOATS, accumulator, check_tensor, without_autocast
 
 
-def prompt_lstm(x, weights, *, num_layers=2, bidirectional=True, dropout=0.0, training=False, backend="auto"):
+def prompt_lstm(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    num_layers: int = 2,
+    bidirectional: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Run an LSTM over one sequence: the outputs of ``nn.LSTM(x.unsqueeze(1))``, from a zero state, of any depth.
 
     The prompt encoder of P-Tuning (Liu et al. 2021, arXiv 2103.10385). In every layer and direction, over the steps t
@@ -60,7 +72,15 @@ class PromptLstm(torch.autograd.Function):
     already checked."""
 
     @staticmethod
-    def forward(ctx, x, num_layers, bidirectional, dropout, backend, *weights):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        num_layers: int,
+        bidirectional: bool,
+        dropout: float,
+        backend: str,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
         keep = _dropout_masks(x, weights, num_layers, bidirectional, dropout)
         run = _forward if is_eager(x) else torch.ops.fastprompt.prompt_lstm
         out, steps = run(x, weights, keep, num_layers, bidirectional, backend)
@@ -70,11 +90,11 @@ class PromptLstm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, steps, *rest = ctx.saved_tensors
         keep, weights = rest[: ctx.masks], rest[ctx.masks :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        run = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_lstm_backward
+        run: Any = _backward if is_eager(grad) else torch.ops.fastprompt.prompt_lstm_backward
         grads = run(grad, x, weights, keep, steps, ctx.num_layers, ctx.bidirectional, needs, ctx.backend)
         dx, *dweights = (g if need else None for g, need in zip(grads, needs))
         return dx, None, None, None, None, *dweights
