@@ -26,6 +26,7 @@ class Call(NamedTuple):
     head_dim: int = 64
     decode: bool = False
     softcap: bool = False
+    dropout: bool = False
     short_window: int | None = None
     """A sliding window that hides something: one shorter than the longest sequence."""
 
@@ -139,6 +140,7 @@ def _reference(operator, **options):
 _COMPOSED = (
     Limit("take no softcap", lambda call: call.softcap),
     Limit("take no decode", lambda call: call.decode),
+    Limit("take no dropout mask", lambda call: call.dropout),
     Limit(
         "take no window shorter than the longest sequence",
         lambda call: call.short_window is not None and f"the window is {call.short_window}",

@@ -14,7 +14,7 @@ from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, traffic
-from benchmarks.gpu.cases import Case
+from benchmarks.gpu.cases import Case, _attention
 from benchmarks.gpu.chips import CHIPS, Device
 from benchmarks.gpu.rivals import uneven
 
@@ -116,6 +116,17 @@ def test_cases_take_turns_among_the_targets_and_a_variant_is_compiled_once():
     assert [(job.case.label, job.chip) for job in jobs] == [("16", "sm_80"), ("32", "sm_90"), ("64", "sm_100")]
     jobs = compile_matrix.select([replace(alone[0], everywhere=True), alone[1]], ["sm_80", "sm_90"], everywhere=False)
     assert [(job.case.label, job.chip) for job in jobs] == [("16", "sm_80"), ("16", "sm_90"), ("32", "sm_80")]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "decode"])
+def test_attention_compiles_with_and_without_dropout(direction):
+    """What the interpreter takes the compiler may not: without dropout its arguments are None."""
+    for options in ({}, dict(dropout=0.1)):
+        (case,) = [c for c in _attention("bf16", 32, 2, 2, **options) if c.direction == direction]
+        for job in compile_matrix.select([case], ["sm_80"]):
+            result = compile_matrix.compile_job(job)
+            assert result.contents is not None, result.error
+            assert compile_matrix.problems(result.contents, CHIPS["sm_80"]) == []
 
 
 def test_scalars_in_lanes_of_vector_registers_are_no_spills():

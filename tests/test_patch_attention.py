@@ -158,13 +158,6 @@ def test_holes_behind_a_prefix_equal_peft():
     torch.testing.assert_close(got[holes.bool()], expected[holes.bool()], rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_refused_not_ignored():
-    model = fastprompt.patch_attention(build("llama", attention_dropout=0.3))
-    with pytest.raises(UnsupportedAttention, match="LlamaAttention asks for attention dropout 0.3"):
-        model(input_ids=IDS)
-    model.eval()(input_ids=IDS)
-
-
 def test_wrong_prefixes():
     with pytest.raises(ValueError, match=r"prefix must have shape \[L, 2, P, Hkv, Dh\], got \[3, 4\]"):
         fastprompt.patch_attention(build("llama"), torch.zeros(3, 4))

@@ -18,10 +18,24 @@ from fastprompt import Sequences, prefix_attention
 BACKENDS = ["reference", "composed"]  # in float64; the C++ kernel has tests/test_prefix_attention_cpu.py
 
 
-def dense(q, k, v, prefix_k, prefix_v, sequences, *, causal=True, window=None, softcap=None, sinks=None, scale=None):
+def dense(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    sequences,
+    *,
+    causal=True,
+    window=None,
+    softcap=None,
+    sinks=None,
+    scale=None,
+    dropout=None,
+):
     """The contract spelled out with autograd: every sequence alone, its prefix concatenated in front, one softmax.
 
-    ``sequences`` lists ``(first row, length, prefix id, prefix length, gap)``.
+    ``sequences`` lists ``(first row, length, prefix id, prefix length, gap)``. ``dropout`` is a Dropout, or None.
     """
     heads, head_dim = q.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
@@ -52,6 +66,9 @@ def dense(q, k, v, prefix_k, prefix_v, sequences, *, causal=True, window=None, s
         score = score.masked_fill(hidden, -math.inf)
         columns = score if sinks is None else torch.cat([score, sinks[:, None, None].expand(-1, length, 1)], -1)
         weight = torch.softmax(columns, -1)[..., : keys.shape[0]]
+        if dropout is not None:
+            kept = dropout.kept(torch.arange(start, start + length), heads, key_position)
+            weight = weight * kept / (1 - dropout.p)
         out[start : start + length] = torch.einsum("hqk,khd->qhd", weight, values)
         lse[:, start : start + length] = torch.logsumexp(columns, -1)
     return out, lse
@@ -242,8 +259,8 @@ def test_opcheck(backend, with_prefix):
     q, k, v, prefix_k, prefix_v, sinks = tensors(
         seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True
     )
-    options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, backend)
-    arguments = (q, k, v, prefix_k, prefix_v, sinks)
+    options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, 0.0, backend)
+    arguments = (q, k, v, prefix_k, prefix_v, sinks, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
     needs = [True, True, False, True, True, True]

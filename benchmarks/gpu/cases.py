@@ -45,6 +45,7 @@ def sample():
     for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 128)):
         for rows in ({}, {"even": True}):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **rows)
+        cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, dropout=0.1)
     flags = dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3)
     cases += _attention("fp16", 128, 32, 8, native=True)
     cases += _attention("fp16", 96, 4, 4, **flags)
@@ -67,8 +68,9 @@ def complete():
         for head_dim in HEAD_DIMS:
             cases += _attention(dtype, head_dim, 8, 2)
     flags = [dict(window=48), dict(softcap=30.0), dict(sinks=True), dict(causal=False), dict(causal=False, window=48),
-             dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True),
+             dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True), dict(dropout=0.1),
              dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3),
+             dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3, dropout=0.1),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
     for dtype in DTYPES:
         for head_dim in (64, 128):
@@ -126,8 +128,10 @@ def _run_attention(
     prefixes=1,
     strided=False,
     even=False,
+    dropout=0.0,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
+    from fastprompt.ops.prefix_attention.dropout import Dropout
 
     new = partial(torch.empty, dtype=dtype, device="meta")
     lengths = (*LENGTHS[:-1], LENGTHS[-1] + 7) if even else LENGTHS
@@ -151,8 +155,9 @@ def _run_attention(
     k, v = (new(batch, kv_heads, max(lengths), head_dim) if direction == "decode" else rows(kv_heads) for _ in range(2))
     prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, head_dim) if prefix else None for _ in range(2))
     options = dict(
-        causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5
-    )
+        causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5,
+        dropout=Dropout(dropout, seed=0) if dropout else None,
+    )  # fmt: skip
     if direction != "backward":
         launcher.forward(q, k, v, prefix_k, prefix_v, seq, **options)
         return

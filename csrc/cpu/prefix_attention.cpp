@@ -66,9 +66,13 @@ Strided optional(const std::optional<Tensor>& x, const Read& read) {
 
 using MaybeTensor = std::optional<Tensor>;
 
+Dropout read_dropout(std::optional<int64_t> key, int64_t threshold, double scale) {
+  return {key.has_value(), uint64_t(key.value_or(0)), uint32_t(threshold), float(scale)};
+}
+
 Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
                const MaybeTensor& sinks, const Tables& schedule, bool causal, std::optional<int64_t> window,
-               std::optional<double> softcap, double scale, const Tensor& out, const Tensor& lse) {
+               std::optional<double> softcap, double scale, Dropout dropout, const Tensor& out, const Tensor& lse) {
   Call call{};
   call.schedule = read_schedule(schedule);
   call.dtype = dtype_of(q);
@@ -77,6 +81,7 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   call.window = window.value_or(int64_t(1) << 40);
   call.softcap = float(softcap.value_or(0));
   call.scale = float(scale);
+  call.dropout = dropout;
   call.sinks = sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr;
   call.q = rows_of(q), call.k = keys_of(k), call.v = keys_of(v), call.out = rows_of(out);
   call.prefix_k = optional(prefix_k, bank_of), call.prefix_v = optional(prefix_v, bank_of);
@@ -131,8 +136,10 @@ int64_t prefix_floats(const Call& call, int64_t keys) {
 }
 
 void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Tables schedule,
-             bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale, Tensor out, Tensor lse) {
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, out, lse);
+             bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
+             std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, Tensor out, Tensor lse) {
+  auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
@@ -146,9 +153,11 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
 // sink_parts [chunks, H], zero before.
 void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
               Tensor out, Tensor lse, Tables schedule, bool causal, std::optional<int64_t> window,
-              std::optional<double> softcap, double scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k, MaybeTensor dprefix_v,
-              MaybeTensor sink_parts) {
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, out, lse);
+              std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key, int64_t dropout_threshold,
+              double dropout_scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k,
+              MaybeTensor dprefix_v, MaybeTensor sink_parts) {
+  auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
+  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   call.grad = rows_of(grad), call.dq = optional(dq, rows_of), call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
   call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
@@ -177,9 +186,11 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
   m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, "
-        "Tensor[] schedule, bool causal, int? window, float? softcap, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
+        "int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
         "Tensor? sinks, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, "
+        "int? dropout_key, int dropout_threshold, float dropout_scale, "
         "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
         "Tensor(f!)? sink_parts) -> ()");
 }

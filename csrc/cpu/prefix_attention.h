@@ -9,7 +9,7 @@
 // of their gradients, and where slices lie in several chunks, each chunk leaves a part of the gradients, added up at the end.
 #pragma once
 
-#include "simd.h"
+#include "dropout.h"
 
 #include <cstdint>
 
@@ -67,6 +67,7 @@ struct Call {
   int64_t window;  // very large: none
   float softcap;   // 0: none
   float scale;
+  Dropout dropout;
   const float* sinks;  // [H] or null
   Strided q, k, v, prefix_k, prefix_v, out;
   float* lse;  // [H, Rq]

@@ -1,7 +1,7 @@
 // One item of the backward pass: weights again, from lse, and five products for every block of keys.
 //
 // With weights p = exp(score - lse): dv = p^T dout, dp = dout v^T, dscore = p (dp - rowsum(dout out)), dq = dscore k,
-// dk = dscore^T q.
+// dk = dscore^T q. Dropout's factors, 0 or 1 / (1 - probability), multiply p in dv and dp in dscore.
 #pragma once
 
 #include "prefix_attention_tile.h"
@@ -22,6 +22,7 @@ struct Backward {
   bool need_scores, need_keys, need_values, need_prefix_keys, need_prefix_values;
   Operand q, grad;
   float *dq, *weights, *dscores, *lse, *delta, *queries;
+  uint64_t* dropout_keys;  // of the rows
   float *kt, *vt, *k, *dk, *dv;  // of the sequences at hand
   float* end;
 
@@ -43,6 +44,7 @@ struct Backward {
     lse = take(rows);
     delta = take(rows);
     queries = take(Queries::floats_needed(rows));
+    dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
     kt = take(slots * head_dim);
     vt = take(slots * head_dim);
     k = take(slots * stride);
@@ -68,7 +70,7 @@ struct Backward {
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q, call.grad, call.out);
       if (chunk.prefix >= 0) {
         rows.see_prefix(prefix.count);
-        differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin);
+        differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin, 0);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
@@ -76,7 +78,8 @@ struct Backward {
         auto const own = own_keys(segment);
         if (segment.load) load_keys<T>(segment, own, kv_head);
         rows.see_own(segment, first);
-        differentiate(rows, own, need_keys, need_values, segment.load);
+        auto const position = prefix.count + segment.gap + segment.begin;
+        differentiate(rows, own, need_keys, need_values, segment.load, position);
         if (segment.store) store_keys<T>(segment, own, kv_head);
         first += segment.rows * rows.group();
       }
@@ -116,6 +119,7 @@ struct Backward {
         store(dq + m * stride + d, floats{});
       }
       delta[m] = total(products);
+      if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
       auto const x = call.lse[head * call.query_rows + row];
       lse[m] = x == -__builtin_inff() ? __builtin_inff() : x;  // a row that sees nothing has no weight
       if (sinks) sinks[head] -= exp(call.sinks[head] - lse[m]) * delta[m];
@@ -148,14 +152,20 @@ struct Backward {
     if (need_values) write(own.dv, 1, call.split_dv, call.dv);
   }
 
-  void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh) {
+  // `position` is that of the first key in its sequence.
+  void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh, int64_t position) {
     for (int64_t from = 0; from < keys.count; from += KEYS) {
       auto const to = smaller(from + KEYS, keys.count);
       multiply_panels(rows, q, keys.kt, head_dim, from, to, weights);
       if (need_scores) multiply_panels(rows, grad, keys.vt, head_dim, from, to, dscores);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
-          weigh(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
+          auto const low = larger(rows.low(m), from) - from, high = smaller(rows.high(m), to) - from;
+          if (call.dropout.active) {
+            weigh<true>(m, first - from, end - from, low, high, position + from);
+          } else {
+            weigh<false>(m, first - from, end - from, low, high, 0);
+          }
         }
       });
       if (with_values) add_queries(rows, weights, grad, head_dim, from, to, fresh, keys.dv);
@@ -165,7 +175,8 @@ struct Backward {
   }
 
   // Scores of row m, columns `first` to `end`, into weights, and their gradients; the row sees those from `low` to `high`.
-  void weigh(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high) {
+  template <bool dropout>
+  void weigh(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high, int64_t position) {
     auto const weight = weights + m * WIDTH, dscore = dscores + m * WIDTH;
     auto const start = round_down(first, LANES), stop = round_up(end, LANES);
     for (auto n = start; n < stop; n += LANES) {
@@ -176,8 +187,13 @@ struct Backward {
         score = capped * call.softcap;
       }
       auto const p = between(exp(score - lse[m]), low - n, high - n, 0);
-      store(weight + n, p);
-      if (need_scores) store(dscore + n, between(p * slope * (load(dscore + n) - delta[m]), low - n, high - n, 0));
+      auto dweight = load(dscore + n), used = p;
+      if constexpr (dropout) {
+        auto const factor = dropout_factors(call.dropout, dropout_keys[m], position + n);
+        dweight *= factor, used *= factor;
+      }
+      store(weight + n, used);
+      if (need_scores) store(dscore + n, between(p * slope * (dweight - delta[m]), low - n, high - n, 0));
     }
     auto const hide = [&](int64_t n) { store(weight + n, floats{}), store(dscore + n, floats{}); };
     if (round_down(first, ROWS) < start) hide(start - LANES);

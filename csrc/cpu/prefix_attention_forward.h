@@ -11,6 +11,7 @@ struct Forward {
   int64_t head_dim, stride;
   Operand q;
   float *sums, *weights, *largest, *totals, *queries, *panels, *values;
+  uint64_t* dropout_keys;  // of the rows
 
   Forward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
     auto const rows = most_rows(c);
@@ -25,6 +26,7 @@ struct Forward {
     largest = take(rows);
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
+    dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
     panels = take(c.schedule.slots * head_dim);
     values = take(c.schedule.slots * stride);
     end = memory;
@@ -42,12 +44,14 @@ struct Forward {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
       load_queries<T>(rows);
+      int64_t prefix_length = 0;
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q);
       if (chunk.prefix >= 0) {
         auto const& prefix = schedule.prefixes[chunk.prefix];
         auto const slot = kv_head * schedule.prefix_slots + prefix.slot;
-        rows.see_prefix(prefix.length);
-        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * stride, prefix.length);
+        prefix_length = prefix.length;
+        rows.see_prefix(prefix_length);
+        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * stride, prefix_length, 0);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
@@ -60,7 +64,8 @@ struct Forward {
           pack_rows(v, call.v.row, count, head_dim, values + segment.slot * stride, stride);
         }
         rows.see_own(segment, first);
-        attend(rows, panels + segment.slot * head_dim, values + segment.slot * stride, count);
+        auto const position = prefix_length + segment.gap + segment.begin;
+        attend(rows, panels + segment.slot * head_dim, values + segment.slot * stride, count, position);
         first += segment.rows * rows.group();
       }
       finish<T>(rows);
@@ -73,6 +78,7 @@ struct Forward {
       auto const from = at<T>(call.q, 0, row, head);
       largest[m] = -__builtin_inff();
       totals[m] = 0;
+      if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
       for (int64_t d = 0; d < head_dim; d += LANES) {
         store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
         store(sums + m * stride + d, floats{});
@@ -80,13 +86,15 @@ struct Forward {
     });
   }
 
-  void attend(const Queries& rows, const float* keys, const float* values, int64_t count) {
+  // `position` is that of the first key in its sequence.
+  void attend(const Queries& rows, const float* keys, const float* values, int64_t count, int64_t position) {
     for (int64_t from = 0; from < count; from += KEYS) {
       auto const to = smaller(from + KEYS, count);
       multiply_panels(rows, q, keys, head_dim, from, to, weights);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
           soften(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
+          if (call.dropout.active) drop(m, first - from, end - from, position + from);
         }
       });
       add_keys(rows, weights, values, head_dim, from, to, sums);
@@ -127,6 +135,14 @@ struct Forward {
       store(row + n, weight);
     }
     totals[m] += total(added);
+  }
+
+  // The sum of a row's weights stays that of all of them.
+  void drop(int64_t m, int64_t first, int64_t end, int64_t position) {
+    auto const row = weights + m * WIDTH;
+    for (auto n = round_down(first, LANES); n < end; n += LANES) {
+      store(row + n, load(row + n) * dropout_factors(call.dropout, dropout_keys[m], position + n));
+    }
   }
 
   template <typename T>

@@ -141,11 +141,6 @@ def _learned(module, shared, key):
 
 
 def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
-    if dropout:
-        raise UnsupportedAttention(
-            f"{type(module).__name__} asks for attention dropout {dropout}, which prefix_attention does not have: "
-            "set it to 0 in the model's config, or call model.eval()"
-        )
     unknown = sorted(name for name, x in other.items() if name not in _WITHOUT_EFFECT and x is not None)
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
@@ -169,6 +164,7 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,
+        dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )
     return out.view(batch, width, heads, out.shape[-1])
 

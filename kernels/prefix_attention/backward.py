@@ -1,9 +1,10 @@
 """Backward: one launch of work items with three roles, and one that adds up the prefix gradients' partial sums.
 
 With weights p = exp(score - lse) and delta = rowsum(dout out): dv = p^T dout, dscore = p (dout v^T - delta),
-dq = dscore k, dk = dscore^T q. A *query* item holds queries and runs over their keys; a *key* item holds own keys, or
-keys of a prefix, and runs over the queries that see them. Every item makes delta again from out and dout: items of the
-same rows are launched side by side, so the rows come from the cache, and no launch has to wait for another.
+dq = dscore k, dk = dscore^T q. Dropout's factors, 0 or 1 / (1 - probability), multiply p in dv and dout v^T in dscore.
+A *query* item holds queries and runs over their keys; a *key* item holds own keys, or keys of a prefix, and runs over
+the queries that see them. Every item makes delta again from out and dout: items of the same rows are launched side by
+side, so the rows come from the cache, and no launch has to wait for another.
 """
 
 import triton
@@ -11,7 +12,19 @@ import triton.language as tl
 
 from ..launch import Kernel
 from . import schedule
-from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, tile_of_queries, visible
+from .common import (
+    LOG2_E,
+    cap,
+    dropout_keys,
+    kept,
+    key_offsets,
+    load_rows,
+    product,
+    rows_of,
+    store_rows,
+    tile_of_queries,
+    visible,
+)  # fmt: skip
 
 QUERIES, KEYS, PREFIX = tl.constexpr(schedule.QUERIES), tl.constexpr(schedule.KEYS), tl.constexpr(schedule.PREFIX)
 
@@ -39,18 +52,22 @@ def dscores(weight, dweight, delta, capped, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dq_of_block(
-    dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr
-):
+    dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, start, salt, threshold, keep_scale, scale, softcap,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     score, capped = cap(product(b_q, tl.trans(b_k), UPCAST), scale, softcap, SOFTCAP)  # [BM, BN]
     weight = tl.where(seen, tl.exp2((score - b_lse[:, None]) * LOG2_E), 0.0)
     dweight = product(b_do, tl.trans(b_v), UPCAST)
+    if threshold is not None:
+        used = kept(key[None, :], start[:, None], salt[:, None], threshold)
+        dweight = tl.where(used, dweight * keep_scale, 0.0)
     dscore = dscores(weight, dweight, delta[:, None], capped, SOFTCAP)
     return dq + product(dscore.to(b_k.dtype), b_k, UPCAST)
 
 
 def _backward(
     q, k, v, prefix_k, prefix_v, out, dout, lse, dq, dk, dv, partial_k, partial_v, items, query_rows, key_rows, spans,
-    queries, room, window, scale, softcap, kv_heads,
+    queries, room, window, scale, softcap, seed_low, seed_high, threshold, keep_scale, kv_heads,
     stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
     stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh, lse_rows, stride_or,
     stride_dor, stride_doh, stride_dkb, stride_dkr, stride_dkh,
@@ -71,8 +88,10 @@ def _backward(
         query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
         low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
         b_q, b_do, b_lse, delta = load_queries(
-            q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD
+            q, out, dout, lse, row, head, live, lse_rows,
+            stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD,
         )  # fmt: skip
+        prefix_start, own_start, salt = dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high)
         b_dq = tl.zeros([BM, BD], tl.float32)
 
         if prefix_k is not None:
@@ -85,7 +104,10 @@ def _backward(
                 seen = (key < p1)[None, :] & live[:, None]
                 if WINDOW:
                     seen = seen & (key[None, :] >= prefix_low[:, None])
-                b_dq = dq_of_block(b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP, UPCAST)
+                b_dq = dq_of_block(
+                    b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, prefix_start, salt, threshold, keep_scale,
+                    scale, softcap, SOFTCAP, UPCAST,
+                )  # fmt: skip
 
         for start in range(k0, k1, BN):
             key = start + n
@@ -97,7 +119,10 @@ def _backward(
                 v + kv_head * stride_vh, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD
             )
             seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            b_dq = dq_of_block(b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, scale, softcap, SOFTCAP, UPCAST)
+            b_dq = dq_of_block(
+                b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, own_start, salt, threshold, keep_scale,
+                scale, softcap, SOFTCAP, UPCAST,
+            )  # fmt: skip
         if dq is not None:
             store_rows(dq, row * stride_or + head * DH, live, b_dq * scale, DH, BD)
 
@@ -127,14 +152,25 @@ def _backward(
                 if role == PREFIX:
                     low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
                 b_q, b_do, b_lse, delta = load_queries(
-                    q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD
+                    q, out, dout, lse, row, head, live, lse_rows,
+                    stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD,
                 )  # fmt: skip
 
                 seen = real[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
                 score, capped = cap(product(b_k, tl.trans(b_q), UPCAST), scale, softcap, SOFTCAP)  # [BN, BM]
                 weight = tl.where(seen, tl.exp2((score - b_lse[None, :]) * LOG2_E), 0.0)
-                b_dv += product(weight.to(b_do.dtype), b_do, UPCAST)
+                used = weight
+                if threshold is not None:
+                    prefix_start, own_start, salt = dropout_keys(
+                        query, row, head, live, spans, queries, seed_low, seed_high
+                    )
+                    start_of = tl.where(role == PREFIX, prefix_start, own_start)
+                    keeps = kept(key[:, None], start_of[None, :], salt[None, :], threshold)
+                    used = tl.where(keeps, weight * keep_scale, 0.0)
+                b_dv += product(used.to(b_do.dtype), b_do, UPCAST)
                 dweight = product(b_v, tl.trans(b_do), UPCAST)
+                if threshold is not None:
+                    dweight = tl.where(keeps, dweight * keep_scale, 0.0)
                 dscore = dscores(weight, dweight, delta[None, :], capped, SOFTCAP)
                 b_dk += product(dscore.to(b_q.dtype), b_q, UPCAST)
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+DROPOUT_STEP = tl.constexpr(0x9E3779B9)
 
 
 @triton.jit
@@ -16,7 +17,7 @@ def rows_of(virtual, live, rows, GATHER: tl.constexpr):
 
 @triton.jit
 def tile_of_queries(first, last, first_head, rows, BM: tl.constexpr, FOLD: tl.constexpr, GATHER: tl.constexpr):
-    """``[BM]`` each: virtual query, head, row in memory, and whether there is one, of a tile of queries from ``first`` on."""
+    """``[BM]`` each: virtual query, head, row in memory and whether there is one, of the queries from ``first`` on."""
     m = tl.arange(0, BM)
     query, head = first + m // FOLD, first_head + m % FOLD
     live = (query < last) & (m // FOLD < BM // FOLD)
@@ -54,8 +55,8 @@ def store_rows(base, offsets, live, values, DH: tl.constexpr, BD: tl.constexpr):
 def visible(query, live, spans, queries, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr):
     """The intervals of keys that queries see: own ``[low, high)``, and from ``prefix_low`` on in the prefix.
 
-    ``spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key to get
-    its position behind the prefix. Dead queries see nothing.
+    ``spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key to
+    get its position behind the prefix. Dead queries see nothing.
     """
     low = tl.load(spans + query, mask=live, other=0)
     high = tl.load(spans + queries + query, mask=live, other=0)
@@ -73,6 +74,34 @@ def visible(query, live, spans, queries, window, CAUSAL: tl.constexpr, WINDOW: t
         if CAUSAL:
             high = own + 1
     return tl.where(live, low, 0), tl.where(live, high, 0), prefix_low
+
+
+@triton.jit
+def dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high):
+    """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, for own keys, for both; None without dropout.
+
+    ``fastprompt/ops/prefix_attention/dropout.py`` says what is computed here and in :func:`kept`.
+    """
+    prefix_start, own_start, salt = None, None, None
+    if seed_low is not None:
+        seed = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | seed_low.to(tl.uint32, bitcast=True)
+        x = seed + (head.to(tl.uint64) << 40) + row.to(tl.uint64)
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
+        x = (x ^ x >> 27) * 0x94D049BB133111EB
+        x = x ^ x >> 31
+        prefix_start, salt = x.to(tl.uint32), (x >> 32).to(tl.uint32)
+        shift = tl.load(spans + 2 * queries + query, mask=live, other=0)
+        own_start = prefix_start + shift.to(tl.uint32, bitcast=True) * DROPOUT_STEP
+    return prefix_start, own_start, salt
+
+
+@triton.jit
+def kept(key, start, salt, threshold):
+    """Which weights dropout keeps, for keys and queries of shapes that broadcast."""
+    x = key.to(tl.uint32, bitcast=True) * DROPOUT_STEP + start
+    x = (x ^ x >> 16) * 0x21F0AAAD
+    x = (x ^ x >> 15 ^ salt) * 0x735A2D97
+    return x >= threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def fold(group, *tiles):
 
 
 def _wide(head_dim):
-    """Whether rows consist of 16-byte loads (of halves); if not, every element is a load with an address in registers."""
+    """Whether rows consist of 16-byte loads (of halves); if not, every element is loaded from an address of its own."""
     return head_dim % DIVISOR == 0
 
 
@@ -56,8 +56,8 @@ def _unless_tuned(rule):
 @_unless_tuned
 def forward_tiles(head_dim, element_size, target, *, group=1, gather=False):
     """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
-    where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there, and
-    fewer still where rows are read from a table or a group's heads are found by a division, or it would spill."""
+    where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there,
+    and fewer still where rows are read from a table or a group's heads are found by a division, or it would spill."""
     width = block_width(head_dim)
     if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
         rows = 32 if width <= 64 else 16
@@ -74,14 +74,14 @@ def forward_tiles(head_dim, element_size, target, *, group=1, gather=False):
 
 
 @_unless_tuned
-def backward_tiles(head_dim, element_size, target, *, group=1):
-    """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100 keeps
-    sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second program
-    on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
+def backward_tiles(head_dim, element_size, target, *, group=1, dropout=False):
+    """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100
+    keeps sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second
+    program on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
 
-    With wide heads two kinds of groups take more registers than are left: those whose heads are found by a division, and
-    those folded in parts, over which key items run one more loop. Fewer queries, or on sm_100, where they are the wrong end
-    to save at, no loads ahead."""
+    With wide heads two kinds of groups take more registers than are left: those whose heads are found by a division,
+    and those folded in parts, over which key items run one more loop. Fewer queries, or on sm_100, where they are the
+    wrong end to save at, no loads ahead. Dropout takes registers, too: too many with wide heads on sm_90."""
     width = block_width(head_dim)
     in_parts = width > 64 and fold(group, 32) < group
     if element_size == 4:
@@ -101,7 +101,7 @@ def backward_tiles(head_dim, element_size, target, *, group=1):
         return Tiles(64, 64, options, key_queries=64, key_keys=64)
     if target.arch // 10 == 12 and width <= 64:
         return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=32)
-    few = target.arch // 10 == 9 and width > 64 and _uneven(group)
+    few = target.arch // 10 == 9 and width > 64 and (_uneven(group) or dropout)
     return Tiles(64, 64, Options(num_warps=8), key_queries=16 if few else 32, key_keys=64)
 
 
@@ -110,8 +110,8 @@ DECODE_ROWS = 64
 
 @_unless_tuned
 def decode_tiles(head_dim, element_size, target, *, fold, sharing):
-    """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a time.
-    The compiler for sm_100 has to be told not to spill, as in the backward."""
+    """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a
+    time. The compiler for sm_100 has to be told not to spill, as in the backward."""
     registers = 255 if target.backend == "cuda" and target.arch // 10 == 10 else None
     options = Options(num_warps=4, num_stages=3, registers=registers)
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, options)

@@ -6,13 +6,13 @@ An item is a tile of queries that share a prefix and a split of its keys, or one
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, key_offsets, load_rows, store_rows, tile_of_queries, visible
+from .common import LOG2_E, dropout_keys, key_offsets, load_rows, store_rows, tile_of_queries, visible
 from .forward import attend
 
 
 def _decode(
     q, k, v, prefix_k, prefix_v, part_out, part_lse, items, parts, query_rows, key_rows, spans,
-    queries, room, window, scale, softcap, heads,
+    queries, room, window, scale, softcap, seed_low, seed_high, threshold, keep_scale, heads,
     stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
     stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh,
     GROUP: tl.constexpr, FOLD: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -29,6 +29,10 @@ def _decode(
     n = tl.arange(0, BN)
     query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
     low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, True)
+    prefix_start, own_start, salt = dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high)
+    start_of = own_start
+    if threshold is not None:
+        start_of = tl.where(own, own_start, prefix_start)
     keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
     step_k, step_v, shift_k, shift_v = stride_kr, stride_vr, k0 * stride_kr, k0 * stride_vr
     if own:  # one sequence: its keys [k0, k1) stand side by side in the cache
@@ -48,9 +52,11 @@ def _decode(
         b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, DH, BD)  # [BN, BD]
         b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, DH, BD)
         seen = (key < k1)[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        state = attend(state, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, UPCAST)
+        state = attend(state, b_q, b_k, b_v, seen, key, start_of, salt, threshold, scale, softcap, SOFTCAP, UPCAST)
 
     total, maximum, weights = state
+    if threshold is not None:
+        total *= keep_scale
     place = (tl.load(parts + query, mask=live, other=0) + part).to(tl.int64) * heads + head  # [parts, H]
     some = weights > 0
     store_rows(part_out, place * DH, live, total / tl.where(some, weights, 1.0)[:, None], DH, BD)

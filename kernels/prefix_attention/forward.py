@@ -4,14 +4,31 @@ import triton
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, cap, key_offsets, load_rows, product, rows_of, store_rows, tile_of_queries, visible
+from .common import (
+    LOG2_E,
+    cap,
+    dropout_keys,
+    kept,
+    key_offsets,
+    load_rows,
+    product,
+    rows_of,
+    store_rows,
+    tile_of_queries,
+    visible,
+)  # fmt: skip
 
 
 @triton.jit
-def attend(state, query, keys, values, seen, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+def attend(
+    state, query, keys, values, seen, key, start, salt, threshold, scale, softcap,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One block of keys into the running ``(sum of values [BM, BD], maximum [BM], sum of weights [BM])``.
 
-    The exponential is exp2, the cheaper one; its factor waits until the maximum is subtracted, where it rounds least.
+    Dropout (no threshold: none) takes weights from their values and not from the sum, ``key [BN]`` and what
+    dropout_keys gives say which. The exponential is exp2, the cheaper one; its factor waits until the maximum is
+    subtracted, where it rounds least.
     """
     total, maximum, weights = state
     score, _ = cap(product(query, tl.trans(keys), UPCAST), scale, softcap, SOFTCAP)  # [BM, BN]
@@ -20,13 +37,19 @@ def attend(state, query, keys, values, seen, scale, softcap, SOFTCAP: tl.constex
     base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: no inf - inf
     weight = tl.exp2((score - base[:, None]) * LOG2_E)
     fade = tl.exp2((maximum - base) * LOG2_E)
-    total = total * fade[:, None] + product(weight.to(values.dtype), values, UPCAST)
-    return total, highest, weights * fade + tl.sum(weight, 1)
+    if threshold is None:
+        total = total * fade[:, None] + product(weight.to(values.dtype), values, UPCAST)
+        added = tl.sum(weight, 1)
+    else:  # the sum first, so that both sorts of weights do not need registers at once
+        added = tl.sum(weight, 1)
+        weight = tl.where(kept(key[None, :], start[:, None], salt[:, None], threshold), weight, 0.0)
+        total = total * fade[:, None] + product(weight.to(values.dtype), values, UPCAST)
+    return total, highest, weights * fade + added
 
 
 def _forward(
     q, k, v, prefix_k, prefix_v, sinks, out, lse, tiles, query_rows, key_rows, spans,
-    queries, room, window, scale, softcap,
+    queries, room, window, scale, softcap, seed_low, seed_high, threshold, keep_scale,
     stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
     stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh, lse_rows, stride_or,
     GROUP: tl.constexpr, FOLD: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -42,6 +65,7 @@ def _forward(
     n = tl.arange(0, BN)
     query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
     low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
+    prefix_start, own_start, salt = dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high)
     b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
     state = (tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))
 
@@ -56,7 +80,9 @@ def _forward(
             seen = (key < p1)[None, :] & live[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
-            state = attend(state, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, UPCAST)
+            state = attend(
+                state, b_q, b_k, b_v, seen, key, prefix_start, salt, threshold, scale, softcap, SOFTCAP, UPCAST
+            )
 
     k += kv_head * stride_kh
     v += kv_head * stride_vh
@@ -66,7 +92,7 @@ def _forward(
         b_k = load_rows(k, key_offsets(at, room, stride_kb, stride_kr, CACHE), key < k1, DH, BD)  # [BN, BD]
         b_v = load_rows(v, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD)
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        state = attend(state, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, UPCAST)
+        state = attend(state, b_q, b_k, b_v, seen, key, own_start, salt, threshold, scale, softcap, SOFTCAP, UPCAST)
 
     total, maximum, weights = state
     if sinks is not None:  # a logit without a value
@@ -75,6 +101,8 @@ def _forward(
         fade = tl.exp2((maximum - highest) * LOG2_E)
         total, maximum = total * fade[:, None], highest
         weights = weights * fade + tl.exp2((sink - highest) * LOG2_E)
+    if threshold is not None:
+        total *= keep_scale
     weights = tl.where(live, weights, 1.0)
     store_rows(out, row * stride_or + head * DH, live, total / weights[:, None], DH, BD)
     tl.store(lse + head.to(tl.int64) * lse_rows + row, maximum + tl.log(weights), mask=live)

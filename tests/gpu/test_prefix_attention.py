@@ -7,6 +7,7 @@ import pytest
 import torch
 from allocations import Allocations
 from budget import assert_within
+from dropout_masks import InEveryDraw, describe
 from fastprompt.kernels.launch import Options
 from fastprompt.kernels.prefix_attention import config, schedule
 from faults import assert_found, attention_faults
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks.budget import attention_budget
 from fastprompt import Sequences, prefix_attention
+from fastprompt.ops.prefix_attention.dropout import Dropout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["packed", "padded", "decode"]
@@ -80,11 +82,13 @@ def run(tensors, seq, backend, needs=(True,) * 6, **flags):
     return [out.detach(), lse, *(None if x is None else x.grad for x in leaves)]
 
 
-def check(tensors, seq, needs=(True,) * 6, put=guarded, **flags):
+def check(tensors, seq, needs=(True,) * 6, put=guarded, dropout_p=0.0, **flags):
     """The kernels' results, having compared each with the reference's in float64."""
-    actual = run([None if x is None else put(x) for x in tensors], seq, "triton", needs, **flags)
+    options = dict(dropout_p=dropout_p, dropout_seed=5, **flags)
+    actual = run([None if x is None else put(x) for x in tensors], seq, "triton", needs, **options)
     *inputs, grad = tensors
-    budget = attention_budget(inputs, grad, seq, **flags)
+    dropout = InEveryDraw(dropout_p, 5, inputs[0].shape[1]) if dropout_p else None
+    budget = attention_budget(inputs, grad, seq, dropout=dropout, **flags)
     asked = [True, True, *(need and x is not None for x, need in zip(inputs, needs))]
     assert [x is not None for x in actual] == asked
     assert_within(budget, [x if wanted else exact for x, exact, wanted in zip(actual, budget.exact, asked)])
@@ -296,6 +300,7 @@ def test_opcheck():
         prefix_k,
         prefix_v,
         sinks,
+        None,
         seq.tensors(),
         seq.kind,
         seq.rows,
@@ -303,6 +308,7 @@ def test_opcheck():
         None,
         None,
         0.25,
+        0.0,
         "triton",
     )
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, arguments)
@@ -334,3 +340,37 @@ def test_refusals():
     double = torch.zeros(2, 1, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="no float64"):
         prefix_attention(double, double, double, None, None, seq, backend="triton")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_the_mask_of_the_reference_bit_for_bit(kind, causal, p):
+    case = describe(kind, [5, 0, 11, 1, 8], 2, 21, Dropout(p, -(2**62) - 5), causal)
+    assert torch.equal(case.of_forward(4, 2, torch.float32, "triton", guarded), case.expected(4))
+    assert torch.equal(case.of_backward(2, torch.float32, "triton", guarded), case.expected(2))
+
+
+@pytest.mark.parametrize("queries, keys", [(16, 64), (64, 16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_the_same_mask_in_other_tiles(monkeypatch, kind, queries, keys):
+    small_tiles(monkeypatch, queries, keys)
+    case = describe(kind, [5, 0, 11, 1, 8], 3, 40, Dropout(0.3, 2**63 - 1))
+    assert torch.equal(case.of_forward(2, 1, torch.float32, "triton", guarded), case.expected(2))
+    assert torch.equal(case.of_backward(2, torch.float32, "triton", guarded), case.expected(2))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_with_every_flag(kind, flags):
+    seq = sequences(kind, LENGTHS, 2, 19)
+    tensors = draw(seq, torch.float32, 2, 1, prefixes=2, prefix_length=19, sinks=True)
+    check(tensors, seq, dropout_p=0.3, **flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.5, 0.999])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_every_dtype(kind, p, dtype):
+    seq = sequences(kind, [3, 20, 1], 2, 5)
+    check(draw(seq, dtype, 6, 2, prefixes=2, prefix_length=5), seq, dropout_p=p)

@@ -24,7 +24,7 @@ _PAIRS_PER_CALL = 2000
 _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     heads, kv_heads = q.shape[1], k.shape[1]
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written below
     out = (torch.empty_like if whole else torch.zeros_like)(q, memory_format=torch.contiguous_format)
@@ -58,7 +58,9 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     return out, lse.t()
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs):
+def backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs, dropout=None
+):
     heads, kv_heads = q.shape[1], k.shape[1]
     lse = lse.t()  # [Rq, H]
     whole = seq.kind == "packed"

@@ -6,7 +6,7 @@ from ..columns import columns_together
 from .schedule import cpu_schedule
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     """``out`` and ``lse`` as the reference returns them."""
     q, k, v, prefix_k, prefix_v = (columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written
@@ -25,13 +25,16 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
         window,
         softcap,
         scale,
+        *_dropout(dropout),
         out,
         lse,
     )
     return out, lse
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal, window, softcap, sinks, scale):
+def backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal, window, softcap, sinks, scale, dropout=None
+):
     """Gradients of q, k, v, prefix_k, prefix_v and sinks; None for those that ``needs``, six bools, leaves out."""
     grad, q, k, v, prefix_k, prefix_v, out = (columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
     schedule = _schedule(q, k, prefix_k, seq, causal, window)
@@ -59,6 +62,7 @@ def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal,
         window,
         softcap,
         scale,
+        *_dropout(dropout),
         dq,
         dk,
         dv,
@@ -80,3 +84,8 @@ def _empty_like(x, written):
 
 def _fp32(sinks):
     return None if sinks is None else sinks.float().contiguous()
+
+
+def _dropout(dropout):
+    """The key, None without dropout, the threshold and the scale."""
+    return (None, 0, 1.0) if dropout is None else (dropout.key, dropout.threshold, dropout.scale)

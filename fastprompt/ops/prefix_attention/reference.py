@@ -5,7 +5,7 @@ import torch
 from ...checks import accumulator
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     """Softmax attention of every query over its prefix and its own visible keys. Returns ``out`` and ``lse``."""
     out = torch.zeros_like(q)  # [Rq, H, Dh]; rows outside every sequence stay zero
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
@@ -15,19 +15,23 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
         if sinks is not None:
             denominator = torch.logaddexp(denominator, sinks.to(score.dtype)[:, None])
         weight = torch.exp(score - denominator[..., None]).nan_to_num(0.0)  # a row that sees nothing: 0 / 0
+        if dropout is not None:
+            weight = weight * part.kept(dropout)
         out[part.rows] = torch.einsum("hqk,khd->qhd", weight, part.v).to(out.dtype)
         lse[:, part.rows] = denominator.to(lse.dtype)
     return out, lse
 
 
 def backward(
-    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=(True,) * 6
-):
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    needs=(True,) * 6,
+):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, from the final out and lse; None where there is no such input.
 
     ``needs`` is for backends that can leave some out; here those of the prefixes, which may be a large bank. With
-    weights p = exp(score - lse): dv = p^T dout, dscore = p (dout v^T - rowsum(dout out)); a sink takes the weight that
-    is left over, dsink = -sum exp(sink - lse) rowsum(dout out).
+    weights p = exp(score - lse) and dropout's factors m: dv = (p m)^T dout, dscore = p (m dout v^T - rowsum(dout out)),
+    since out is the sum of p m v; a sink takes the weight that is left over,
+    dsink = -sum exp(sink - lse) rowsum(dout out).
     """
     acc = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (q, k, v))
@@ -41,12 +45,16 @@ def backward(
         score, slope = part.scores(causal, window, softcap, scale)
         weight = torch.exp(score - lse[:, part.rows, None].to(acc)).nan_to_num(0.0)  # [H, n, keys]
         dout = grad[part.rows].to(acc)  # [n, H, Dh]
-        dscore = weight * (torch.einsum("qhd,khd->hqk", dout, part.v) - delta[:, part.rows, None])
+        used, dweight = weight, torch.einsum("qhd,khd->hqk", dout, part.v)
+        if dropout is not None:
+            factor = part.kept(dropout)
+            used, dweight = used * factor, dweight * factor
+        dscore = weight * (dweight - delta[:, part.rows, None])
         if slope is not None:
             dscore = dscore * slope
         dq[part.rows] = scale * torch.einsum("hqk,khd->qhd", dscore, part.k)
         dkeys = _sum_heads(scale * torch.einsum("hqk,qhd->khd", dscore, part.q), groups)
-        dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", weight, dout), groups)
+        dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", used, dout), groups)
         part.own(dk).add_(dkeys[part.prefix :])
         part.own(dv).add_(dvalues[part.prefix :])
         for total, grads in ((dprefix_k, dkeys), (dprefix_v, dvalues)):
@@ -99,6 +107,11 @@ class _Part:
         if window is not None:
             hidden = hidden | (distance.abs() >= window)
         return score.masked_fill(hidden, -torch.inf), slope
+
+    def kept(self, dropout):
+        """What dropout multiplies the weights ``[H, n, keys]`` by: 0 or 1 / (1 - p)."""
+        rows = torch.arange(self.rows.start, self.rows.stop, device=self.q.device)
+        return dropout.kept(rows, self.q.shape[1], self.key_positions).to(self.q.dtype) * dropout.scale
 
 
 def _parts(seq, q, k, v, prefix_k, prefix_v):

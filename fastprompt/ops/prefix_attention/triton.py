@@ -12,8 +12,8 @@ from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale):
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
     out, lse = call.new_outputs()
     sinks = None if sinks is None else sinks.contiguous()
     if seq.kind == "decode":
@@ -24,10 +24,11 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 
 def backward(
-    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs=(True,) * 6
-):
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    needs=(True,) * 6,
+):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale)
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
     if prefix_k is not None and dprefix_k is None and (needs[3] or needs[4]):  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
@@ -50,10 +51,18 @@ def _in_wide_loads(x):
     return x
 
 
+def _dropout_arguments(dropout):
+    """The halves of the key and the threshold as int32, and the scale; kernels without dropout lack these arguments."""
+    if dropout is None:
+        return None, None, None, None
+    words = dropout.key, dropout.key >> 32, dropout.threshold
+    return *((word + 2**31) % 2**32 - 2**31 for word in words), dropout.scale
+
+
 class _Call:
     """The inputs of one call and the constants that all its kernels share."""
 
-    def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale):
+    def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout):
         if prefix_k is not None and prefix_k.shape[1] == 0:
             prefix_k = prefix_v = None
         self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
@@ -61,11 +70,14 @@ class _Call:
         self.rows, self.heads, self.head_dim = q.shape
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
+        self.dropout = dropout is not None
         self.width = config.block_width(self.head_dim)
         self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
-        self.numbers = self.schedule.batch.queries, self.room, window or 0, scale, softcap or 0.0
+        self.numbers = (
+            self.schedule.batch.queries, self.room, window or 0, scale, softcap or 0.0, *_dropout_arguments(dropout),
+        )  # fmt: skip
         self.constants = dict(
             GROUP=self.group, DH=self.head_dim, BD=self.width, CAUSAL=causal, WINDOW=window is not None,
             SOFTCAP=softcap is not None, GATHER=not self.schedule.batch.in_order,
@@ -126,7 +138,7 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(*self.tiled_by, group=self.group)
+        tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
@@ -156,10 +168,10 @@ class _Call:
             dprefix_k, dprefix_v = (q.new_empty(self.prefix_k.shape) for _ in range(2))
             rows = 16
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4), partial_k,
-                partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
-                -(-self.prefix_room // tiles.key_keys), DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys,
-                ROWS=rows,
+                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4),
+                partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
+                -(-self.prefix_room // tiles.key_keys),
+                DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys, ROWS=rows,
             )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
 
