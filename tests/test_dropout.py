@@ -1,4 +1,4 @@
-"""Dropout in the frozen model on packed rows: drawn anew in every step, from the distribution that PEFT's forward has."""
+"""Dropout in the frozen model on packed rows: drawn anew in every step, distributed as in PEFT's forward."""
 
 import warnings
 
