@@ -16,7 +16,7 @@ def attention_faults(inputs, grad, seq, **flags):
     dtype = inputs[0].dtype
     *tensors, sinks = (x if x is None else x.detach().double() for x in inputs)
     options = dict(causal=True, window=None, softcap=None, scale=inputs[0].shape[-1] ** -0.5) | flags
-    longest = max(range(len(seq.host)), key=lambda b: seq.host[b][1])
+    longest = int(seq.host.lengths.argmax())
 
     def run(tensors=tensors, scores=reference._Part.scores, **changes):
         changed = options | changes
