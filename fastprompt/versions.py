@@ -2,7 +2,7 @@
 
 import re
 
-OLDEST = {"torch": "2.10", "peft": "0.20", "triton": "3.4"}
+OLDEST = {"torch": "2.10", "transformers": "5.4", "peft": "0.20", "triton": "3.4"}
 
 
 def is_older(version: str, oldest: str) -> bool:
