@@ -31,6 +31,7 @@ def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel
     ``outputs.logits`` and ``outputs.past_key_values`` are None. Otherwise logits come in PEFT's shape, and a cache
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
+    Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
     ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy, by
     ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own forward.
 
