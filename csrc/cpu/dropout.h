@@ -1,4 +1,4 @@
-// Attention dropout's factors, in vectors of keys; fastprompt/ops/prefix_attention/dropout.py defines them and says why so.
+// Attention dropout's factors, in vectors of keys; defined, and explained, in ops/prefix_attention/dropout.py.
 #pragma once
 
 #include "simd_math.h"
@@ -28,7 +28,8 @@ inline words lane_numbers(std::integer_sequence<uint32_t, LANE...>) { return wor
 // 0 or the scale, for keys at `position` and behind.
 inline floats dropout_factors(const Dropout& dropout, uint64_t key, int64_t position) {
   constexpr uint32_t step = 0x9E3779B9;
-  auto x = lane_numbers(std::make_integer_sequence<uint32_t, LANES>()) * step + (uint32_t(position) * step + uint32_t(key));
+  const uint32_t first = uint32_t(position) * step + uint32_t(key);
+  auto x = lane_numbers(std::make_integer_sequence<uint32_t, LANES>()) * step + first;
   x = (x ^ x >> 16) * 0x21F0AAAD;
   x = (x ^ x >> 15 ^ uint32_t(key >> 32)) * 0x735A2D97;
   return x >= dropout.threshold ? broadcast(dropout.scale) : floats{};

@@ -1,5 +1,5 @@
-// prefix_attention: reads the arguments and hands the items of a call to torch's threads. See prefix_attention.h for the
-// schedule and fastprompt/ops/prefix_attention for what is computed.
+// prefix_attention: reads the arguments and hands the items of a call to torch's threads. See prefix_attention.h for
+// the schedule and fastprompt/ops/prefix_attention for what is computed.
 
 #include "prefix_attention.h"
 
@@ -70,9 +70,10 @@ Dropout read_dropout(std::optional<int64_t> key, int64_t threshold, double scale
   return {key.has_value(), uint64_t(key.value_or(0)), uint32_t(threshold), float(scale)};
 }
 
-Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
-               const MaybeTensor& sinks, const Tables& schedule, bool causal, std::optional<int64_t> window,
-               std::optional<double> softcap, double scale, Dropout dropout, const Tensor& out, const Tensor& lse) {
+Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k,
+               const MaybeTensor& prefix_v, const MaybeTensor& sinks, const Tables& schedule, bool causal,
+               std::optional<int64_t> window, std::optional<double> softcap, double scale, Dropout dropout,
+               const Tensor& out, const Tensor& lse) {
   Call call{};
   call.schedule = read_schedule(schedule);
   call.dtype = dtype_of(q);
@@ -125,7 +126,8 @@ void share_out(const Call& call, int64_t floats, const Item& item) {
 // body(key head, i) for all key heads and i; one call moves about so many floats.
 template <typename Body>
 void for_each(const Call& call, int64_t count, int64_t floats, const Body& body) {
-  parallel_for(0, count * call.kv_heads, FLOATS_PER_THREAD / std::max<int64_t>(floats, 1) + 1, [&](int64_t begin, int64_t end) {
+  auto const grain = FLOATS_PER_THREAD / std::max<int64_t>(floats, 1) + 1;
+  parallel_for(0, count * call.kv_heads, grain, [&](int64_t begin, int64_t end) {
     for (auto i = begin; i < end; ++i) body(i % call.kv_heads, i / call.kv_heads);
   });
 }
@@ -135,11 +137,13 @@ int64_t prefix_floats(const Call& call, int64_t keys) {
   return keys * call.head_dim / std::max<int64_t>(call.schedule.prefixes.size, 1);
 }
 
-void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks, Tables schedule,
-             bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
-             std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, Tensor out, Tensor lse) {
+void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
+             Tables schedule, bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
+             std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, Tensor out,
+             Tensor lse) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
+  auto call =
+      read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
@@ -153,13 +157,15 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
 // sink_parts [chunks, H], zero before.
 void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
               Tensor out, Tensor lse, Tables schedule, bool causal, std::optional<int64_t> window,
-              std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key, int64_t dropout_threshold,
-              double dropout_scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv, MaybeTensor dprefix_k,
-              MaybeTensor dprefix_v, MaybeTensor sink_parts) {
+              std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key,
+              int64_t dropout_threshold, double dropout_scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv,
+              MaybeTensor dprefix_k, MaybeTensor dprefix_v, MaybeTensor sink_parts) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
-  auto call = read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
+  auto call =
+      read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
-  call.grad = rows_of(grad), call.dq = optional(dq, rows_of), call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
+  call.grad = rows_of(grad), call.dq = optional(dq, rows_of);
+  call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
   call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
   call.sink_parts = sink_parts ? static_cast<float*>(data_of(*sink_parts)) : nullptr;
   auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.schedule.prefix_slots;
@@ -189,8 +195,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
         "Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
         "int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, "
-        "int? dropout_key, int dropout_threshold, float dropout_scale, "
+        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, "
+        "float scale, int? dropout_key, int dropout_threshold, float dropout_scale, "
         "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
         "Tensor(f!)? sink_parts) -> ()");
 }

@@ -5,8 +5,9 @@
 //   chunk    tiles that share a prefix, enough work for a thread;
 //   tile     segments whose queries, those of all query heads of a group, share the prefix's matrix products;
 //   segment  queries of one sequence that stand side by side, and the own keys that they may see.
-// A sequence that fits has one segment. A longer one is sliced; the slices in a chunk share their packed keys and the sums
-// of their gradients, and where slices lie in several chunks, each chunk leaves a part of the gradients, added up at the end.
+// A sequence that fits has one segment. A longer one is sliced; the slices in a chunk share their packed keys and the
+// sums of their gradients, and where slices lie in several chunks, each chunk leaves a part of the gradients, added up
+// at the end.
 #pragma once
 
 #include "dropout.h"
@@ -27,7 +28,7 @@ struct Segment {
 };
 
 struct Tile { int64_t begin, end; };  // segments
-struct Chunk { int64_t begin, end, prefix, part; };  // tiles; which of the prefixes, -1: none; its part of their gradients
+struct Chunk { int64_t begin, end, prefix, part; };  // tiles; which prefix, -1: none; its part of their gradients
 struct Prefix { int64_t id, length, slot; };
 struct Split { int64_t base, length, begin, end; };  // a sequence whose gradients come in parts
 struct Part { int64_t begin, end, slot; };  // keys, and where they stand

@@ -153,7 +153,8 @@ struct Backward {
   }
 
   // `position` is that of the first key in its sequence.
-  void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh, int64_t position) {
+  void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh,
+                     int64_t position) {
     for (int64_t from = 0; from < keys.count; from += KEYS) {
       auto const to = smaller(from + KEYS, keys.count);
       multiply_panels(rows, q, keys.kt, head_dim, from, to, weights);
@@ -174,7 +175,8 @@ struct Backward {
     }
   }
 
-  // Scores of row m, columns `first` to `end`, into weights, and their gradients; the row sees those from `low` to `high`.
+  // Scores of row m, columns `first` to `end`, into weights, and their gradients; the row sees those from `low` to
+  // `high`.
   template <bool dropout>
   void weigh(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high, int64_t position) {
     auto const weight = weights + m * WIDTH, dscore = dscores + m * WIDTH;

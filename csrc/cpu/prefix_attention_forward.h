@@ -112,7 +112,9 @@ struct Forward {
     }
     auto scale = call.scale;
     if (call.softcap > 0) {
-      for (auto n = start; n < end; n += LANES) store(row + n, tanh(load(row + n) * (scale / call.softcap)) * call.softcap);
+      for (auto n = start; n < end; n += LANES) {
+        store(row + n, tanh(load(row + n) * (scale / call.softcap)) * call.softcap);
+      }
       scale = 1;
     }
     auto highest = broadcast(-__builtin_inff());
@@ -125,7 +127,8 @@ struct Forward {
       if (before != -__builtin_inff()) {
         auto const shrink = exp(before - now);
         totals[m] *= shrink;
-        for (int64_t d = 0; d < head_dim; d += LANES) store(sums + m * stride + d, load(sums + m * stride + d) * shrink);
+        auto const sum = sums + m * stride;
+        for (int64_t d = 0; d < head_dim; d += LANES) store(sum + d, load(sum + d) * shrink);
       }
     }
     floats added{};

@@ -32,7 +32,7 @@ class Dropout:
     seed: int
 
     @property
-    def key(self):
+    def key(self) -> int:
         """The mixed seed, from -2**63: neighbouring seeds have nothing in common."""
         x = (self.seed + 0x9E3779B97F4A7C15) % _LONG
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % _LONG
@@ -40,19 +40,19 @@ class Dropout:
         return _signed(x ^ x >> 31, _LONG)
 
     @property
-    def threshold(self):
+    def threshold(self) -> int:
         """Words below it are dropped."""
         return min(round(self.p * _WORD), _WORD - 1)
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """What a weight that is kept is multiplied by."""
         return 1 / (1 - self.p)
 
-    def kept(self, rows, heads, positions):
+    def kept(self, rows: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
         """``[H, n, keys]`` bools for the queries in ``rows [n]`` of q and keys at ``positions [keys]``, both int64."""
-        heads = torch.arange(heads, device=rows.device)
-        key = _mix(self.key + (heads[:, None, None] << 40) + rows[:, None])  # [H, n, 1]
+        head = torch.arange(heads, device=rows.device)[:, None, None]
+        key = _mix(self.key + (head << 40) + rows[:, None])  # [H, n, 1]
         low, high = key & (_WORD - 1), _shift(key, 32)
         x = (positions * 0x9E3779B9 + low) % _WORD
         x = (x ^ x >> 16) * 0x21F0AAAD % _WORD
