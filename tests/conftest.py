@@ -48,7 +48,7 @@ def _openblas_core():
 
 @pytest.fixture
 def every_isa():
-    """An iterator over the instruction sets that there are, each in force while it is at work."""
+    """A function that iterates over the instruction sets that there are, each in force for its turn."""
     from fastprompt import native
 
     if native.missing:
@@ -60,7 +60,7 @@ def every_isa():
             torch.ops.fastprompt.limit_cpu_isa(name)
             yield name
 
-    yield in_turn()
+    yield in_turn
     torch.ops.fastprompt.limit_cpu_isa(highest)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_prefix_attention import FLAGS, dense, largest_in_backward, layout, run, tensors
 
 from benchmarks import prefix_attention as benchmark
-from benchmarks.budget import attention_budget
+from benchmarks.budget import DRAWS, attention_budget
 from fastprompt import Sequences, backends, native, prefix_attention
 from fastprompt.ops.prefix_attention import api
 
@@ -45,17 +45,18 @@ def all_results(results, inputs):
     return [out, lse, *(None if x is None else next(found) for x in inputs)]
 
 
-def check(inputs, grad, seq, **flags):
-    """The kernel's results within the budget, which is returned."""
-    budget = attention_budget(inputs, grad, seq, **flags)
-    assert_within(budget, all_results(run(ours, inputs, grad, seq, **flags), inputs))
+def check(every_isa, inputs, grad, seq, draws=DRAWS, **flags):
+    """The results of every instruction set within the budget, which is returned."""
+    budget = attention_budget(inputs, grad, seq, draws=draws, **flags)
+    for _ in every_isa():
+        assert_within(budget, all_results(run(ours, inputs, grad, seq, **flags), inputs))
     return budget
 
 
-def compare_with_dense(seq, described, inputs, **flags):
+def compare_with_dense(every_isa, seq, described, inputs, **flags):
     """Also the exact results against attention over an explicit concatenation."""
     grad = random_grad(seq, *inputs[0].shape[1:], inputs[0].dtype)
-    budget = check(inputs, grad, seq, **flags)
+    budget = check(every_isa, inputs, grad, seq, **flags)
     exact = [t if t is None else t.double() for t in inputs]
     expected = run(lambda *a, **f: dense(*a[:5], described, **f), exact, grad.double(), **flags)
     for name, x, y in zip(NAMES, budget.exact, all_results(expected, inputs)):
@@ -77,18 +78,18 @@ def test_the_budget_finds_planted_faults(flags, dtype):
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
-def test_equals_dense_attention(cpu_isa, flags, kind, mixed, heads, kv_heads, prefixes):
+def test_equals_dense_attention(every_isa, flags, kind, mixed, heads, kv_heads, prefixes):
     seq, described = layout([5, 0, 9, 1, 5, 2], kind, prefixes, 7, seed=heads, mixed=mixed)
     flags = dict(FLAGS[flags])
     inputs = tensors(seq.rows, heads, kv_heads, 8, prefixes, 7, torch.float32, sinks=flags.pop("sinks", False))
-    compare_with_dense(seq, described, inputs, **flags)
+    compare_with_dense(every_isa, seq, described, inputs, **flags)
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 20, 64, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_head_dim_and_dtype(cpu_isa, head_dim, dtype):
+def test_every_head_dim_and_dtype(every_isa, head_dim, dtype):
     seq, described = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
-    compare_with_dense(seq, described, tensors(seq.rows, 6, 2, head_dim, 2, 140, dtype))
+    compare_with_dense(every_isa, seq, described, tensors(seq.rows, 6, 2, head_dim, 2, 140, dtype))
 
 
 @pytest.mark.parametrize("flags", ["plain", "bidirectional", "all"])
@@ -98,10 +99,7 @@ def test_sequences_longer_than_a_tile_or_a_chunk(every_isa, flags, heads, kv_hea
     seq, _ = layout([700, 3, 260] if heads < 300 else [30, 3], "packed", 1, 40, seed=0, mixed=False)
     flags = dict(FLAGS[flags])
     inputs = tensors(seq.rows, heads, kv_heads, 16, 1, 40, torch.float32, sinks=flags.pop("sinks", False))
-    grad = random_grad(seq, heads, 16)
-    budget = attention_budget(inputs, grad, seq, draws=2, **flags)  # of many numbers two tell enough, and take long
-    for _ in every_isa:
-        assert_within(budget, all_results(run(ours, inputs, grad, seq, **flags), inputs))
+    check(every_isa, inputs, random_grad(seq, heads, 16), seq, draws=2, **flags)  # of many numbers two tell enough
 
 
 @given(
@@ -121,7 +119,7 @@ def test_sequences_longer_than_a_tile_or_a_chunk(every_isa, flags, heads, kv_hea
 )
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
-    cpu_isa,
+    every_isa,
     lengths,
     prefix_length,
     prefixes,
@@ -140,12 +138,12 @@ def test_any_shape(
     inputs = tensors(
         seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks
     )
-    compare_with_dense(seq, described, inputs, causal=causal, window=window, softcap=softcap)
+    compare_with_dense(every_isa, seq, described, inputs, causal=causal, window=window, softcap=softcap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("flags", [{}, dict(softcap=3.0, window=4), dict(causal=False), dict(sinks=True)])
-def test_decode(cpu_isa, dtype, flags):
+def test_decode(every_isa, dtype, flags):
     """Forward and gradients, those of the cache too; what stands in the cache behind a sequence is never read."""
     lengths, ids, used = [40, 0, 1, 170, 7], torch.tensor([1, 0, -1, 0, 0]), torch.tensor([50, 33])
     flags = dict(flags)
@@ -159,7 +157,8 @@ def test_decode(cpu_isa, dtype, flags):
     for x in cache:
         for b, length in enumerate(lengths):
             x[b, :, length:] = math.nan
-    assert_within(budget, all_results(run(ours, inputs, grad, seq, **flags), inputs))
+    for _ in every_isa():
+        assert_within(budget, all_results(run(ours, inputs, grad, seq, **flags), inputs))
 
 
 def guarded(x):
