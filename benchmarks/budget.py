@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastprompt.ops.prefix_attention import reference
 
 DRAWS = 16
-WIDTH = 6  # allowed standard deviations; the errors are drawn with that of the largest rounding, not of the typical one
+WIDTH = 8  # allowed standard deviations; the errors are drawn with that of the largest rounding, not of the typical one
+NEIGHBOURS = 6  # draws that the mean over a result's last dimension counts as
 SHARE = 0.25  # of a result's mean deviation that is allowed everywhere: few draws may miss what one number can do
 
 _UNIT = torch.finfo(torch.float32).eps / 2  # of sums, which are kept in fp32 whatever else is rounded
@@ -181,6 +182,9 @@ class Budget:
 def _allowed(exact, drawn, dtype):
     info = torch.finfo(dtype)
     square = torch.where(exact.isfinite(), drawn - exact, 0.0).square().mean(0)
+    if square.dim() and square.numel():  # few draws may all be small for a number: its neighbours count as some more
+        neighbours = square.mean(-1, keepdim=True)
+        square = (len(drawn) * square + NEIGHBOURS * neighbours) / (len(drawn) + NEIGHBOURS)
     mean = square.mean() if square.numel() else 0.0
     lost = WIDTH * (square + SHARE**2 * mean).sqrt()
     # One rounding to the dtype of the result; and numbers too small for a full mantissa, which hardware may take for 0.

@@ -36,7 +36,7 @@ def budget_of(x, weights, grad, seed=0, **options):
         torch.manual_seed(seed)  # the same dropout masks
         return gradients(reference, *exact, **options)
 
-    draws = DRAWS if len(x) * weights[1].numel() < 2000 else 4  # of many numbers a few draws tell enough
+    draws = DRAWS if len(x) * weights[1].numel() < 2000 else 8  # of many numbers a few draws tell enough
     return Budget.of(evaluate, x.dtype, operands=False, draws=draws)
 
 
