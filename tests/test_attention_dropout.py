@@ -278,11 +278,10 @@ def test_the_library_with_every_flag(cpu_isa, flags, kind, heads, kv_heads, pref
     check_library(seq, inputs, grad, 0.3, **flags)
 
 
-@pytest.mark.parametrize("head_dim", [20, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.1, 0.999])
-def test_the_library_in_every_dtype_and_over_several_tiles(cpu_isa, dtype, head_dim, p):
-    seq, _, inputs, grad, _ = case("plain", heads=6, head_dim=head_dim, dtype=dtype, lengths=[17, 3, 150, 260, 9, 1])
+def test_the_library_in_every_dtype_and_over_several_tiles(cpu_isa, dtype, p):
+    seq, _, inputs, grad, _ = case("plain", heads=6, head_dim=20, dtype=dtype, lengths=[17, 3, 150, 9])
     check_library(seq, inputs, grad, p)
 
 
