@@ -7,6 +7,9 @@ judged by what cancelled. What other code gives for the same inputs has no say i
 matter of its luck, and of the machine.
 """
 
+import random
+from functools import cache
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastprompt.ops.prefix_attention import reference
 
 DRAWS = 16
+FEW = 8  # draws where each takes long; of fewer all may be small for a number that its neighbours say nothing about
 WIDTH = 8  # allowed standard deviations; the errors are drawn with that of the largest rounding, not of the typical one
 NEIGHBOURS = 6  # draws that the mean over a result's last dimension counts as
 SHARE = 0.25  # of a result's mean deviation that is allowed everywhere: few draws may miss what one number can do
 
+_NUMBERS = 1_000_003  # a prime: what is repeated after them falls on other numbers of other heads and rows
 _UNIT = torch.finfo(torch.float32).eps / 2  # of sums, which are kept in fp32 whatever else is rounded
 _LOW = (torch.bfloat16, torch.float16)
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"}
@@ -47,8 +52,8 @@ class Rounding(TorchDispatchMode):
 
     def __init__(self, results=torch.float32, operands=None, seed=0):
         super().__init__()
-        self.unit, self.operands, self.seed = torch.finfo(results).eps / 2, operands, seed
-        self._generators = {}
+        self.unit, self.operands = torch.finfo(results).eps / 2, operands
+        self._places = random.Random(seed)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,10 +93,19 @@ class Rounding(TorchDispatchMode):
         return torch.where(x.to(dtype).double() == x, x, x + step * self._draw(x))
 
     def _draw(self, like):
-        device = like.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return torch.randn(like.shape, generator=self._generators[device], dtype=like.dtype, device=device)
+        """Normal numbers: a stretch of many from a place drawn at random, as to make each anew takes the most time."""
+        numbers, first, count = _normal_numbers(like.device), self._places.randrange(_NUMBERS), like.numel()
+        found = numbers[first : first + min(count, _NUMBERS)]
+        if count > _NUMBERS:
+            found = found.repeat(-(-count // _NUMBERS))[:count]
+        return found.view(like.shape)
+
+
+@cache
+def _normal_numbers(device):
+    """Twice the same, so that a stretch may start anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_NUMBERS, generator=generator, dtype=torch.float64).repeat(2).to(device)
 
 
 class _RoundedOperands(TorchFunctionMode):
@@ -137,18 +151,19 @@ class Budget:
 
     Args:
         exact: the exact results, a list of float64 tensors and None.
-        drawn: for each of them ``[draws, ...]`` random ones.
+        squares: for each of them the mean square of how far random ones are from it.
         dtypes: what each of them is rounded to at the end.
+        draws: how many random ones there were.
 
     Attributes:
         exact: as above.
         allowed: for each how far a result may be from it, a tensor of the same shape.
     """
 
-    def __init__(self, exact, drawn, dtypes):
+    def __init__(self, exact, squares, dtypes, draws=DRAWS):
         self.exact, self.allowed = exact, []
-        for x, several, dtype in zip(exact, drawn, dtypes, strict=True):
-            self.allowed.append(None if x is None else _allowed(x, several, dtype))
+        for x, square, dtype in zip(exact, squares, dtypes, strict=True):
+            self.allowed.append(None if x is None else _allowed(x, square, dtype, draws))
 
     @classmethod
     def of(cls, evaluate, dtype, *, results=torch.float32, operands=True, draws=DRAWS):
@@ -161,13 +176,15 @@ class Budget:
             operands: does the code round the operands of matrix products to ``dtype``?
             draws: how many random evaluations.
         """
-        drawn = []
+        exact = evaluate(lambda x: x)
+        squares = [None if x is None else torch.zeros_like(x) for x in exact]
         for seed in range(draws):
             with Rounding(results, dtype if operands and dtype in _LOW else None, seed) as rounding:
-                drawn.append(evaluate(lambda x, by=rounding: by.stored(x, dtype) if dtype in _LOW else x))
-        exact = evaluate(lambda x: x)
-        drawn = [x[0] if x[0] is None else torch.stack(x).detach() for x in zip(*drawn)]
-        return cls(exact, drawn, [dtype] * len(exact))
+                drawn = evaluate(lambda x, by=rounding: by.stored(x, dtype) if dtype in _LOW else x)
+            for square, x, other in zip(squares, exact, drawn, strict=True):
+                if x is not None:
+                    square += _squared_distance(other.detach(), x.detach()) / draws
+        return cls(exact, squares, [dtype] * len(exact), draws)
 
     def ratios(self, results):
         """For each result its largest error over what is allowed there; at most 1 is right, nan is not."""
@@ -179,12 +196,15 @@ class Budget:
         return float(ratios.max())  # of torch's: nan wins
 
 
-def _allowed(exact, drawn, dtype):
+def _squared_distance(x, exact):
+    return torch.where(exact.isfinite(), x - exact, 0.0).square()
+
+
+def _allowed(exact, square, dtype, draws):
     info = torch.finfo(dtype)
-    square = torch.where(exact.isfinite(), drawn - exact, 0.0).square().mean(0)
     if square.dim() and square.numel():  # few draws may all be small for a number: its neighbours count as some more
         neighbours = square.mean(-1, keepdim=True)
-        square = (len(drawn) * square + NEIGHBOURS * neighbours) / (len(drawn) + NEIGHBOURS)
+        square = (draws * square + NEIGHBOURS * neighbours) / (draws + NEIGHBOURS)
     mean = square.mean() if square.numel() else 0.0
     lost = WIDTH * (square + SHARE**2 * mean).sqrt()
     # One rounding to the dtype of the result; and numbers too small for a full mantissa, which hardware may take for 0.
@@ -228,9 +248,12 @@ def attention_budget(inputs, grad, seq, *, results=torch.float32, draws=DRAWS, *
 
     with Rounding(results, dtype if dtype in _LOW else None) as rounding:
         drawn = run(draws, lambda x: rounding.stored(x, dtype) if dtype in _LOW else x)
-    drawn = [x if x is None else x.unflatten(at, (draws, -1)).movedim(at, 0) for x, at in zip(drawn, [1, 0, *heads])]
-    dtypes = [dtype, torch.float32, *[dtype] * 6]
-    return Budget(run(1, lambda x: x), drawn, dtypes)
+    exact = run(1, lambda x: x)
+    squares = []
+    for x, several, at in zip(exact, drawn, [1, 0, *heads]):
+        copies = None if x is None else several.unflatten(at, (draws, -1)).movedim(at, 0)
+        squares.append(None if x is None else _squared_distance(copies, x).mean(0))
+    return Budget(exact, squares, [dtype, torch.float32, *[dtype] * 6], draws)
 
 
 def _repeat(x, dim, copies):

@@ -21,7 +21,7 @@ from fastprompt import native
 from fastprompt.ops import multitask_prompt, prompt_concat
 
 from . import report
-from .budget import Budget
+from .budget import FEW, Budget
 
 VOCABULARY = 32768
 CONCAT = [(400, 576, 20, 16), (1600, 576, 20, 32), (2000, 2048, 50, 20), (8000, 576, 100, 32), (8000, 4096, 100, 16)]
@@ -41,7 +41,7 @@ class Case:
 
     def right(self):
         """Whether "fastprompt" is within its budget."""
-        budget = Budget.of(lambda _: _list(self.exactly()), self.dtype, draws=4)
+        budget = Budget.of(lambda _: _list(self.exactly()), self.dtype, draws=FEW)
         return budget.ratio(_list(self.calls["fastprompt"]())) <= 1  # False for nan
 
     def measure(self, rounds):

@@ -76,6 +76,34 @@ def test_rounding_is_no_leak(name, dtype):
     assert model._fastprompt.engine.abilities.makes_cache
 
 
+class _OneMemory(torch.nn.Module):
+    """An MLP whose result always stands in the same memory, in the dtype of the model."""
+
+    def __init__(self, mlp, share):
+        super().__init__()
+        self.mlp, self.share = mlp, share
+        self.one = torch.eye(mlp.down_proj.out_features, dtype=mlp.down_proj.weight.dtype)
+        self.memory = torch.empty_like(self.one)
+
+    def forward(self, x):
+        x = leaked(self.mlp(x), self.share)
+        torch.mm(x.flatten(0, 1), self.one.to(x.dtype), out=self.memory.resize_(x.flatten(0, 1).shape))
+        return self.memory.view_as(x)
+
+
+@pytest.mark.parametrize("share", [0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_model_writes_into_keeps_its_dtype(dtype, share):
+    """Such a model is asked in its own precision from there on, and no longer in a wider one."""
+    base = build("llama", dtype)
+    base.model.layers[1].mlp = _OneMemory(base.model.layers[1].mlp, share)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        fastprompt.accelerate(peft_model(None, base=base))
+    refused = [str(w.message) for w in caught if PADDED in str(w.message)]
+    assert len(refused) == (share > 0)
+
+
 def test_a_row_that_depends_on_its_batch_is_refused():
     base = build("llama")
     base.model.layers[0].register_forward_hook(lambda module, args, output: output + 0.1 * output.roll(1, 0))

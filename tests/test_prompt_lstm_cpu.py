@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_prompt_lstm import gradients, inputs, random_grad
 
 from benchmarks import prompt_lstm as benchmark
-from benchmarks.budget import DRAWS, Budget
+from benchmarks.budget import DRAWS, FEW, Budget
 from fastprompt import native, prompt_lstm
 
 pytestmark = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
@@ -36,7 +36,7 @@ def budget_of(x, weights, grad, seed=0, **options):
         torch.manual_seed(seed)  # the same dropout masks
         return gradients(reference, *exact, **options)
 
-    draws = DRAWS if len(x) * weights[1].numel() < 2000 else 8  # of many numbers a few draws tell enough
+    draws = DRAWS if len(x) * weights[1].numel() < 2000 else FEW
     return Budget.of(evaluate, x.dtype, operands=False, draws=draws)
 
 

@@ -37,7 +37,7 @@ def now():
 def ones():
     """The budget of four ones."""
     exact = torch.ones(4, dtype=torch.float64)
-    return Budget([exact], [exact[None]], [torch.float32])
+    return Budget([exact], [torch.zeros_like(exact)], [torch.float32])
 
 
 def climb(seconds, wrong=lambda entry: False, unfit=lambda entry: None):

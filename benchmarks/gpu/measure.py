@@ -4,10 +4,8 @@ import time
 
 import torch
 
-from ..budget import Budget
+from ..budget import FEW, Budget
 from .record import Row
-
-DRAWS = 2  # for a budget: at these sizes the mean of their squares is known well, and they take time
 
 
 def results_of(run, inputs, grad):
@@ -61,7 +59,7 @@ def peak_mib(call, device):
 
 def compare(section, case, functions, exactly, inputs, grad, device, **timing):
     """Check each provider against ``exactly`` (see :class:`Budget`), and time it, forward and forward with backward."""
-    rows, budget = [], Budget.of(exactly, grad.dtype, draws=DRAWS)
+    rows, budget = [], Budget.of(exactly, grad.dtype, draws=FEW)
     for name, run in functions.items():
         try:
             rows += _checked_and_timed(section, case, name, run, budget, inputs, grad, device, timing)

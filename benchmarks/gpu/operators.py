@@ -9,8 +9,8 @@ import fastprompt
 from fastprompt import native
 from fastprompt.ops.prefix_attention import reference
 
-from ..budget import Budget
-from .measure import DRAWS, compare, exactly, milliseconds, peak_mib
+from ..budget import FEW, Budget
+from .measure import compare, exactly, milliseconds, peak_mib
 from .record import Row
 from .rivals import Attention, providers, uneven
 
@@ -92,7 +92,7 @@ def decoding(
         return nn.functional.scaled_dot_product_attention(q[:, :, None], *repeated, attn_mask=mask)[:, :, 0]
 
     doubled = q.double(), k.double(), v.double(), [x.double() for x in bank]
-    budget = Budget.of(lambda _: [run("reference", *doubled)], dtype, draws=DRAWS)
+    budget = Budget.of(lambda _: [run("reference", *doubled)], dtype, draws=FEW)
     return [
         Row(
             "decode",

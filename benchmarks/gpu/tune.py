@@ -33,8 +33,8 @@ from fastprompt.ops.prefix_attention import reference
 from fastprompt.ops.prefix_attention import triton as launcher
 
 from .. import report
-from ..budget import Budget
-from . import binary, compile_matrix, measure
+from ..budget import FEW, Budget
+from . import binary, compile_matrix
 from .chips import CHIPS
 from .rivals import uneven
 
@@ -101,7 +101,7 @@ def _call(
 
     *inputs, sinks = given
     saved = reference.forward(*inputs, seq, sinks=sinks, **options) if role == "backward" else None
-    return Call(run, Budget.of(exactly, dtype, draws=measure.DRAWS))
+    return Call(run, Budget.of(exactly, dtype, draws=FEW))
 
 
 def entry_of(rule, role):

@@ -40,37 +40,44 @@ class WideArithmetic(TorchDispatchMode):
         if function is torch.ops.aten.embedding.default:  # the rows that are read are all that has to be widened
             return self._widen(function(*args, **kwargs))
         names = [a.name for a in arguments]
+        given = dict(zip(names, args)) | kwargs
+        if not any(list(_floats(x)) for x in given.values()):  # new memory is of the dtype that is asked for
+            return function(*args, **kwargs)
 
-        def convert(change):
-            new_args = [x if name in written else _map(x, change) for name, x in zip(names, args)]
-            return new_args, {name: x if name in written else _map(x, change) for name, x in kwargs.items()}
+        def run(dtype):
+            new_args = [x if name in written else _cast(x, dtype) for name, x in zip(names, args)]
+            return function(*new_args, **{n: x if n in written else _cast(x, dtype) for n, x in kwargs.items()})
 
-        new_args, new_kwargs = convert(self._widen)
+        if written:  # what is written keeps its dtype, and what it is computed of gets the same
+            into = {x.dtype for name in written for x in _floats(given.get(name))}
+            read = {x.dtype for name in given.keys() - written for x in _floats(given[name])}
+            dtype = into.pop() if len(into) == 1 else self.dtype
+            self.exact &= all(torch.finfo(dtype).eps <= torch.finfo(x).eps for x in read)
+            return run(dtype)
         try:
-            out = function(*new_args, **new_kwargs)
+            out = run(self.dtype)
         except (RuntimeError, NotImplementedError):  # no kernel for the dtype, or no memory for a widened weight
             self.exact = False
-            new_args, new_kwargs = convert(self._narrow)
-            out = function(*new_args, **new_kwargs)
-        return out if written else _map(out, self._widen)
+            out = run(self.narrow)
+        return self._widen(out)
 
     def _widen(self, x):
         return _cast(x, self.dtype)
-
-    def _narrow(self, x):
-        return _cast(x, self.narrow)
 
 
 def _cast(x, dtype):
     if isinstance(x, torch.dtype):
         return dtype if x in _FLOATS else x
+    if type(x) in (list, tuple):
+        return type(x)(_cast(item, dtype) for item in x)
+    return x.to(dtype) if _is_float(x) else x
+
+
+def _floats(x):
+    """The floating-point tensors in an argument."""
+    return filter(_is_float, x if isinstance(x, (list, tuple)) else [x])
+
+
+def _is_float(x):
     # Other kinds of tensors (sharded, quantised) know themselves how to be computed with.
-    if type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype in _FLOATS:
-        return x.to(dtype)
-    return x
-
-
-def _map(x, change):
-    if isinstance(x, (list, tuple)):
-        return type(x)(_map(item, change) for item in x) if type(x) in (list, tuple) else x
-    return change(x)
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype in _FLOATS
