@@ -128,7 +128,7 @@ def dkv_of_keys(
     role, item, queries, own, prefix, output, gradient, gradients, batch, scores, dropout, kv_heads,
     BM: tl.constexpr, BN: tl.constexpr, static: tl.constexpr,
 ):  # fmt: skip
-    """A key item: keys [k0, k1) of their own, or of a prefix, run over queries [q0, q1). The sums of a prefix's keys are
+    """A key item: own keys [k0, k1), or those of a prefix, run over queries [q0, q1). The sums of a prefix's keys are
     partial ones, and go to a slot."""
     q0, q1, k0, k1, number, slot, _ = item
     kv_head = tl.program_id(1)
