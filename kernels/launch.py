@@ -63,20 +63,20 @@ class Launch:
 class Kernel:
     """A Triton kernel: ``kernel(grid, options, *arguments, **constants)``.
 
-    Conventions for the function it wraps: constexpr parameters come last; integers named ``stride_*`` are int64
-    elements, so every address computed with them is int64; other integers are int32, floats fp32; an argument that may
-    be None is a constant where it is.
+    Conventions for the function it wraps: constexpr parameters come last; an argument is a tensor, a number, or a named
+    tuple of these; integers named ``stride_*`` are int64 elements, so every address computed with them is int64; other
+    integers are int32, floats fp32; an argument that may be None is a constant where it is.
     """
 
     def __init__(self, function):
         self.function = triton.jit(function)
         parameters = inspect.signature(function).parameters
-        self.name, self.arguments = function.__name__, []
+        self.name, arguments = function.__name__, []
         for name, parameter in parameters.items():
             if "constexpr" not in str(parameter.annotation):
-                self.arguments.append(name)
-        self.constants = list(parameters)[len(self.arguments) :]
-        self._strides = [i for i, name in enumerate(self.arguments) if name.startswith("stride_")]
+                arguments.append(name)
+        self.arguments = tuple(arguments)
+        self.constants = tuple(parameters)[len(arguments) :]
         self._handles = {}
 
     def __call__(self, grid, options, *arguments, **constants):
@@ -85,20 +85,23 @@ class Kernel:
         if isinstance(self.function, InterpretedFunction):
             self.function[grid](*arguments, **constants)
             return
-        classes = tuple(map(type, arguments))
+        groups = tuple(map(type, arguments))
+        flat = [x for one, kind in zip(arguments, groups) for x in (one if issubclass(kind, tuple) else (one,))]
+        classes = tuple(map(type, flat))
         dtypes, pointers, strides = [], 0, 0
-        for i in _tensors(classes):
-            dtypes.append(arguments[i].dtype)
-            pointers |= arguments[i].data_ptr()
-        for i in self._strides:
-            strides |= arguments[i]
+        tensors, stride_places = _places(self.arguments, groups, classes)
+        for i in tensors:
+            dtypes.append(flat[i].dtype)
+            pointers |= flat[i].data_ptr()
+        for i in stride_places:
+            strides |= flat[i]
         aligned = pointers % ALIGNMENT == 0 and strides % DIVISOR == 0
-        types = classes, tuple(dtypes)
+        types = groups, classes, tuple(dtypes)
         variant = types, aligned, tuple([constants[name] for name in self.constants]), options
         if (launches := _captured.get()) is not None:
             launches.append(Launch(self, (*grid, 1, 1)[:3], self._types(*types), *variant[1:]))
             return
-        device = arguments[_tensors(classes)[0]].device
+        device = flat[tensors[0]].device
         with _on(device):
             _, run, function, metadata = self._handles.get((device, variant)) or self._load(device, variant)
             stream = driver.active.get_current_stream(device.index)
@@ -112,28 +115,32 @@ class Kernel:
         self._handles[device, variant] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         return self._handles[device, variant]
 
-    def _types(self, classes, dtypes):
+    def _types(self, groups, classes, dtypes):
         """Triton's names for the types of the arguments; ``dtypes`` are those of the tensors among them."""
-        dtypes, types = iter(dtypes), []
-        for name, kind in zip(self.arguments, classes, strict=True):
+        names, dtypes, types = _names(self.arguments, groups), iter(dtypes), []
+        for (_, name), kind in zip(names, classes, strict=True):
             if issubclass(kind, torch.Tensor):
                 types.append(_TYPES[next(dtypes)])
             elif issubclass(kind, int):
                 types.append("i64" if name.startswith("stride_") else "i32")
             else:
                 types.append("constexpr" if kind is type(None) else "fp32")
-        return tuple(types)
+        types = iter(types)
+        return tuple(
+            kind(*(next(types) for _ in kind._fields)) if issubclass(kind, tuple) else next(types) for kind in groups
+        )
 
     def compile(self, types, aligned, constants, options, target):
         names = self.arguments + self.constants
         signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
-        values = {name: None for name, kind in zip(names, types) if kind == "constexpr"} | dict(
-            zip(self.constants, constants)
-        )
-        divisors = {i: ALIGNMENT for i, kind in enumerate(types) if kind[0] == "*"} | dict.fromkeys(
-            self._strides, DIVISOR
-        )
-        attributes = {(i,): [["tt.divisibility", divisor]] for i, divisor in divisors.items()} if aligned else {}
+        values = {(names.index(name),): value for name, value in zip(self.constants, constants)}
+        attributes = {}
+        flat = [x for one in types for x in (one if isinstance(one, tuple) else (one,))]
+        for (path, name), kind in zip(_names(self.arguments, tuple(map(type, types))), flat, strict=True):
+            if kind == "constexpr":
+                values[path] = None
+            elif aligned and (kind[0] == "*" or name.startswith("stride_")):
+                attributes[path] = [["tt.divisibility", ALIGNMENT if kind[0] == "*" else DIVISOR]]
         source = ASTSource(self.function, signature, values, attributes)
         flags = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
         if options.registers:
@@ -141,10 +148,31 @@ class Kernel:
         return triton.compile(source, target=target, options=flags)
 
 
+def _names(arguments, groups):
+    """Where each value stands, as Triton says it, and its name; ``groups``: the classes of the arguments."""
+    found = []
+    for i, (name, kind) in enumerate(zip(arguments, groups, strict=True)):
+        if issubclass(kind, tuple):
+            found += [((i, j), field) for j, field in enumerate(kind._fields)]
+        else:
+            found.append(((i,), name))
+    return found
+
+
+def by_field(values):
+    """A dictionary of arguments or constants with the fields of named tuples in place of these."""
+    found = {}
+    for name, value in values.items():
+        found |= value._asdict() if isinstance(value, tuple) else {name: value}
+    return found
+
+
 @cache
-def _tensors(classes):
-    """Which of the arguments with these classes are tensors: to ask each anew would cost more than all the rest."""
-    return [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
+def _places(arguments, groups, classes):
+    """Which of the values are tensors and which strides: to ask each anew would cost more than all the rest."""
+    names = [name for _, name in _names(arguments, groups)]
+    tensors = [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
+    return tensors, [i for i, name in enumerate(names) if name.startswith("stride_")]
 
 
 @contextmanager

@@ -264,30 +264,31 @@ def test_the_library_draws_the_same_mask_bit_for_bit(cpu_isa, kind, causal, seed
     assert torch.equal(case.of_backward(2, torch.float32, "cpu"), case.expected(2))
 
 
-def check_library(seq, inputs, grad, p, **flags):
-    """The results of the C++ library within the error budget."""
+def check_library(every_isa, seq, inputs, grad, p, **flags):
+    """The results of the C++ library within the error budget, on every instruction set."""
     budget = attention_budget(inputs, grad, seq, dropout=InEveryDraw(p, 5, inputs[0].shape[1]), **flags)
-    got = run(prefix_attention, inputs, grad, seq, backend="cpu", dropout_p=p, dropout_seed=5, **flags)
-    assert_within(budget, all_results(got, inputs))
+    for _ in every_isa():
+        got = run(prefix_attention, inputs, grad, seq, backend="cpu", dropout_p=p, dropout_seed=5, **flags)
+        assert_within(budget, all_results(got, inputs))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("kind, heads, kv_heads, prefixes", [("packed", 6, 2, 3), ("padded", 2, 2, 0)])
-def test_the_library_with_every_flag(cpu_isa, flags, kind, heads, kv_heads, prefixes):
+def test_the_library_with_every_flag(every_isa, flags, kind, heads, kv_heads, prefixes):
     seq, _, inputs, grad, flags = case(flags, kind, heads, kv_heads, prefixes, torch.float32)
-    check_library(seq, inputs, grad, 0.3, **flags)
+    check_library(every_isa, seq, inputs, grad, 0.3, **flags)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.1, 0.999])
-def test_the_library_in_every_dtype_and_over_several_tiles(cpu_isa, dtype, p):
+def test_the_library_in_every_dtype_and_over_several_tiles(every_isa, dtype, p):
     seq, _, inputs, grad, _ = case("plain", heads=6, head_dim=20, dtype=dtype, lengths=[17, 3, 150, 9])
-    check_library(seq, inputs, grad, p)
+    check_library(every_isa, seq, inputs, grad, p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("flags", [{}, dict(softcap=3.0, window=4), dict(causal=False), dict(sinks=True)])
-def test_the_library_decodes(cpu_isa, dtype, flags):
+def test_the_library_decodes(every_isa, dtype, flags):
     flags = dict(flags)
     _, _, _, *inputs = tensors(5, 6, 2, 20, 2, 50, dtype, sinks=flags.pop("sinks", False))
     generator = torch.Generator().manual_seed(2)
@@ -295,7 +296,7 @@ def test_the_library_decodes(cpu_isa, dtype, flags):
     cache = torch.randn(2, 5, 2, 180, 20, generator=generator).to(dtype)
     grad = torch.randn(q.shape, generator=generator).to(dtype)
     seq = Sequences.decode([40, 0, 1, 170, 7], torch.tensor([1, 0, -1, 0, 0]), torch.tensor([50, 33]))
-    check_library(seq, [q, *cache, *inputs], grad, 0.4, **flags)
+    check_library(every_isa, seq, [q, *cache, *inputs], grad, 0.4, **flags)
 
 
 def test_the_library_gives_the_same_bits_with_any_number_of_threads(cpu_isa):

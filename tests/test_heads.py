@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from parity import PREFIXES, B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
-from tiny_models import VOCABULARY
+from tiny_models import MODELS, T5, VOCABULARY
 
 import fastprompt
 
@@ -19,20 +19,7 @@ DECODERS = {
     "qwen2": (hf.Qwen2Config, _LLAMA),
     "gpt2": (
         hf.GPT2Config,
-        dict(
-            vocab_size=VOCABULARY,
-            n_embd=48,
-            n_layer=3,
-            n_head=6,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            classifier_dropout=0.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=1,
-        ),
+        dict(MODELS["gpt2"][1], classifier_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=1),
     ),
 }
 ENCODERS = {
@@ -242,16 +229,7 @@ def test_the_head_s_own_dropout_is_drawn_as_peft_draws_it():
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_mlp", "multitask", "prefix"])
 def test_encoder_decoders_run_peft_itself(name, method):
     if name == "t5":
-        config = hf.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=48,
-            d_kv=8,
-            d_ff=80,
-            num_layers=2,
-            num_heads=6,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
+        config = hf.T5Config(**T5)
     else:
         config = hf.BartConfig(
             vocab_size=VOCABULARY,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from parity import batch, peft_model
-from tiny_models import VOCABULARY, build
+from tiny_models import GEMMA3N, VOCABULARY, build
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
@@ -262,16 +262,8 @@ def test_layers_of_one_class_are_looked_at_one_by_one():
 
 def test_sparsity_by_layer_is_left_alone():
     config = hf.Gemma3nTextConfig(
-        vocab_size=VOCABULARY,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        hidden_size_per_layer_input=4,
+        **GEMMA3N,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        laurel_rank=2,
         num_kv_shared_layers=0,
         activation_sparsity_pattern=[0.5, 0.0],
         layer_types=["full_attention"] * 2,

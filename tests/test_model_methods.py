@@ -7,7 +7,7 @@ from parity import METHODS, PREFIXES, B, P, S, assert_equal, batch, peft_model, 
 from peft import PeftModel
 from test_heads import build as build_with_head
 from test_heads import inputs_for
-from tiny_models import VOCABULARY, build
+from tiny_models import T5, build
 
 from fastprompt import (
     MultitaskPromptTuning,
@@ -289,18 +289,7 @@ def test_a_head_is_saved_with_the_prompt(tmp_path):
 def test_an_encoder_decoder_equals_peft():
     def base():
         torch.manual_seed(0)
-        return hf.T5ForConditionalGeneration(
-            hf.T5Config(
-                vocab_size=VOCABULARY,
-                d_model=48,
-                d_kv=8,
-                d_ff=80,
-                num_layers=2,
-                num_heads=6,
-                dropout_rate=0.0,
-                decoder_start_token_id=0,
-            )
-        )
+        return hf.T5ForConditionalGeneration(hf.T5Config(**T5))
 
     theirs = peft_model(None, task_type="SEQ_2_SEQ_LM", base=base())
     prompt = theirs.prompt_encoder["default"].embedding.weight

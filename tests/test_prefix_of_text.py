@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from parity import peft_model
-from tiny_models import VOCABULARY, build
+from tiny_models import GEMMA3N, VOCABULARY, build
 
 import fastprompt
 from fastprompt import PrefixTuning, SoftPromptModel, prefix_of_text
@@ -166,16 +166,8 @@ def test_models_without_keys_and_values_of_all_tokens_are_refused(make, message)
 
 def test_layers_that_share_keys_and_values_have_one_prefix():
     config = hf.Gemma3nTextConfig(
-        vocab_size=VOCABULARY,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        hidden_size_per_layer_input=4,
+        **GEMMA3N,
         num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        laurel_rank=2,
         num_kv_shared_layers=2,
         sliding_window=6,
         activation_sparsity_pattern=[0.0] * 4,

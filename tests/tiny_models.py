@@ -95,6 +95,30 @@ MODELS = {
 }
 
 
+# Of configs that tests complete.
+T5 = dict(
+    vocab_size=VOCABULARY,
+    d_model=48,
+    d_kv=8,
+    d_ff=80,
+    num_layers=2,
+    num_heads=6,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
+GEMMA3N = dict(
+    vocab_size=VOCABULARY,
+    vocab_size_per_layer_input=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=32,
+    hidden_size_per_layer_input=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    laurel_rank=2,
+)
+
+
 def build(name, dtype=torch.float32, seed=0, **changes):
     """A model of :data:`MODELS` in training mode, its parameters frozen by nobody yet."""
     config_class, arguments, _ = MODELS[name]

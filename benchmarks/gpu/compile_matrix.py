@@ -37,7 +37,7 @@ class Job:
 
     @property
     def constants(self):
-        names = dict(zip(self.launch.kernel.constants, self.launch.constants))
+        names = launch.by_field(dict(zip(self.launch.kernel.constants, self.launch.constants)))
         return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
 
     @property

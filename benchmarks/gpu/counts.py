@@ -66,7 +66,7 @@ def _recorded(target):
 
     def record(kernel, grid, options, *arguments, **constants):
         call(kernel, grid, options, *arguments, **constants)
-        found.append((launches[-1], dict(zip(kernel.arguments, arguments)) | constants))
+        found.append((launches[-1], kernel_launch.by_field(dict(zip(kernel.arguments, arguments)) | constants)))
 
     with kernel_launch.capture(target) as launches, mock.patch.object(kernel_launch.Kernel, "__call__", record):
         yield found

@@ -168,9 +168,10 @@ class Call:
         ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
         model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
         outputs = self.engine.run(self.request, self.plan, self._embed)
-        by_default = getattr(model.base_model.config, "return_dict", True)
         as_dict = given.get("return_dict")
-        return outputs if (by_default if as_dict is None else as_dict) else outputs.to_tuple()
+        if as_dict is None:
+            as_dict = getattr(model.base_model.config, "return_dict", True)
+        return outputs if as_dict else outputs.to_tuple()
 
     def _encoder(self):
         return fast_encoder(self.model.prompt_encoder[self.model.active_adapter], self.state.outputs)
@@ -195,12 +196,14 @@ class Call:
         source = self.plan.source
         batch, width = self.tokens.shape[:2]
         front = self.request.num_virtual_tokens
-        cells = source + front * (1 + source // width)  # token (b, c) stands in column P + c there
+        row, column = source // width, front + source % width
         if front:
             row_of = torch.zeros(self._num_prompts, dtype=torch.int64, device=source.device)
             if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
                 row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
-            prompt, virtual = (-1 - source).clamp(min=0) // front, (-1 - source).clamp(min=0) % front
-            cells = torch.where(source >= 0, cells, row_of[prompt] * (front + width) + virtual)
+            virtual = -1 - source  # of all prompts, where it is not negative
+            row = torch.where(virtual < 0, row, row_of[virtual.clamp(min=0) // front])
+            column = torch.where(virtual < 0, column, virtual % front)
+        cells = row * (front + width) + column
         names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
         return {name: given[name].flatten(0, 1)[cells] for name in names}

@@ -16,12 +16,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @contextmanager
 def fast_encoder(encoder: nn.Module, outputs: MutableMapping[nn.Module, CachedOutput]) -> Iterator[None]:
-    """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block; all modules in it are still
-    called.
+    """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block.
 
-    The LSTM is not: it runs on :func:`prompt_lstm` where it is a plain nn.LSTM without hooks. Where all modules are
-        plain and
-    nothing trains, what the encoder gave is kept in ``outputs``, a dictionary.
+    A plain nn.LSTM without hooks runs on :func:`prompt_lstm`; all other modules are called as always. Where all of them
+    are plain and nothing trains, what the encoder gave is kept in ``outputs``.
     """
     if type(encoder) is not PromptEncoder or "forward" in vars(encoder) or torch.compiler.is_compiling():
         yield
@@ -51,10 +49,10 @@ def _forward(encoder, indices, outputs):
             )
         return encoder.mlp_head(rows)[None]
 
-    _, *inside = encoder.modules()
-    keeps = not torch.is_grad_enabled() and not any(module.training or not _is_plain(module) for module in inside)
+    trains = torch.is_grad_enabled() or any(module.training for module in encoder.modules())
+    plain = all(_is_plain(module) for module in encoder.modules() if module is not encoder)
     cached = outputs.setdefault(encoder, CachedOutput())
-    return cached(encoder.parameters(), not keeps, encode)
+    return cached(encoder.parameters(), trains or not plain, encode)
 
 
 def _is_plain(module):

@@ -9,6 +9,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedTokenizerBase
 
+from ..hf.attachment import evaluation_mode
 from .data import Example, Task
 from .encoding import Encoded, encode
 
@@ -29,8 +30,13 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
     for i, (prompt, completion) in enumerate(pairs):
         readers.setdefault((*prompt, *completion[:-1]), []).append(i)
 
-    training = [module for module in model.modules() if module.training]  # not all: a frozen base may evaluate
-    model.eval()
+    with evaluation_mode(model):
+        return _completion_log_probs(model, pairs, readers, task_id)
+
+
+def _completion_log_probs(
+    model: PeftModel, pairs: Sequence[Encoded], readers: dict[tuple[int, ...], list[int]], task_id: int
+) -> torch.Tensor:
     base: Any = model.get_base_model()
     soft_prompt = _soft_prompt(model, task_id)
     scores = torch.empty(len(pairs))
@@ -47,8 +53,6 @@ def completion_log_probs(model: PeftModel, pairs: Sequence[Encoded], task_id: in
                     tokens = torch.tensor(pairs[i].completion, device=base.device)
                     scores[i] = row[-len(tokens) :].gather(-1, tokens[:, None]).sum()
             bar.update(len(batch))
-    for module in training:
-        module.training = True
     return scores
 
 

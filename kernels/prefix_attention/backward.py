@@ -4,7 +4,8 @@ With weights p = exp(score - lse) and delta = rowsum(dout out): dv = p^T dout, d
 dq = dscore k, dk = dscore^T q. Dropout's factors, 0 or 1 / (1 - probability), multiply p in dv and dout v^T in dscore.
 A *query* item holds queries and runs over their keys; a *key* item holds own keys, or keys of a prefix, and runs over
 the queries that see them. Every item makes delta again from out and dout: items of the same rows are launched side by
-side, so the rows come from the cache, and no launch has to wait for another.
+side, so the rows come from the cache, and no launch has to wait for another. What the kernels are called with stands
+in ``arguments.py``.
 """
 
 import triton
@@ -30,165 +31,176 @@ QUERIES, KEYS, PREFIX = tl.constexpr(schedule.QUERIES), tl.constexpr(schedule.KE
 
 
 @triton.jit
-def load_queries(
-    q, out, dout, lse, row, head, live, lse_rows, stride_qr, stride_qh, stride_or, stride_dor, stride_doh,
-    DH: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+def load_queries(queries, output, gradient, row, head, live, static: tl.constexpr):
     """Queries and the gradient of their output ``[BM, BD]``, lse and delta ``[BM]``. Dead rows weigh nothing."""
-    b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)
-    b_do = load_rows(dout, row * stride_dor + head * stride_doh, live, DH, BD)
-    b_out = load_rows(out, row * stride_or + head * DH, live, DH, BD)
-    b_lse = tl.load(lse + head.to(tl.int64) * lse_rows + row, mask=live, other=float("inf"))
+    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static)
+    b_do = load_rows(gradient.dout, row * gradient.stride_row + head * gradient.stride_head, live, static)
+    b_out = load_rows(output.out, row * output.stride_row + head * static.DH, live, static)
+    b_lse = tl.load(output.lse + head.to(tl.int64) * output.lse_rows + row, mask=live, other=float("inf"))
     return b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
 
 
 @triton.jit
-def dscores(weight, dweight, delta, capped, SOFTCAP: tl.constexpr):
+def dscores(weight, dweight, delta, capped, static: tl.constexpr):
     result = weight * (dweight - delta)
-    if SOFTCAP:
+    if static.SOFTCAP:
         result *= 1 - capped * capped
     return result
 
 
 @triton.jit
-def dq_of_block(
-    dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, start, salt, threshold, keep_scale, scale, softcap,
-    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    score, capped = cap(product(b_q, tl.trans(b_k), UPCAST), scale, softcap, SOFTCAP)  # [BM, BN]
+def dq_of_block(dq, loaded, b_k, b_v, seen, key, start, salt, scores, dropout, static: tl.constexpr):
+    """``dq [BM, BD]`` with what one block of keys adds; ``loaded``: what load_queries gives."""
+    b_q, b_do, b_lse, delta = loaded
+    score, capped = cap(product(b_q, tl.trans(b_k), static.UPCAST), scores, static)  # [BM, BN]
     weight = tl.where(seen, tl.exp2((score - b_lse[:, None]) * LOG2_E), 0.0)
-    dweight = product(b_do, tl.trans(b_v), UPCAST)
-    if threshold is not None:
-        used = kept(key[None, :], start[:, None], salt[:, None], threshold)
-        dweight = tl.where(used, dweight * keep_scale, 0.0)
-    dscore = dscores(weight, dweight, delta[:, None], capped, SOFTCAP)
-    return dq + product(dscore.to(b_k.dtype), b_k, UPCAST)
+    dweight = product(b_do, tl.trans(b_v), static.UPCAST)
+    if dropout is not None:
+        used = kept(key[None, :], start[:, None], salt[:, None], dropout.threshold)
+        dweight = tl.where(used, dweight * dropout.scale, 0.0)
+    dscore = dscores(weight, dweight, delta[:, None], capped, static)
+    return dq + product(dscore.to(b_k.dtype), b_k, static.UPCAST)
+
+
+@triton.jit
+def dq_of_queries(
+    item, queries, own, prefix, output, gradient, gradients, batch, scores, dropout,
+    BM: tl.constexpr, BN: tl.constexpr, static: tl.constexpr,
+):  # fmt: skip
+    """A query item: queries [q0, q1) run over keys [p0, p1) of their prefix and then over their own, [k0, k1)."""
+    q0, q1, k0, k1, number, p0, p1 = item
+    first_head = tl.program_id(1) * static.FOLD
+    kv_head = first_head // static.GROUP
+    n = tl.arange(0, BN)
+    query, head, row, live = tile_of_queries(q0, q1, first_head, batch, BM, static)
+    low, high, prefix_low = visible(query, live, batch, scores.window, static)
+    loaded = load_queries(queries, output, gradient, row, head, live, static)
+    prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
+    b_dq = tl.zeros([BM, static.BD], tl.float32)
+
+    if prefix is not None:
+        prefix_k, prefix_v = prefix.k + kv_head * prefix.stride_kh, prefix.v + kv_head * prefix.stride_vh
+        for start in range(p0, p1, BN):
+            key = start + n  # [BN]
+            b_k = load_rows(prefix_k, number * prefix.stride_kb + key * prefix.stride_kr, key < p1, static)  # [BN, BD]
+            b_v = load_rows(prefix_v, number * prefix.stride_vb + key * prefix.stride_vr, key < p1, static)
+            seen = (key < p1)[None, :] & live[:, None]
+            if static.WINDOW:
+                seen = seen & (key[None, :] >= prefix_low[:, None])
+            b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, prefix_start, salt, scores, dropout, static)
+
+    own_k, own_v = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
+    for start in range(k0, k1, BN):
+        key = start + n
+        at = rows_of(key, key < k1, batch.key_rows, static.GATHER or static.CACHE)
+        k_at = key_offsets(at, batch.room, own.stride_kb, own.stride_kr, static.CACHE)
+        v_at = key_offsets(at, batch.room, own.stride_vb, own.stride_vr, static.CACHE)
+        b_k, b_v = load_rows(own_k, k_at, key < k1, static), load_rows(own_v, v_at, key < k1, static)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, own_start, salt, scores, dropout, static)
+    if gradients.dq is not None:
+        to = row * output.stride_row + head * static.DH
+        store_rows(gradients.dq, to, live, b_dq * scores.scale, static)
+
+
+@triton.jit
+def dkv_of_block(sums, loaded, b_k, b_v, seen, key, start, salt, scores, dropout, static: tl.constexpr):
+    """``(dk, dv) [BN, BD]`` with what one tile of queries adds; ``loaded``: what load_queries gives."""
+    b_dk, b_dv = sums
+    b_q, b_do, b_lse, delta = loaded
+    score, capped = cap(product(b_k, tl.trans(b_q), static.UPCAST), scores, static)  # [BN, BM]
+    weight = tl.where(seen, tl.exp2((score - b_lse[None, :]) * LOG2_E), 0.0)
+    used = weight
+    if dropout is not None:
+        keeps = kept(key[:, None], start[None, :], salt[None, :], dropout.threshold)
+        used = tl.where(keeps, weight * dropout.scale, 0.0)
+    b_dv += product(used.to(b_do.dtype), b_do, static.UPCAST)
+    dweight = product(b_v, tl.trans(b_do), static.UPCAST)
+    if dropout is not None:
+        dweight = tl.where(keeps, dweight * dropout.scale, 0.0)
+    dscore = dscores(weight, dweight, delta[None, :], capped, static)
+    b_dk += product(dscore.to(b_q.dtype), b_q, static.UPCAST)
+    return b_dk, b_dv
+
+
+@triton.jit
+def dkv_of_keys(
+    role, item, queries, own, prefix, output, gradient, gradients, batch, scores, dropout, kv_heads,
+    BM: tl.constexpr, BN: tl.constexpr, static: tl.constexpr,
+):  # fmt: skip
+    """A key item: own keys [k0, k1), or those of a prefix, run over queries [q0, q1). The sums of a prefix's keys are
+    partial ones, and go to a slot."""
+    q0, q1, k0, k1, number, slot, _ = item
+    kv_head = tl.program_id(1)
+    key = k0 + tl.arange(0, BN)  # [BN], of the prefix or virtual own keys
+    real = key < k1
+    keys_of, values_of = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
+    at = rows_of(key, key < tl.where(role == KEYS, k1, k0), batch.key_rows, static.GATHER or static.CACHE)
+    k_at = key_offsets(at, batch.room, own.stride_kb, own.stride_kr, static.CACHE)
+    v_at = key_offsets(at, batch.room, own.stride_vb, own.stride_vr, static.CACHE)
+    if prefix is not None:
+        if role == PREFIX:
+            keys_of = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
+            values_of = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
+            k_at, v_at = key * prefix.stride_kr, key * prefix.stride_vr
+    b_k, b_v = load_rows(keys_of, k_at, real, static), load_rows(values_of, v_at, real, static)  # [BN, BD]
+    sums = tl.zeros([BN, static.BD], tl.float32), tl.zeros([BN, static.BD], tl.float32)
+
+    for part in range(static.GROUP // static.FOLD):
+        for start in range(q0, q1, BM // static.FOLD):
+            first_head = kv_head * static.GROUP + part * static.FOLD
+            query, head, row, live = tile_of_queries(start, q1, first_head, batch, BM, static)
+            low, high, prefix_low = visible(query, live, batch, scores.window, static)
+            if role == PREFIX:
+                low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
+            loaded = load_queries(queries, output, gradient, row, head, live, static)
+            seen = real[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
+            prefix_start, start_of, salt = dropout_keys(query, row, head, live, batch, dropout)
+            if dropout is not None:
+                start_of = tl.where(role == PREFIX, prefix_start, start_of)
+            sums = dkv_of_block(sums, loaded, b_k, b_v, seen, key, start_of, salt, scores, dropout, static)
+
+    b_dk, b_dv = sums
+    if role == PREFIX:
+        if gradients.partial_k is not None:
+            # [slots, BN, Hkv, DH]
+            place = (slot.to(tl.int64) * BN + tl.arange(0, BN)) * kv_heads + kv_head
+            store_rows(gradients.partial_k, place * static.DH, real, b_dk * scores.scale, static)
+            store_rows(gradients.partial_v, place * static.DH, real, b_dv, static)
+    elif gradients.dk is not None:
+        to = key_offsets(at, batch.room, gradients.stride_kb, gradients.stride_kr, static.CACHE)
+        to += kv_head * gradients.stride_kh
+        store_rows(gradients.dk, to, real, b_dk * scores.scale, static)
+        store_rows(gradients.dv, to, real, b_dv, static)
 
 
 def _backward(
-    q, k, v, prefix_k, prefix_v, out, dout, lse, dq, dk, dv, partial_k, partial_v, items, query_rows, key_rows, spans,
-    queries, room, window, scale, softcap, seed_low, seed_high, threshold, keep_scale, kv_heads,
-    stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
-    stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh, lse_rows, stride_or,
-    stride_dor, stride_doh, stride_dkb, stride_dkr, stride_dkh,
-    GROUP: tl.constexpr, FOLD: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, KEYS_BM: tl.constexpr, KEYS_BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GATHER: tl.constexpr, CACHE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    queries, own, prefix, output, gradient, gradients, items, batch, scores, dropout, kv_heads,
+    BM: tl.constexpr, BN: tl.constexpr, KEYS_BM: tl.constexpr, KEYS_BN: tl.constexpr, static: tl.constexpr,
 ):  # fmt: skip
-    # Scalars of the item: role, queries [q0, q1), keys [k0, k1), prefix, and [p0, p1) or the place of the partial sums.
-    item = items + tl.program_id(0) * 8
-    role, q0, q1, k0, k1 = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
-    prefix = tl.load(item + 5).to(tl.int64)
-
+    first = items + tl.program_id(0) * 8
+    role, q0, q1, k0, k1 = (
+        tl.load(first),
+        tl.load(first + 1),
+        tl.load(first + 2),
+        tl.load(first + 3),
+        tl.load(first + 4),
+    )
+    item = q0, q1, k0, k1, tl.load(first + 5).to(tl.int64), tl.load(first + 6), tl.load(first + 7)
     if role == QUERIES:
-        first_head = tl.program_id(1) * FOLD
-        kv_head = first_head // GROUP
-        n = tl.arange(0, BN)
-        query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
-        low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
-        b_q, b_do, b_lse, delta = load_queries(
-            q, out, dout, lse, row, head, live, lse_rows,
-            stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD,
+        dq_of_queries(
+            item, queries, own, prefix, output, gradient, gradients, batch, scores, dropout, BM, BN, static,
         )  # fmt: skip
-        prefix_start, own_start, salt = dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high)
-        b_dq = tl.zeros([BM, BD], tl.float32)
-
-        if prefix_k is not None:
-            p0, p1 = tl.load(item + 6), tl.load(item + 7)
-            keys_of, values_of = prefix_k + kv_head * stride_pkh, prefix_v + kv_head * stride_pvh
-            for start in range(p0, p1, BN):
-                key = start + n  # [BN]
-                b_k = load_rows(keys_of, prefix * stride_pkn + key * stride_pkr, key < p1, DH, BD)  # [BN, BD]
-                b_v = load_rows(values_of, prefix * stride_pvn + key * stride_pvr, key < p1, DH, BD)
-                seen = (key < p1)[None, :] & live[:, None]
-                if WINDOW:
-                    seen = seen & (key[None, :] >= prefix_low[:, None])
-                b_dq = dq_of_block(
-                    b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, prefix_start, salt, threshold, keep_scale,
-                    scale, softcap, SOFTCAP, UPCAST,
-                )  # fmt: skip
-
-        for start in range(k0, k1, BN):
-            key = start + n
-            at = rows_of(key, key < k1, key_rows, GATHER or CACHE)
-            b_k = load_rows(
-                k + kv_head * stride_kh, key_offsets(at, room, stride_kb, stride_kr, CACHE), key < k1, DH, BD
-            )
-            b_v = load_rows(
-                v + kv_head * stride_vh, key_offsets(at, room, stride_vb, stride_vr, CACHE), key < k1, DH, BD
-            )
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            b_dq = dq_of_block(
-                b_dq, b_q, b_k, b_v, b_do, b_lse, delta, seen, key, own_start, salt, threshold, keep_scale,
-                scale, softcap, SOFTCAP, UPCAST,
-            )  # fmt: skip
-        if dq is not None:
-            store_rows(dq, row * stride_or + head * DH, live, b_dq * scale, DH, BD)
-
     elif tl.program_id(1) < kv_heads:  # query items need more programs where a group of heads is folded in parts
-        kv_head = tl.program_id(1)
-        key = k0 + tl.arange(0, KEYS_BN)  # [BN], of the prefix or virtual own keys
-        real = key < k1
-        keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
-        at = rows_of(key, key < tl.where(role == KEYS, k1, k0), key_rows, GATHER or CACHE)  # not of prefix keys
-        k_at, v_at = (
-            key_offsets(at, room, stride_kb, stride_kr, CACHE),
-            key_offsets(at, room, stride_vb, stride_vr, CACHE),
-        )
-        if prefix_k is not None:
-            if role == PREFIX:
-                keys_of = prefix_k + (prefix * stride_pkn + kv_head * stride_pkh)
-                values_of = prefix_v + (prefix * stride_pvn + kv_head * stride_pvh)
-                k_at, v_at = key * stride_pkr, key * stride_pvr
-        b_k, b_v = load_rows(keys_of, k_at, real, DH, BD), load_rows(values_of, v_at, real, DH, BD)  # [BN, BD]
-        b_dk, b_dv = tl.zeros([KEYS_BN, BD], tl.float32), tl.zeros([KEYS_BN, BD], tl.float32)
-
-        for part in range(GROUP // FOLD):
-            for start in range(q0, q1, KEYS_BM // FOLD):
-                first_head = kv_head * GROUP + part * FOLD
-                query, head, row, live = tile_of_queries(start, q1, first_head, query_rows, KEYS_BM, FOLD, GATHER)
-                low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, CACHE)
-                if role == PREFIX:
-                    low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
-                b_q, b_do, b_lse, delta = load_queries(
-                    q, out, dout, lse, row, head, live, lse_rows,
-                    stride_qr, stride_qh, stride_or, stride_dor, stride_doh, DH, BD,
-                )  # fmt: skip
-
-                seen = real[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
-                score, capped = cap(product(b_k, tl.trans(b_q), UPCAST), scale, softcap, SOFTCAP)  # [BN, BM]
-                weight = tl.where(seen, tl.exp2((score - b_lse[None, :]) * LOG2_E), 0.0)
-                used = weight
-                if threshold is not None:
-                    prefix_start, own_start, salt = dropout_keys(
-                        query, row, head, live, spans, queries, seed_low, seed_high
-                    )
-                    start_of = tl.where(role == PREFIX, prefix_start, own_start)
-                    keeps = kept(key[:, None], start_of[None, :], salt[None, :], threshold)
-                    used = tl.where(keeps, weight * keep_scale, 0.0)
-                b_dv += product(used.to(b_do.dtype), b_do, UPCAST)
-                dweight = product(b_v, tl.trans(b_do), UPCAST)
-                if threshold is not None:
-                    dweight = tl.where(keeps, dweight * keep_scale, 0.0)
-                dscore = dscores(weight, dweight, delta[None, :], capped, SOFTCAP)
-                b_dk += product(dscore.to(b_q.dtype), b_q, UPCAST)
-
-        if role == PREFIX:
-            if partial_k is not None:
-                # [slots, KEYS_BN, Hkv, DH]
-                place = (tl.load(item + 6).to(tl.int64) * KEYS_BN + tl.arange(0, KEYS_BN)) * kv_heads + kv_head
-                store_rows(partial_k, place * DH, real, b_dk * scale, DH, BD)
-                store_rows(partial_v, place * DH, real, b_dv, DH, BD)
-        elif dk is not None:
-            to = kv_head * stride_dkh + key_offsets(at, room, stride_dkb, stride_dkr, CACHE)
-            store_rows(dk, to, real, b_dk * scale, DH, BD)
-            store_rows(dv, to, real, b_dv, DH, BD)
+        dkv_of_keys(
+            role, item, queries, own, prefix, output, gradient, gradients, batch, scores, dropout, kv_heads,
+            KEYS_BM, KEYS_BN, static,
+        )  # fmt: skip
 
 
 def _reduce(
     partial_k, partial_v, dprefix_k, dprefix_v, slots, length, kv_heads, blocks,
-    DH: tl.constexpr, BD: tl.constexpr, KEYS_BN: tl.constexpr, ROWS: tl.constexpr,
+    KEYS_BN: tl.constexpr, ROWS: tl.constexpr, static: tl.constexpr,
 ):  # fmt: skip
     """A few keys of one prefix: their partial sums in the order of the query chunks; zero where nobody reads them."""
     tiles = (length + ROWS - 1) // ROWS
@@ -196,14 +208,14 @@ def _reduce(
     key = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     entry = slots + (prefix * blocks + (tl.program_id(0) % tiles) * ROWS // KEYS_BN) * 3
     first, last, used = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    b_dk, b_dv = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
+    b_dk, b_dv = tl.zeros([ROWS, static.BD], tl.float32), tl.zeros([ROWS, static.BD], tl.float32)
     for slot in range(first, last):
-        place = ((slot * KEYS_BN + (key % KEYS_BN).to(tl.int64)) * kv_heads + kv_head) * DH
-        b_dk += load_rows(partial_k, place, key < used, DH, BD)
-        b_dv += load_rows(partial_v, place, key < used, DH, BD)
-    to = ((prefix.to(tl.int64) * length + key) * kv_heads + kv_head) * DH
-    store_rows(dprefix_k, to, key < length, b_dk, DH, BD)
-    store_rows(dprefix_v, to, key < length, b_dv, DH, BD)
+        place = ((slot * KEYS_BN + (key % KEYS_BN).to(tl.int64)) * kv_heads + kv_head) * static.DH
+        b_dk += load_rows(partial_k, place, key < used, static)
+        b_dv += load_rows(partial_v, place, key < used, static)
+    to = ((prefix.to(tl.int64) * length + key) * kv_heads + kv_head) * static.DH
+    store_rows(dprefix_k, to, key < length, b_dk, static)
+    store_rows(dprefix_v, to, key < length, b_dv, static)
 
 
 backward = Kernel(_backward)

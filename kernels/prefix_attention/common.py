@@ -1,4 +1,7 @@
-"""What the forward, backward and decode kernels share: addresses, visibility and scores."""
+"""What the forward, backward and decode kernels share: addresses, visibility and scores.
+
+The groups ``batch``, ``scores``, ``dropout`` and ``static`` are those of ``arguments.py``.
+"""
 
 import triton
 import triton.language as tl
@@ -16,12 +19,12 @@ def rows_of(virtual, live, rows, GATHER: tl.constexpr):
 
 
 @triton.jit
-def tile_of_queries(first, last, first_head, rows, BM: tl.constexpr, FOLD: tl.constexpr, GATHER: tl.constexpr):
+def tile_of_queries(first, last, first_head, batch, BM: tl.constexpr, static: tl.constexpr):
     """``[BM]`` each: virtual query, head, row in memory and whether there is one, of the queries from ``first`` on."""
     m = tl.arange(0, BM)
-    query, head = first + m // FOLD, first_head + m % FOLD
-    live = (query < last) & (m // FOLD < BM // FOLD)
-    return query, head, rows_of(query, live, rows, GATHER), live
+    query, head = first + m // static.FOLD, first_head + m % static.FOLD
+    live = (query < last) & (m // static.FOLD < BM // static.FOLD)
+    return query, head, rows_of(query, live, batch.query_rows, static.GATHER), live
 
 
 @triton.jit
@@ -33,64 +36,64 @@ def key_offsets(row, room, stride_batch, stride_row, CACHE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, offsets, live, DH: tl.constexpr, BD: tl.constexpr):
+def load_rows(base, offsets, live, static: tl.constexpr):
     """``[n, BD]`` from ``n`` rows of DH elements; zero in dead rows and beyond DH."""
-    d = tl.arange(0, BD)
+    d = tl.arange(0, static.BD)
     mask = live[:, None]
-    if DH != BD:
-        mask = mask & (d < DH)[None, :]
+    if static.DH != static.BD:
+        mask = mask & (d < static.DH)[None, :]
     return tl.load(base + offsets[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(base, offsets, live, values, DH: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
+def store_rows(base, offsets, live, values, static: tl.constexpr):
+    d = tl.arange(0, static.BD)
     mask = live[:, None]
-    if DH != BD:
-        mask = mask & (d < DH)[None, :]
+    if static.DH != static.BD:
+        mask = mask & (d < static.DH)[None, :]
     tl.store(base + offsets[:, None] + d[None, :], values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def visible(query, live, spans, queries, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr):
+def visible(query, live, batch, window, static: tl.constexpr):
     """The intervals of keys that queries see: own ``[low, high)``, and from ``prefix_low`` on in the prefix.
 
-    ``spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key to
-    get its position behind the prefix. Dead queries see nothing.
+    ``batch.spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key
+    to get its position behind the prefix. Dead queries see nothing.
     """
-    low = tl.load(spans + query, mask=live, other=0)
-    high = tl.load(spans + queries + query, mask=live, other=0)
+    low = tl.load(batch.spans + query, mask=live, other=0)
+    high = tl.load(batch.spans + batch.queries + query, mask=live, other=0)
     prefix_low = tl.zeros_like(low)
-    if CAUSAL or WINDOW:
+    if static.CAUSAL or static.WINDOW:
         own = query  # the query's own key
-        if CACHE:
+        if static.CACHE:
             own = high - 1
-        if WINDOW:
+        if static.WINDOW:
             low = tl.maximum(low, own - window + 1)
-            shift = tl.load(spans + 2 * queries + query, mask=live, other=0)
+            shift = tl.load(batch.spans + 2 * batch.queries + query, mask=live, other=0)
             prefix_low = tl.maximum(own + shift - window + 1, 0)
-            if not CAUSAL:
+            if not static.CAUSAL:
                 high = tl.minimum(high, own + window)
-        if CAUSAL:
+        if static.CAUSAL:
             high = own + 1
     return tl.where(live, low, 0), tl.where(live, high, 0), prefix_low
 
 
 @triton.jit
-def dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high):
+def dropout_keys(query, row, head, live, batch, dropout):
     """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, for own keys, for both; None without dropout.
 
     ``fastprompt/ops/prefix_attention/dropout.py`` says what is computed here and in :func:`kept`.
     """
     prefix_start, own_start, salt = None, None, None
-    if seed_low is not None:
-        seed = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | seed_low.to(tl.uint32, bitcast=True)
-        x = seed + (head.to(tl.uint64) << 40) + row.to(tl.uint64)
+    if dropout is not None:
+        high, low = dropout.seed_high.to(tl.uint32, bitcast=True), dropout.seed_low.to(tl.uint32, bitcast=True)
+        x = (high.to(tl.uint64) << 32 | low) + (head.to(tl.uint64) << 40) + row.to(tl.uint64)
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
         x = (x ^ x >> 27) * 0x94D049BB133111EB
         x = x ^ x >> 31
         prefix_start, salt = x.to(tl.uint32), (x >> 32).to(tl.uint32)
-        shift = tl.load(spans + 2 * queries + query, mask=live, other=0)
+        shift = tl.load(batch.spans + 2 * batch.queries + query, mask=live, other=0)
         own_start = prefix_start + shift.to(tl.uint32, bitcast=True) * DROPOUT_STEP
     return prefix_start, own_start, salt
 
@@ -125,9 +128,9 @@ def tanh(x):
 
 
 @triton.jit
-def cap(product, scale, softcap, SOFTCAP: tl.constexpr):
+def cap(product, scores, static: tl.constexpr):
     """Scores from the products of queries and keys, and ``tanh(score / softcap)`` or an unused value."""
-    if SOFTCAP:
-        capped = tanh(product * (scale / softcap))
-        return capped * softcap, capped
-    return product * scale, product
+    if static.SOFTCAP:
+        capped = tanh(product * (scores.scale / scores.softcap))
+        return capped * scores.softcap, capped
+    return product * scores.scale, product

@@ -11,66 +11,64 @@ from .forward import attend
 
 
 def _decode(
-    q, k, v, prefix_k, prefix_v, part_out, part_lse, items, parts, query_rows, key_rows, spans,
-    queries, room, window, scale, softcap, seed_low, seed_high, threshold, keep_scale, heads,
-    stride_qr, stride_qh, stride_kb, stride_kr, stride_kh, stride_vb, stride_vr, stride_vh,
-    stride_pkn, stride_pkr, stride_pkh, stride_pvn, stride_pvr, stride_pvh,
-    GROUP: tl.constexpr, FOLD: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GATHER: tl.constexpr, UPCAST: tl.constexpr,
+    queries, own, prefix, part_out, part_lse, items, parts, batch, scores, dropout, heads,
+    BM: tl.constexpr, BN: tl.constexpr, static: tl.constexpr,
 ):  # fmt: skip
     # Scalars of the item: queries [q0, q1), keys [k0, k1) of the prefix (-1: the query's own), number of the part.
     item = items + tl.program_id(0) * 8
     q0, q1, k0, k1 = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    prefix, part = tl.load(item + 4).to(tl.int64), tl.load(item + 5)
-    own = prefix < 0
-    first_head = tl.program_id(1) * FOLD
-    kv_head = first_head // GROUP
+    number, part = tl.load(item + 4).to(tl.int64), tl.load(item + 5)
+    of_query = number < 0
+    first_head = tl.program_id(1) * static.FOLD
+    kv_head = first_head // static.GROUP
 
     n = tl.arange(0, BN)
-    query, head, row, live = tile_of_queries(q0, q1, first_head, query_rows, BM, FOLD, GATHER)
-    low, high, prefix_low = visible(query, live, spans, queries, window, CAUSAL, WINDOW, True)
-    prefix_start, own_start, salt = dropout_keys(query, row, head, live, spans, queries, seed_low, seed_high)
+    query, head, row, live = tile_of_queries(q0, q1, first_head, batch, BM, static)
+    low, high, prefix_low = visible(query, live, batch, scores.window, static)
+    prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
     start_of = own_start
-    if threshold is not None:
-        start_of = tl.where(own, own_start, prefix_start)
-    keys_of, values_of = k + kv_head * stride_kh, v + kv_head * stride_vh
-    step_k, step_v, shift_k, shift_v = stride_kr, stride_vr, k0 * stride_kr, k0 * stride_vr
-    if own:  # one sequence: its keys [k0, k1) stand side by side in the cache
-        first = tl.load(key_rows + k0).to(tl.int64)
-        shift_k = key_offsets(first, room, stride_kb, stride_kr, True)
-        shift_v = key_offsets(first, room, stride_vb, stride_vr, True)
-    elif prefix_k is not None:
-        keys_of, values_of = prefix_k + kv_head * stride_pkh, prefix_v + kv_head * stride_pvh
-        step_k, step_v = stride_pkr, stride_pvr
-        shift_k, shift_v = prefix * stride_pkn + k0 * stride_pkr, prefix * stride_pvn + k0 * stride_pvr
+    if dropout is not None:
+        start_of = tl.where(of_query, own_start, prefix_start)
+    keys_of, values_of = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
+    step_k, step_v, shift_k, shift_v = own.stride_kr, own.stride_vr, k0 * own.stride_kr, k0 * own.stride_vr
+    if of_query:  # one sequence: its keys [k0, k1) stand side by side in the cache
+        first = tl.load(batch.key_rows + k0).to(tl.int64)
+        shift_k = key_offsets(first, batch.room, own.stride_kb, own.stride_kr, True)
+        shift_v = key_offsets(first, batch.room, own.stride_vb, own.stride_vr, True)
+    elif prefix is not None:
+        keys_of, values_of = prefix.k + kv_head * prefix.stride_kh, prefix.v + kv_head * prefix.stride_vh
+        step_k, step_v = prefix.stride_kr, prefix.stride_vr
+        shift_k = number * prefix.stride_kb + k0 * prefix.stride_kr
+        shift_v = number * prefix.stride_vb + k0 * prefix.stride_vr
         low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
 
-    b_q = load_rows(q, row * stride_qr + head * stride_qh, live, DH, BD)  # [BM, BD]
-    state = (tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))
+    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static)  # [BM, BD]
+    state = (
+        tl.zeros([BM, static.BD], tl.float32),
+        tl.full([BM], float("-inf"), tl.float32),
+        tl.zeros([BM], tl.float32),
+    )
     for start in range(0, k1 - k0, BN):
         key = k0 + start + n  # [BN]
-        b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, DH, BD)  # [BN, BD]
-        b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, DH, BD)
+        b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, static)  # [BN, BD]
+        b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, static)
         seen = (key < k1)[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        state = attend(state, b_q, b_k, b_v, seen, key, start_of, salt, threshold, scale, softcap, SOFTCAP, UPCAST)
+        state = attend(state, b_q, b_k, b_v, seen, key, start_of, salt, scores, dropout, static)
 
     total, maximum, weights = state
-    if threshold is not None:
-        total *= keep_scale
+    if dropout is not None:
+        total *= dropout.scale
     place = (tl.load(parts + query, mask=live, other=0) + part).to(tl.int64) * heads + head  # [parts, H]
     some = weights > 0
-    store_rows(part_out, place * DH, live, total / tl.where(some, weights, 1.0)[:, None], DH, BD)
+    store_rows(part_out, place * static.DH, live, total / tl.where(some, weights, 1.0)[:, None], static)
     tl.store(part_lse + place, tl.where(some, maximum + tl.log(tl.where(some, weights, 1.0)), float("-inf")), mask=live)
 
 
-def _merge(
-    part_out, part_lse, sinks, out, lse, parts, query_rows, heads, lse_rows, stride_or,
-    DH: tl.constexpr, BD: tl.constexpr, GATHER: tl.constexpr,
-):  # fmt: skip
+def _merge(part_out, part_lse, sinks, output, parts, batch, heads, static: tl.constexpr):
     """The parts of one query and head, in order, and the sink."""
     query, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, BD)
-    total = tl.zeros([BD], tl.float32)
+    d = tl.arange(0, static.BD)
+    total = tl.zeros([static.BD], tl.float32)
     maximum, weights = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     if sinks is not None:
         maximum, weights = tl.load(sinks + head).to(tl.float32), weights + 1.0
@@ -81,13 +79,15 @@ def _merge(
         highest = tl.maximum(maximum, part_weight)
         base = tl.where(highest == float("-inf"), 0.0, highest)
         fade, weight = tl.exp2((maximum - base) * LOG2_E), tl.exp2((part_weight - base) * LOG2_E)
-        total = total * fade + weight * tl.load(part_out + place * DH + d, mask=d < DH, other=0.0)  # [BD]
+        values = tl.load(part_out + place * static.DH + d, mask=d < static.DH, other=0.0)  # [BD]
+        total = total * fade + weight * values
         maximum, weights = highest, weights * fade + weight
     row = query.to(tl.int64)
-    if GATHER:
-        row = tl.load(query_rows + query).to(tl.int64)
-    tl.store(out + row * stride_or + head * DH + d, (total / weights).to(out.dtype.element_ty), mask=d < DH)
-    tl.store(lse + head.to(tl.int64) * lse_rows + row, maximum + tl.log(weights))
+    if static.GATHER:
+        row = tl.load(batch.query_rows + query).to(tl.int64)
+    to = output.out + row * output.stride_row + head * static.DH + d
+    tl.store(to, (total / weights).to(output.out.dtype.element_ty), mask=d < static.DH)
+    tl.store(output.lse + head.to(tl.int64) * output.lse_rows + row, maximum + tl.log(weights))
 
 
 decode = Kernel(_decode)

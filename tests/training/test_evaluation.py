@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,24 @@ def test_prompt_from_text_starts_as_that_hard_prompt(config, tokenizer, method):
     assert completion_log_probs(run.model, [pair]).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_training_mode_survives_evaluation(config):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_every_module_gets_its_own_mode_back_after_an_evaluation(config, monkeypatch, interrupted):
     model = TrainingRun(config).model
-    for mode in (True, False):
-        model.train(mode)
-        completion_log_probs(model, [Encoded([1, 2], [3]), Encoded([1], [2, 3])])
-        assert model.training is mode
+    model.train().get_base_model().eval()  # what people do to a frozen model with dropout
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    pairs, seen = [Encoded([1, 2], [3]), Encoded([1], [2, 3])], []
+
+    def record(module, args):
+        seen.append(any(module.training for module in model.modules()))
+        if interrupted:
+            raise KeyboardInterrupt
+
+    model.get_base_model().register_forward_pre_hook(record)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        completion_log_probs(model, pairs)
+    assert seen and not any(seen)
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 @every_method

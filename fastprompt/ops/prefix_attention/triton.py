@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ...kernels import launch
-from ...kernels.prefix_attention import config, schedule
+from ...kernels.prefix_attention import arguments, config, schedule
 from ...kernels.prefix_attention.backward import backward as backward_kernel
 from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
@@ -52,11 +52,24 @@ def _in_wide_loads(x):
 
 
 def _dropout_arguments(dropout):
-    """The halves of the key and the threshold as int32, and the scale; kernels without dropout lack these arguments."""
+    """The halves of the seed and the threshold as int32."""
     if dropout is None:
-        return None, None, None, None
+        return None
     words = dropout.key, dropout.key >> 32, dropout.threshold
-    return *((word + 2**31) % 2**32 - 2**31 for word in words), dropout.scale
+    return arguments.Dropout(*((word + 2**31) % 2**32 - 2**31 for word in words), dropout.scale)
+
+
+def _keys(k, v, cache=False):
+    """Keys and values of rows ``[Rk, Hkv, Dh]``, of a cache ``[B, Hkv, Lmax, Dh]``, of prefixes ``[N, P, Hkv, Dh]``."""
+    strides = []
+    for x in (k, v):
+        batch, row, head = x.stride()[:-1] if x.dim() == 4 else (0, *x.stride()[:-1])
+        strides += [batch, head, row] if cache else [batch, row, head]
+    return arguments.Keys(k, v, *strides)
+
+
+def _output(out, lse):
+    return arguments.Output(out, lse, out.stride(0), lse.stride(0))
 
 
 class _Call:
@@ -70,26 +83,25 @@ class _Call:
         self.rows, self.heads, self.head_dim = q.shape
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
-        self.dropout = dropout is not None
         self.width = config.block_width(self.head_dim)
         self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
-        self.numbers = (
-            self.schedule.batch.queries, self.room, window or 0, scale, softcap or 0.0, *_dropout_arguments(dropout),
-        )  # fmt: skip
-        self.constants = dict(
-            GROUP=self.group, DH=self.head_dim, BD=self.width, CAUSAL=causal, WINDOW=window is not None,
-            SOFTCAP=softcap is not None, GATHER=not self.schedule.batch.in_order,
+
+        self.queries = arguments.Queries(self.q, *self.q.stride()[:-1])
+        self.own = _keys(self.k, self.v, self.cache)
+        self.prefix = None if prefix_k is None else _keys(self.prefix_k, self.prefix_v)
+        self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.batch.queries, self.room)
+        self.scores = arguments.Scores(scale, softcap or 0.0, window or 0)
+        self.dropout = _dropout_arguments(dropout)
+        self.flags = dict(
+            CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
+            GATHER=not self.schedule.batch.in_order, CACHE=self.cache,
             UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
-        stride_k, stride_v = (
-            x.stride()[:-1] if self.cache else (0, x.stride(0), x.stride(1)) for x in (self.k, self.v)
-        )
-        if self.cache:  # [B, Hkv, Lmax, Dh] -> batch, place, head
-            stride_k, stride_v = ((b, place, head) for b, head, place in (stride_k, stride_v))
-        prefix = (0,) * 6 if prefix_k is None else (*self.prefix_k.stride()[:-1], *self.prefix_v.stride()[:-1])
-        self.strides = *self.q.stride()[:-1], *stride_k, *stride_v, *prefix
+
+    def static(self, fold):
+        return arguments.Static(self.head_dim, self.width, self.group, fold, **self.flags)
 
     def new_outputs(self):
         """``out`` and ``lse``: rows outside every sequence are written here, all others by a kernel."""
@@ -100,13 +112,13 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = config.forward_tiles(*self.tiled_by, group=self.group, gather=self.constants["GATHER"])
+        tiles = config.forward_tiles(*self.tiled_by, group=self.group, gather=self.flags["GATHER"])
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
-            (len(table), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
-            sinks, out, lse, table, *self.schedule.tensors, *self.numbers, *self.strides, lse.stride(0), out.stride(0),
-            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, CACHE=False,
+            (len(table), self.heads // fold), tiles.options, self.queries, self.own, self.prefix, sinks,
+            _output(out, lse), table, self.batch, self.scores, self.dropout,
+            BM=tiles.queries, BN=tiles.keys, static=self.static(fold),
         )  # fmt: skip
 
     def decode(self, out, lse, sinks):
@@ -120,14 +132,14 @@ class _Call:
         part_out = self.q.new_empty(total, self.heads, self.head_dim, dtype=torch.float32)
         part_lse = self.q.new_empty(total, self.heads, dtype=torch.float32)
         decode_kernel(
-            (len(items), self.heads // fold), tiles.options, self.q, self.k, self.v, self.prefix_k, self.prefix_v,
-            part_out, part_lse, items, parts, *self.schedule.tensors, *self.numbers, self.heads, *self.strides,
-            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys,
+            (len(items), self.heads // fold), tiles.options, self.queries, self.own, self.prefix, part_out, part_lse,
+            items, parts, self.batch, self.scores, self.dropout, self.heads,
+            BM=tiles.queries, BN=tiles.keys, static=self.static(fold),
         )  # fmt: skip
         merge_kernel(
-            (batch.queries, self.heads), launch.Options(num_warps=1, num_stages=2), part_out, part_lse, sinks, out, lse,
-            parts, self.schedule.tensors[0], self.heads, lse.stride(0), out.stride(0),
-            DH=self.head_dim, BD=self.width, GATHER=self.constants["GATHER"],
+            (batch.queries, self.heads), launch.Options(num_warps=1, num_stages=2), part_out, part_lse, sinks,
+            _output(out, lse), parts, self.batch, self.heads,
+            static=arguments.Static(self.head_dim, self.width, GATHER=self.flags["GATHER"]),
         )  # fmt: skip
 
     def backward(self, grad, out, lse, needs):
@@ -138,7 +150,7 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout)
+        tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout is not None)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
@@ -153,15 +165,15 @@ class _Call:
             q.new_empty(count, tiles.key_keys, kv_heads, self.head_dim, dtype=torch.float32) if need_prefix else None
             for _ in range(2)
         )
-        stride_dk = (kv_heads * self.head_dim, self.head_dim)  # row, head
+        stride_dk = (0, kv_heads * self.head_dim, self.head_dim)  # batch, row, head
         if self.cache:
-            stride_dk = self.head_dim, self.room * self.head_dim
+            stride_dk = kv_heads * self.room * self.head_dim, self.head_dim, self.room * self.head_dim
         backward_kernel(
-            (len(items), self.heads // fold), tiles.options, q, k, self.v, self.prefix_k, self.prefix_v, out, grad, lse,
-            dq, dk, dv, partial_k, partial_v, items, *self.schedule.tensors, *self.numbers, kv_heads, *self.strides,
-            lse.stride(0), out.stride(0), *grad.stride()[:-1], kv_heads * self.room * self.head_dim, *stride_dk,
-            **self.constants, FOLD=fold, BM=tiles.queries, BN=tiles.keys, KEYS_BM=tiles.key_queries,
-            KEYS_BN=tiles.key_keys, CACHE=self.cache,
+            (len(items), self.heads // fold), tiles.options, self.queries, self.own, self.prefix, _output(out, lse),
+            arguments.Gradient(grad, *grad.stride()[:-1]),
+            arguments.Gradients(dq, dk, dv, *stride_dk, partial_k, partial_v),
+            items, self.batch, self.scores, self.dropout, kv_heads, BM=tiles.queries, BN=tiles.keys,
+            KEYS_BM=tiles.key_queries, KEYS_BN=tiles.key_keys, static=self.static(fold),
         )  # fmt: skip
         dprefix_k = dprefix_v = None
         if need_prefix:
@@ -171,7 +183,7 @@ class _Call:
                 (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4),
                 partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
                 -(-self.prefix_room // tiles.key_keys),
-                DH=self.head_dim, BD=self.width, KEYS_BN=tiles.key_keys, ROWS=rows,
+                KEYS_BN=tiles.key_keys, ROWS=rows, static=arguments.Static(self.head_dim, self.width),
             )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
 
