@@ -77,7 +77,7 @@ class Kernel:
                 arguments.append(name)
         self.arguments = tuple(arguments)
         self.constants = tuple(parameters)[len(arguments) :]
-        self._handles = {}
+        self._handles, self._places = {}, {}
 
     def __call__(self, grid, options, *arguments, **constants):
         if 0 in grid:
@@ -85,18 +85,22 @@ class Kernel:
         if isinstance(self.function, InterpretedFunction):
             self.function[grid](*arguments, **constants)
             return
-        groups = tuple(map(type, arguments))
-        flat = [x for one, kind in zip(arguments, groups) for x in (one if issubclass(kind, tuple) else (one,))]
-        classes = tuple(map(type, flat))
+        flat = []
+        for x in arguments:
+            if isinstance(x, tuple):
+                flat += x
+            else:
+                flat.append(x)
+        classes = tuple(map(type, arguments)), tuple(map(type, flat))
+        tensors, stride_places = self._places.get(classes) or self._find_places(*classes)
         dtypes, pointers, strides = [], 0, 0
-        tensors, stride_places = _places(self.arguments, groups, classes)
         for i in tensors:
             dtypes.append(flat[i].dtype)
             pointers |= flat[i].data_ptr()
         for i in stride_places:
             strides |= flat[i]
         aligned = pointers % ALIGNMENT == 0 and strides % DIVISOR == 0
-        types = groups, classes, tuple(dtypes)
+        types = *classes, tuple(dtypes)
         variant = types, aligned, tuple([constants[name] for name in self.constants]), options
         if (launches := _captured.get()) is not None:
             launches.append(Launch(self, (*grid, 1, 1)[:3], self._types(*types), *variant[1:]))
@@ -114,6 +118,13 @@ class Kernel:
         compiled[(1, 1, 1)]  # loads the module
         self._handles[device, variant] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         return self._handles[device, variant]
+
+    def _find_places(self, groups, classes):
+        """Which of the values are tensors and which strides: to ask each anew would cost more than all the rest."""
+        tensors = [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
+        strides = [i for i, (_, name) in enumerate(_names(self.arguments, groups)) if name.startswith("stride_")]
+        self._places[groups, classes] = tensors, strides
+        return tensors, strides
 
     def _types(self, groups, classes, dtypes):
         """Triton's names for the types of the arguments; ``dtypes`` are those of the tensors among them."""
@@ -165,14 +176,6 @@ def by_field(values):
     for name, value in values.items():
         found |= value._asdict() if isinstance(value, tuple) else {name: value}
     return found
-
-
-@cache
-def _places(arguments, groups, classes):
-    """Which of the values are tensors and which strides: to ask each anew would cost more than all the rest."""
-    names = [name for _, name in _names(arguments, groups)]
-    tensors = [i for i, kind in enumerate(classes) if issubclass(kind, torch.Tensor)]
-    return tensors, [i for i, name in enumerate(names) if name.startswith("stride_")]
 
 
 @contextmanager
