@@ -143,9 +143,13 @@ class Kernel:
 
     def compile(self, types, aligned, constants, options, target):
         names = self.arguments + self.constants
-        signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
-        values = {(names.index(name),): value for name, value in zip(self.constants, constants)}
-        attributes = {}
+        signature, values, attributes = dict(zip(names, types)), {}, {}
+        for i, value in enumerate(constants, len(types)):
+            if isinstance(value, tuple):
+                signature[names[i]] = type(value)(*["constexpr"] * len(value))
+                values |= {(i, j): field for j, field in enumerate(value)}
+            else:
+                signature[names[i]], values[(i,)] = "constexpr", value
         flat = [x for one in types for x in (one if isinstance(one, tuple) else (one,))]
         for (path, name), kind in zip(_names(self.arguments, tuple(map(type, types))), flat, strict=True):
             if kind == "constexpr":

@@ -81,11 +81,11 @@ def visible(query, live, batch, window, static: tl.constexpr):
 
 @triton.jit
 def dropout_keys(query, row, head, live, batch, dropout):
-    """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, for own keys, for both; None without dropout.
+    """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, for own keys, for both; unused without dropout.
 
     ``fastprompt/ops/prefix_attention/dropout.py`` says what is computed here and in :func:`kept`.
     """
-    prefix_start, own_start, salt = None, None, None
+    prefix_start, own_start, salt = query, query, query
     if dropout is not None:
         high, low = dropout.seed_high.to(tl.uint32, bitcast=True), dropout.seed_low.to(tl.uint32, bitcast=True)
         x = (high.to(tl.uint64) << 32 | low) + (head.to(tl.uint64) << 40) + row.to(tl.uint64)
