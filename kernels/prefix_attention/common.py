@@ -81,7 +81,7 @@ def visible(query, live, batch, window, static: tl.constexpr):
 
 @triton.jit
 def dropout_keys(query, row, head, live, batch, dropout):
-    """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, for own keys, for both; unused without dropout.
+    """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, own keys, both; unused without dropout.
 
     ``fastprompt/ops/prefix_attention/dropout.py`` says what is computed here and in :func:`kept`.
     """
