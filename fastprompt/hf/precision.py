@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGE = 10**9  # parameters from which on a CPU would spend minutes on float64
+_BLOCK = 2**18  # numbers of a weight that are widened at once
 
 
 class WideArithmetic(TorchDispatchMode):
@@ -54,12 +55,24 @@ class WideArithmetic(TorchDispatchMode):
             dtype = into.pop() if len(into) == 1 else self.dtype
             self.exact &= all(torch.finfo(dtype).eps <= torch.finfo(x).eps for x in read)
             return run(dtype)
+        if function is torch.ops.aten.mm.default and args[1].numel() > _BLOCK:
+            return self._product(*args)
+        if function is torch.ops.aten.addmm.default and args[2].numel() > _BLOCK and not kwargs:
+            return self._product(*args[1:]) + self._widen(args[0])
         try:
             out = run(self.dtype)
         except (RuntimeError, NotImplementedError):  # no kernel for the dtype, or no memory for a widened weight
             self.exact = False
             out = run(self.narrow)
         return self._widen(out)
+
+    def _product(self, a, b):
+        """``a @ b`` with a few columns of ``b`` at a time: a widened head would be larger than a step."""
+        a, columns = self._widen(a), max(1, _BLOCK // len(b))
+        out = a.new_empty(len(a), b.shape[1])
+        for into, block in zip(out.split(columns, 1), b.split(columns, 1)):
+            into.copy_(a @ self._widen(block))
+        return out
 
     def _widen(self, x):
         return _cast(x, self.dtype)
