@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ops.prompt_lstm.api import prompt_lstm
     from .peft.accelerate import accelerate, restore
     from .peft.model import SoftPromptModel
+    from .peft.stats import StatsCallback, stats
 
 __all__ = [
     "MultitaskPromptTuning",
@@ -32,6 +33,7 @@ __all__ = [
     "PromptTuning",
     "Sequences",
     "SoftPromptModel",
+    "StatsCallback",
     "Template",
     "accelerate",
     "distillation_loss",
@@ -45,6 +47,7 @@ __all__ = [
     "prompt_concat",
     "prompt_lstm",
     "restore",
+    "stats",
     "unpatch_attention",
 ]
 
@@ -57,6 +60,7 @@ _MODULES = {
     "PromptTuning": "methods",
     "Sequences": "layout",
     "SoftPromptModel": "peft.model",
+    "StatsCallback": "peft.stats",
     "Template": "hf.template",
     "accelerate": "peft.accelerate",
     "distillation_loss": "methods",
@@ -70,6 +74,7 @@ _MODULES = {
     "prompt_concat": "ops",
     "prompt_lstm": "ops",
     "restore": "peft.accelerate",
+    "stats": "peft.stats",
     "unpatch_attention": "hf.patch",
 }
 

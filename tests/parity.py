@@ -125,3 +125,10 @@ def assert_identical(plain, fast):
     """Bit for bit the same step."""
     assert torch.equal(plain[0], fast[0]) and torch.equal(plain[2], fast[2])
     assert plain[1].keys() == fast[1].keys() and all(torch.equal(plain[1][name], fast[1][name]) for name in plain[1])
+
+
+def is_packed(model, inputs):
+    """Does this call run on packed rows?"""
+    before = fastprompt.stats(model).packed
+    model(**inputs)
+    return fastprompt.stats(model).packed > before

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from parity import B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
+from parity import B, P, S, assert_equal, assert_identical, batch, both, is_packed, peft_model, step
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, build
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig
@@ -35,9 +35,10 @@ def test_training_runs_the_head_on_labelled_rows_only():
     head_rows = []
     model.base_model.lm_head.register_forward_hook(lambda m, i, o: head_rows.append(o.shape[1]))
     output = model(**inputs)
-    assert output.logits is None and "logits" not in output
     assert rows == [P + sum((9, 4, 1, 6))]  # the prompt once, the real tokens, no padding
     assert head_rows == [B]  # a head with a hook is called, not read
+    assert output.logits.shape == (B, P + S, VOCABULARY) and head_rows == [B]  # its shape is known
+    assert output.logits.isfinite().all() and head_rows == [B, rows[0]] and len(rows) == 1
 
 
 def test_logits_in_evaluation_without_labels_and_on_request():
@@ -48,7 +49,7 @@ def test_logits_in_evaluation_without_labels_and_on_request():
     model.eval()
     assert model(**inputs).logits.shape == shape and model(**inputs).loss is not None
     model.train()
-    fastprompt.accelerate(model, keep_logits=True)
+    fastprompt.accelerate(model)
     output = model(**inputs)
     assert output.logits.shape == shape
     padding = inputs["attention_mask"] == 0
@@ -146,7 +147,7 @@ def test_a_copy_is_accelerated_and_independent():
     assert loss != other_loss
     fastprompt.restore(other)
     torch.testing.assert_close(other(**inputs).loss, other_loss)
-    assert model(**inputs).logits is None
+    assert is_packed(model, inputs)
 
 
 def test_adapters_can_be_disabled_added_and_switched():
@@ -160,7 +161,7 @@ def test_adapters_can_be_disabled_added_and_switched():
     model.add_adapter("longer", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + 2))
     model.set_adapter("longer")
     second = model(**inputs)
-    assert second.logits is None and second.loss != first
+    assert fastprompt.stats(model).padded == {} and second.loss != first
     fastprompt.restore(model)
     torch.testing.assert_close(model(**inputs).loss, second.loss)
     model.set_adapter("default")

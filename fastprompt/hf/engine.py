@@ -10,15 +10,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
-from ..ops import linear_cross_entropy, prompt_concat
+from ..ops import linear_cross_entropy
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
 from .attachment import attach, detach, evaluation_mode, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
+from .later import later
 from .masks import Recorded
 from .request import Request
-from .runner import Inputs
+from .runner import Inputs, gathered
 from .shared_state import SharedState
+from .stats import Stats
 from .structure import is_plain_linear, why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -37,12 +39,14 @@ class Engine:
     Attributes:
         base: the model: a causal LM, or any other head on a decoder or an encoder.
         abilities: what the engine may do with it.
+        stats: how the calls were run.
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.base, self._user = base, object()
         self._prefixes: dict[Hashable, str | None] = {}
+        self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
         try:
             self.abilities = self._probe()
@@ -93,6 +97,19 @@ class Engine:
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
         )
+        plan = self._planned(request, like_tokens, device, options)
+        self.stats.packed += 1
+        self.stats.rows += len(plan.source)
+        self.stats.rows_padded += plan.grid.numel()
+        return plan
+
+    def uncount(self, plan: RowPlan) -> None:
+        """A planned call was not run on packed rows after all."""
+        self.stats.packed -= 1
+        self.stats.rows -= len(plan.source)
+        self.stats.rows_padded -= plan.grid.numel()
+
+    def _planned(self, request, like_tokens, device, options):
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
                 name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()
@@ -114,7 +131,7 @@ class Engine:
         return plan
 
     def run(self, request: Request, plan: RowPlan, embed: Embed) -> CausalLMOutputWithPast:
-        """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]`` and the cache if they are wanted.
+        """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]``, and the cache if it is wanted.
 
         Args:
             request, plan: what was asked, and its plan.
@@ -122,12 +139,12 @@ class Engine:
         """
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
-            return CausalLMOutputWithPast(loss=self._loss(request, plan, rows))
+            return self._step(request, plan, rows)
         recorded: Recorded | None = {} if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
-            loss = self._loss_of_logits(request, plan, _gather(logits, _label_rows(request, plan)))
+            loss = self._loss_of_logits(request, plan, gathered(logits, _label_rows(request, plan)))
         cache = None if recorded is None else self._cache(request, plan, recorded)
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
 
@@ -273,23 +290,43 @@ class Engine:
         prompt = None if request.prompts is None else request.prompts()
         return self.runner.rows(plan, prompt, embed(request.tokens))
 
-    def _loss(self, request, plan, rows):
-        """The model's own loss over the plan's labelled rows, the head run on those rows only."""
+    def _step(self, request, plan, rows):
+        """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
-            hidden = _gather(self.runner.hidden(plan, rows, shared), plan.label_rows)
+            states = self.runner.states(plan, rows, shared)
+            hidden = gathered(states.last_hidden_state[0], plan.label_rows)
             total = linear_cross_entropy(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
             items = request.num_items_in_batch
-            return total / (len(plan.labels) if items is None else items)
+            loss = total / (len(plan.labels) if items is None else items)
+            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype))
         label_rows = _label_rows(request, plan)
-        if not self.abilities.keeps_rows:
-            logits = self.runner.logits(plan, rows, shared)
-            return self._loss_of_logits(request, plan, _gather(logits, label_rows))
         # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
         keep, places = label_rows.unique(return_inverse=True)
-        device = head.weight.device  # the last one of a model that is spread over several
-        logits = self.runner.logits(plan, rows, shared, keep if device.type == "meta" else keep.to(device))
-        return self._loss_of_logits(request, plan, _gather(logits, places))
+        if torch.compiler.is_compiling():  # hooks would break the graph
+            if not self.abilities.keeps_rows:
+                logits = gathered(self.runner.logits(plan, rows, shared), label_rows)
+            else:
+                logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
+            return CausalLMOutputWithPast(loss=self._loss_of_logits(request, plan, logits))
+        logits, states = self.runner.logits_and_states(plan, rows, shared, keep)
+        loss = self._loss_of_logits(request, plan, gathered(logits, places))
+        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype))
+
+    def _logits_later(self, plan, states, vocabulary, dtype):
+        """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
+        kind = states.last_hidden_state.device.type
+        autocast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+        head = self.base.get_output_embeddings().weight
+        version = head._version
+
+        def compute(hidden):
+            if head._version != version:
+                raise RuntimeError("the head has changed since the step whose logits are read; read them before")
+            with torch.autocast(kind, **autocast):
+                return plan.unpack(self.runner.head(states, hidden[0]))
+
+        return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
 
     def _loss_of_logits(self, request, plan, logits):
         """The loss of the labelled rows' logits ``[M, V]``."""
@@ -308,11 +345,6 @@ class Engine:
             and not torch.is_autocast_enabled(rows.device.type)
             and not torch.compiler.is_compiling()
         )
-
-
-def _gather(rows, index):
-    """``rows[index]``, with a gradient that adds up what repeats in a fixed order, on every device."""
-    return prompt_concat(index.to(rows.device), rows, rows[:0])
 
 
 def _label_rows(request, plan):

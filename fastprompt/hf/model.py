@@ -99,7 +99,6 @@ class SoftPromptModel(nn.Module):
         prompt_ids: torch.Tensor | Sequence[int] | None = None,
         virtual_tokens: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | list[int] | None = None,
-        keep_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **options: Any,
     ) -> ModelOutput:
@@ -115,8 +114,6 @@ class SoftPromptModel(nn.Module):
             virtual_tokens: like ``input_ids``, j >= 0 where virtual token j stands, -1 elsewhere; the prompt then
                 stands there and not in front.
             cu_seqlens: ``[B + 1]``; the batch comes packed. A causal LM only.
-            keep_logits: return a causal LM's logits ``[B, P + S, V]`` (``[B, S, V]`` with Prefix-Tuning) in training
-                with labels too, where they are None otherwise.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of taking the mean.
             options: what else a model with another head takes (``start_positions``, ``token_type_ids``, ...).
 
@@ -153,7 +150,6 @@ class SoftPromptModel(nn.Module):
             cu_seqlens=cu_seqlens,
             num_items_in_batch=num_items_in_batch,
             training=self.training,
-            keep_logits=keep_logits,
             finds_last=True,
             rows_differ="token_type_ids" in options,
         )
@@ -164,7 +160,7 @@ class SoftPromptModel(nn.Module):
         except CannotPack as reason:
             if cu_seqlens is not None:
                 raise CannotPack(f"cu_seqlens needs packed rows, but {reason}") from None
-            self._warn(str(reason))
+            self._fell_back(str(reason))
             return self._padded(request, labels, options)
         try:
             if is_lm:
@@ -173,7 +169,8 @@ class SoftPromptModel(nn.Module):
         except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
             if cu_seqlens is not None:
                 raise
-            self._warn(str(reason))
+            self._engine.uncount(plan)
+            self._fell_back(str(reason))
             return self._padded(request, labels, options)
 
     @torch.no_grad()
@@ -360,10 +357,14 @@ class SoftPromptModel(nn.Module):
 
         return self._engine.why_not_prefix(lambda: self._prompts(None)[1], "prefix", padded)
 
+    def _fell_back(self, reason):
+        self._engine.stats.count_padded(reason)
+        self._warn(reason)
+
     def _warn(self, reason):
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"fastprompt runs the model's own padded forward: {reason}", stacklevel=3)
+            warnings.warn(f"fastprompt runs the model's own padded forward: {reason}", stacklevel=4)
 
 
 _HEADS = {"score", "classifier", "qa_outputs"}

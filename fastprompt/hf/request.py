@@ -37,8 +37,8 @@ class Request:
         cu_seqlens: ``[B + 1]``, if the batch comes packed.
         loss: a loss of the front's own in place of the model's, with the rows it is taken from; see Loss.
         num_items_in_batch: what to divide the summed loss by; None: the number of labels.
-        training: is it a step of training? Then the loss is all that is wanted of a causal LM with labels ...
-        keep_logits: ... unless logits are asked for.
+        training: is it a step of training? Then the loss of a causal LM with labels is wanted, and its logits are
+            computed only if somebody reads them.
         use_cache: are keys and values wanted with the logits? None: as the model's config says.
         own_forward: does the front run the model's own forward around the packed backbone, on the batch as it came?
         head_labels: the labels of such a forward.
@@ -59,7 +59,6 @@ class Request:
     loss: Loss | None = None
     num_items_in_batch: torch.Tensor | int | None = None
     training: bool = False
-    keep_logits: bool = False
     use_cache: bool | None = False
     own_forward: bool = False
     head_labels: torch.Tensor | None = None
@@ -75,7 +74,7 @@ class Request:
     @property
     def wants_logits(self) -> bool:
         """Is more wanted of a causal LM than its loss?"""
-        return self.labels is None or self.keep_logits or not self.training
+        return self.labels is None or self.own_forward or not self.training
 
     @property
     def prefix_length(self) -> int:

@@ -1,5 +1,6 @@
 """How a planned batch travels through a model: its rows in, its hidden states, logits or loss out."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -57,9 +58,9 @@ class Runner:
         flat = embeds.reshape(-1, embeds.shape[-1])
         return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
 
-    def hidden(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> torch.Tensor:
-        """``[R, D]`` rows, or ``[R]`` token ids -> ``[R, D]`` last hidden states of the backbone."""
-        return self._call(self.backbone, plan, rows, shared).last_hidden_state[0]
+    def states(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> ModelOutput:
+        """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``."""
+        return self._call(self.backbone, plan, rows, shared)
 
     def logits(
         self,
@@ -75,6 +76,42 @@ class Runner:
         """
         extra = {} if keep is None else {"logits_to_keep": keep}
         return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
+
+    def logits_and_states(
+        self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None, keep: torch.Tensor
+    ) -> tuple[torch.Tensor, ModelOutput]:
+        """Logits ``[M, V]`` of the rows ``keep``, and the backbone's output with all of them, for :meth:`head`."""
+        seen = []
+
+        def choose(module, args, output):
+            seen.append(copy.copy(output))
+            output.last_hidden_state = gathered(output.last_hidden_state[0], keep)[None]
+            return output
+
+        hook = self.backbone.register_forward_hook(choose)
+        try:
+            logits = self._call(self.base, plan, rows, shared).logits[0]
+        finally:
+            hook.remove()
+        return logits, seen[0]
+
+    def head(self, states: ModelOutput, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[M, V]`` of hidden states ``[M, D]``, by the model's own forward without its backbone.
+
+        ``states`` is the output of the backbone that they come from. What hooks of it do was done to them then.
+        """
+        states = copy.copy(states)
+        states.last_hidden_state = hidden[None]
+        changed = ("forward", "_forward_hooks", "_forward_pre_hooks")
+        module = self.backbone.__dict__
+        before = {name: module[name] for name in changed if name in module}
+        try:
+            module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
+            return self.base(inputs_embeds=hidden[None], return_dict=True).logits[0]
+        finally:
+            for name in changed:
+                module.pop(name, None)
+            module.update(before)
 
     @contextmanager
     def packed_backbone(
@@ -175,6 +212,11 @@ class Runner:
         if self.compact_positions and sequences.gaps is not None:
             positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
         return positions + self.position_offset
+
+
+def gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows[index]``, with a gradient that adds up what repeats in a fixed order, on every device."""
+    return prompt_concat(index.to(rows.device), rows, rows[:0])
 
 
 def _unpacked(plan, backbone, output):

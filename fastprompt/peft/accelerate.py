@@ -17,7 +17,7 @@ from .call import PACKED_CLASSES, Call
 _STATE = "_fastprompt"
 
 
-def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel:
+def accelerate(peft_model: PeftModel) -> PeftModel:
     """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
     checkpoints.
 
@@ -27,8 +27,8 @@ def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel
     of a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with
     gradient checkpointing switched on afterwards.
 
-    With labels, in training, the head of a causal LM runs on labelled rows only and the output is its loss:
-    ``outputs.logits`` and ``outputs.past_key_values`` are None. Otherwise logits come in PEFT's shape, and a cache
+    With labels, in training, the head of a causal LM runs on labelled rows only; ``outputs.logits`` are computed when
+    somebody reads them, and ``outputs.past_key_values`` is None. Otherwise logits come in PEFT's shape, and a cache
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
@@ -37,7 +37,6 @@ def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
-        keep_logits: return logits in training too.
 
     Raises:
         TypeError: not such a model; it is left as it was.
@@ -48,7 +47,7 @@ def accelerate(peft_model: PeftModel, *, keep_logits: bool = False) -> PeftModel
     if not config.is_prompt_learning:
         raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
-    state = _State(peft_model, keep_logits)
+    state = _State(peft_model)
     try:
         peft_model.__dict__[_STATE] = state
         engine = state.attach(peft_model)
@@ -70,12 +69,17 @@ def restore(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
+def engine_of(module: torch.nn.Module) -> Engine | None:
+    """The engine of an accelerated model; None if it is not."""
+    state = module.__dict__.get(_STATE)
+    return None if state is None else state.engine
+
+
 class _State:
     """What an accelerated model remembers.
 
     Attributes:
         engine: the engine of its base model.
-        keep_logits: see :func:`accelerate`.
         own_forward: the instance's own forward, if it had one.
         outputs: a prompt encoder -> its CachedOutput.
     """
@@ -83,8 +87,7 @@ class _State:
     engine = None
     attached = False
 
-    def __init__(self, model, keep_logits):
-        self.keep_logits = keep_logits
+    def __init__(self, model):
         self.own_forward, self.config = model.__dict__.get("forward"), model.__dict__.get("config")
         self.config_is_base_s = self.config is not None and self.config is model.base_model.config
         self.warned, self.outputs = set(), weakref.WeakKeyDictionary()
@@ -111,10 +114,15 @@ class _State:
         """The forward that the model had before."""
         return self.own_forward or functools.partial(type(model).forward, model)
 
+    def fell_back(self, reason):
+        """Count a call that takes PEFT's own forward, and say why."""
+        self.engine.stats.count_padded(reason)
+        self.warn(reason)
+
     def warn(self, reason):
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=5)
+            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=6)
 
     def __getstate__(self):
         return {**vars(self), "outputs": None}
@@ -151,7 +159,7 @@ def _translate(model, state, original, args, kwargs):
     try:
         return Call(model, state, given)
     except CannotPack as reason:
-        state.warn(str(reason))
+        state.fell_back(str(reason))
         return None
 
 
@@ -175,7 +183,8 @@ def _forward_like(peft_class):
             with call.packed_backbone():
                 return original(*args, **kwargs)
         except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
-            state.warn(str(reason))
+            state.engine.uncount(call.plan)
+            state.fell_back(str(reason))
         return original(*args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.

@@ -94,7 +94,6 @@ class Call:
             loss=self._loss(labels) if is_lm else None,
             num_items_in_batch=given.get("num_items_in_batch"),
             training=model.training,
-            keep_logits=state.keep_logits or not self.direct,
             use_cache=given.get("use_cache"),
             own_forward=not self.direct,
             head_labels=labels,
