@@ -114,7 +114,7 @@ def read(model, inputs, how):
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
 @pytest.mark.parametrize("name", READS)
 def test_reading_logits(name, method):
-    model, inputs = peft_model("gemma2", method, dtype=torch.float64), batch("right")
+    model, inputs = peft_model("gpt2", method, dtype=torch.float64), batch("right")
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # padding's logits are of no row
     inputs["labels"] = inputs["input_ids"]
     expected, gradients = read(model, inputs, READS[name])
@@ -126,6 +126,17 @@ def test_reading_logits(name, method):
         assert (x is None) == (y is None)
         if x is not None:
             assert (x - y).norm() <= 1e-8 * y.norm()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "mixtral", "opt"])
+def test_what_a_model_does_to_its_logits(name):
+    model, inputs = peft_model(name), batch("right")
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    expected, (gradient,) = read(model, inputs, READS["attribute"])
+    got, (ours,) = read(fastprompt.accelerate(model), inputs, READS["attribute"])
+    assert fastprompt.stats(model).packed == 1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (ours - gradient).norm() <= 1e-4 * gradient.norm()
 
 
 def counted(model):
