@@ -84,7 +84,7 @@ def test_inputs_embeds_give_the_same(name):
             "the attention mask has 4 dimensions",
         ),
         (lambda i: i.update(output_hidden_states=True), "output_hidden_states given"),
-        (lambda i: i.update(logits_to_keep=1, labels=None), "logits_to_keep given"),
+        (lambda i: i.update(output_router_logits=True), "output_router_logits given"),
         (lambda i: i["labels"].__setitem__((1, 8), 5), "a label follows a padding token"),
     ],
 )
@@ -104,6 +104,20 @@ def test_what_cannot_be_packed_runs_peft_and_says_why_once(change, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs)
+
+
+@pytest.mark.parametrize("keep", [1, 4, torch.tensor([2, 5])])
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+def test_what_concerns_the_head_alone_is_left_to_the_model_s_own_forward(method, keep):
+    model, inputs = peft_model("llama", method), batch("left")
+    del inputs["labels"]
+    expected = model(**inputs, logits_to_keep=keep).logits
+    got = fastprompt.accelerate(model)(**inputs, logits_to_keep=keep).logits
+    assert fastprompt.stats(model).packed == 1
+    real = torch.cat([torch.ones(B, got.shape[1]), inputs["attention_mask"]], 1).bool()
+    columns = torch.arange(got.shape[1]) if isinstance(keep, torch.Tensor) else slice(-keep, None)
+    real = real[:, -expected.shape[1] :] if isinstance(columns, slice) else torch.zeros(B, got.shape[1]).bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 def test_an_attention_that_does_not_reach_the_interface_is_found_by_the_probe():

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from ..ops import linear_cross_entropy
@@ -147,6 +148,29 @@ class Engine:
             loss = self._loss_of_logits(request, plan, gathered(logits, _label_rows(request, plan)))
         cache = None if recorded is None else self._cache(request, plan, recorded)
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
+
+    def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
+        """The output of a head that takes shifted labels and gives a number for each of them: TRL's fused head.
+
+        It sees labelled rows only, and its results stand where it would have put them: ``[B, W - 1]``, 0 elsewhere.
+
+        Raises:
+            CannotPack: it gives something else.
+        """
+        labels = request.labels
+        if labels is None or not len(plan.labels):
+            raise CannotPack("a fused head without labels")
+        front = plan.grid.shape[1] - labels.shape[1]
+        mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
+        states = self.runner.states(plan, self._rows(request, plan, embed), request.shared)
+        hidden = gathered(states.last_hidden_state[0], plan.label_rows)
+        output = self.runner.head(states, hidden, shift_labels=plan.labels[None], **options)
+        for name, x in output.items():
+            if x.shape == (1, len(hidden)):
+                output[name] = x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x)
+            elif x.dim():
+                raise CannotPack(f"the head's {name} is not a number for each label")
+        return output
 
     @contextmanager
     def packed_backbone(self, request: Request, plan: RowPlan, inputs: Inputs) -> Iterator[None]:
@@ -324,7 +348,7 @@ class Engine:
             if head._version != version:
                 raise RuntimeError("the head has changed since the step whose logits are read; read them before")
             with torch.autocast(kind, **autocast):
-                return plan.unpack(self.runner.head(states, hidden[0]))
+                return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
 
         return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
 

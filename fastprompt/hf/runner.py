@@ -95,10 +95,11 @@ class Runner:
             hook.remove()
         return logits, seen[0]
 
-    def head(self, states: ModelOutput, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[M, V]`` of hidden states ``[M, D]``, by the model's own forward without its backbone.
+    def head(self, states: ModelOutput, hidden: torch.Tensor, **options: Any) -> ModelOutput:
+        """The model's output for hidden states ``[M, D]``, by its own forward without its backbone.
 
         ``states`` is the output of the backbone that they come from. What hooks of it do was done to them then.
+        ``options`` are what its forward takes besides.
         """
         states = copy.copy(states)
         states.last_hidden_state = hidden[None]
@@ -107,7 +108,7 @@ class Runner:
         before = {name: module[name] for name in changed if name in module}
         try:
             module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
-            return self.base(inputs_embeds=hidden[None], return_dict=True).logits[0]
+            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
         finally:
             for name in changed:
                 module.pop(name, None)

@@ -182,7 +182,7 @@ def _forward_like(peft_class):
                 return call.language_model()
             with call.packed_backbone():
                 return original(*args, **kwargs)
-        except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
+        except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
             state.engine.uncount(call.plan)
             state.fell_back(str(reason))
         return original(*args, **kwargs)

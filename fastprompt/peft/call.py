@@ -35,6 +35,7 @@ _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
+    "fused_lm_head",
     "input_ids",
     "inputs_embeds",
     "attention_mask",
@@ -48,7 +49,8 @@ _UNDERSTOOD = {
     "end_positions",
     "input_type_mask",
 }
-_OUTPUTS = {"output_attentions", "output_hidden_states"}
+# What a backbone may be given besides its rows, where PEFT's own forward runs around it.
+_OF_BACKBONE = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values", "token_type_ids", "use_cache"}
 
 
 class Call:
@@ -77,7 +79,9 @@ class Call:
         self.direct = is_lm and self.engine.is_lm
         if self.engine.refusal is not None:
             raise CannotPack(self.engine.refusal)
-        self._check_arguments()
+        unknown = self._unknown_arguments()
+        if unknown:
+            self.direct = False  # they may concern nothing but the head
         self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         if self.tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
@@ -95,7 +99,7 @@ class Call:
             num_items_in_batch=given.get("num_items_in_batch"),
             training=model.training,
             use_cache=given.get("use_cache"),
-            own_forward=not self.direct,
+            own_forward=not self.direct and not given.get("fused_lm_head"),
             head_labels=labels,
             reads_all_columns=isinstance(model, PeftModelForQuestionAnswering),
             finds_last=self.is_prefix and given.get("input_ids") is not None,
@@ -103,15 +107,14 @@ class Call:
         )
         self.plan = self.engine.plan(self.request)
 
-    def _check_arguments(self):
+    def _unknown_arguments(self):
         given = self.given
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
-        ignored = set() if self.is_prefix else {"position_ids"}  # PEFT ignores them there
-        unknown = {name for name, value in given.items() if value is not None} - _UNDERSTOOD - ignored
-        unknown -= {name for name in _OUTPUTS if given.get(name) is False}
-        if unknown:
-            raise CannotPack(f"{', '.join(sorted(unknown))} given")
+        if self.is_prefix and given.get("position_ids") is not None:
+            raise CannotPack("position_ids given")
+        # PEFT ignores positions in front of prompts.
+        return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - {"position_ids"}
 
     def _find_tasks(self):
         """The distinct tasks of the batch, and which of them each row has; None where the adapter has no tasks."""
@@ -166,6 +169,9 @@ class Call:
         # PEFT's warnings about arguments it ignores.
         ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
         model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
+        if given.get("fused_lm_head"):
+            options = {name: given[name] for name in ("fused_lm_head", "num_items_in_batch") if name in given}
+            return self.engine.run_fused_head(self.request, self.plan, self._embed, **options)
         outputs = self.engine.run(self.request, self.plan, self._embed)
         as_dict = given.get("return_dict")
         if as_dict is None:
@@ -192,6 +198,9 @@ class Call:
 
     def _packed(self, given):
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
+        unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE - {"return_dict"}
+        if unknown:
+            raise CannotPack(f"{', '.join(sorted(unknown))} given")
         source = self.plan.source
         batch, width = self.tokens.shape[:2]
         front = self.request.num_virtual_tokens
@@ -206,3 +215,7 @@ class Call:
         cells = row * (front + width) + column
         names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
         return {name: given[name].flatten(0, 1)[cells] for name in names}
+
+
+def _says_something(value):
+    return value is not None and value is not False

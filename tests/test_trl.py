@@ -1,0 +1,189 @@
+"""TRL's trainers with their default settings: the same losses, metrics and adapter as with PEFT, all calls packed."""
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")  # noqa: E402
+
+import peft  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from tiny_llama import ANIMALS, PLANTS, save_model  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+import fastprompt  # noqa: E402
+
+METHODS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    found = AutoTokenizer.from_pretrained(folder)
+    found.pad_token = found.eos_token
+    return found
+
+
+def rows():
+    words = [(word, kind) for kind, those in (("animal", ANIMALS), ("plant", PLANTS)) for word in those]
+    return [(f"Word: {' '.join([word] * (1 + i % 4))} kind:", f" {kind}") for i, (word, kind) in enumerate(words * 4)]
+
+
+def model_of(folder, method):
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    return peft.get_peft_model(base, METHODS[method]())
+
+
+def arguments(kind, tmp_path, **changes):
+    return kind(
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=0.05,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        seed=3,
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        **changes,
+    )
+
+
+def run(trainer):
+    """Every line of the log, and the adapter."""
+    torch.manual_seed(5)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    adapter = peft.get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
+    return lines, {name: value.clone() for name, value in adapter.items()}
+
+
+def assert_same(plain, fast):
+    (lines, adapter), (our_lines, our_adapter) = plain, fast
+    assert len(lines) == len(our_lines) == STEPS
+    for line, ours in zip(lines, our_lines):
+        # The share of positive margins is not told where these are roundings; they are compared themselves.
+        for name in line.keys() - {"step_time", "rewards/accuracies"}:
+            value = line[name]
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    assert adapter.keys() == our_adapter.keys()
+    for name, value in adapter.items():
+        torch.testing.assert_close(our_adapter[name], value, rtol=2e-3, atol=2e-4)
+
+
+def assert_all_packed(model):
+    found = fastprompt.stats(model)
+    assert found.packed >= STEPS and found.padded == {}, found
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_sft(method, checkpointing, folder, tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in rows()])
+
+    def trainer(model):
+        options = {} if checkpointing else {"gradient_checkpointing": False}  # TRL switches it on
+        return trl.SFTTrainer(
+            model, arguments(trl.SFTConfig, tmp_path, **options), train_dataset=data, processing_class=tokenizer
+        )
+
+    if method == "prefix tuning" and checkpointing:
+        plain = run(trainer_without_checkpointing(model_of(folder, method), tmp_path, data, tokenizer))
+    else:
+        plain = run(trainer(model_of(folder, method)))
+    model = fastprompt.accelerate(model_of(folder, method))
+    assert_same(plain, run(trainer(model)))
+    assert_all_packed(model)
+
+
+def trainer_without_checkpointing(model, tmp_path, data, tokenizer):
+    """PEFT's prefixes do not work with it."""
+    options = arguments(trl.SFTConfig, tmp_path, gradient_checkpointing=False)
+    return trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+
+
+def other(answer):
+    return " plant" if answer == " animal" else " animal"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dpo(method, folder, tokenizer, tmp_path):
+    data = [{"prompt": prompt, "chosen": answer, "rejected": other(answer)} for prompt, answer in rows()]
+
+    def trainer(model):
+        options = arguments(trl.DPOConfig, tmp_path, gradient_checkpointing=False)
+        return trl.DPOTrainer(model, args=options, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+
+    plain = run(trainer(model_of(folder, method)))
+    model = fastprompt.accelerate(model_of(folder, method))
+    assert_same(plain, run(trainer(model)))
+    assert_all_packed(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kto(method, folder, tokenizer, tmp_path):
+    data = [
+        {"prompt": prompt, "completion": answer if i % 2 else other(answer), "label": bool(i % 2)}
+        for i, (prompt, answer) in enumerate(rows())
+    ]
+
+    def trainer(model):
+        options = arguments(trl.KTOConfig, tmp_path, gradient_checkpointing=False)
+        return trl.KTOTrainer(model, args=options, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+
+    plain = run(trainer(model_of(folder, method)))
+    model = fastprompt.accelerate(model_of(folder, method))
+    assert_same(plain, run(trainer(model)))
+    assert_all_packed(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_grpo(method, folder, tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": prompt} for prompt, _ in rows()])
+
+    def reward(completions, **kwargs):
+        return [float(len(set(completion))) for completion in completions]
+
+    def trainer(model):
+        options = arguments(
+            trl.GRPOConfig, tmp_path, gradient_checkpointing=False, num_generations=2, max_completion_length=6
+        )
+        return trl.GRPOTrainer(model, reward_funcs=reward, args=options, train_dataset=data, processing_class=tokenizer)
+
+    plain = run(trainer(model_of(folder, method)))
+    model = fastprompt.accelerate(model_of(folder, method))
+    assert_same(plain, run(trainer(model)))
+    assert_all_packed(model)
+
+
+def test_an_adapter_that_the_trainer_makes(folder, tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in rows()])
+
+    def trainer():
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.manual_seed(1)
+        return trl.SFTTrainer(
+            base,
+            arguments(trl.SFTConfig, tmp_path),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=METHODS["prompt tuning"](),
+        )
+
+    plain, fast = trainer(), trainer()
+    fastprompt.accelerate(fast.model)
+    assert_same(run(plain), run(fast))
+    assert_all_packed(fast.model)
