@@ -182,6 +182,14 @@ class OwnLoss(hf.LlamaForCausalLM):
         return output
 
 
+class LossOfPadding(hf.LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + 0.01 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
 class NoLogitsToKeep(hf.LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, **kwargs):  # fmt: skip
@@ -201,9 +209,11 @@ class NoLogitsToKeep(hf.LlamaForCausalLM):
 @pytest.mark.parametrize(
     "kind, items, reason",
     [
-        (OwnLoss, None, "OwnLoss computes a loss of its own"),
+        (OwnLoss, None, None),
+        (OwnLoss, 7, None),
+        (LossOfPadding, None, "LossOfPadding computes a loss of its own"),
         (NoLogitsToKeep, None, None),
-        (NoLogitsToKeep, 7, "NoLogitsToKeep computes a loss of its own"),  # it does not look at their number
+        (NoLogitsToKeep, 7, None),  # it does not look at their number
     ],
 )
 def test_heads_with_a_loss_or_a_signature_of_their_own(kind, items, reason):

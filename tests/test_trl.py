@@ -187,3 +187,45 @@ def test_an_adapter_that_the_trainer_makes(folder, tokenizer, tmp_path):
     fastprompt.accelerate(fast.model)
     assert_same(run(plain), run(fast))
     assert_all_packed(fast.model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sft_without_padding_is_sft_with_padding(method, folder, tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in rows()])
+
+    def trainer(model, padding_free):
+        options = arguments(
+            trl.SFTConfig, tmp_path, gradient_checkpointing=False, max_length=None, padding_free=padding_free
+        )
+        return trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+
+    plain = run(trainer(model_of(folder, method), False))
+    model = fastprompt.accelerate(model_of(folder, method))
+    with pytest.warns(UserWarning, match="packed samples are kept apart"):
+        assert_same(plain, run(trainer(model, True)))
+    assert_all_packed(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sft_with_packing_keeps_samples_apart(method, folder, tokenizer, tmp_path):
+    """The first loss is that of all samples in the batch, one by one."""
+    data = Dataset.from_list([{"text": prompt + answer} for prompt, answer in rows()])
+    model = fastprompt.accelerate(model_of(folder, method))
+    reference = model_of(folder, method)
+    options = arguments(trl.SFTConfig, tmp_path, gradient_checkpointing=False, packing=True, max_length=32)
+    trainer = trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    lines, _ = run(trainer)
+    batch = seen[0]
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    assert len(starts) > 5
+    total, count = 0.0, 0
+    for start, end in zip(starts, starts[1:]):
+        ids, labels = batch["input_ids"][:, start:end], batch["labels"][:, start:end]
+        if (labels != -100).any():
+            logits = reference(input_ids=ids).logits[:, -(end - start) :][:, :-1].flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
+            count += int((labels[:, 1:] != -100).sum())
+    assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert_all_packed(model)

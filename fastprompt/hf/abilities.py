@@ -36,6 +36,7 @@ class Abilities:
         plain_head: is its forward behind the decoder nothing but a linear head and the ordinary loss?
         own_loss: None if its loss is that of its logits, else what is different; with ``num_items_in_batch`` see
             own_loss_of_items.
+        packs_own_loss: if its loss is different, is it right when its own forward runs around the packed backbone?
         needs_ids: does it look more up by token id than embeddings?
         returns_cache: does it return a cache when asked?
         makes_cache: are the keys and values of attention what that cache holds?
@@ -55,11 +56,16 @@ class Abilities:
     plain_head: bool = False
     own_loss: str | None = None
     own_loss_of_items: str | None = None
+    packs_own_loss: bool = False
     needs_ids: bool = False
     returns_cache: bool = False
     makes_cache: bool = False
     pooled_column: int | None = None
     rope_limit: int | None = None
+
+    @property
+    def has_own_loss(self) -> bool:
+        return self.own_loss is not None or self.own_loss_of_items is not None
 
     @property
     def causal(self) -> bool:
@@ -105,7 +111,7 @@ class Probe:
             )
             if not self.is_lm:
                 return replace(found, pooled_column=column_read(self.expected))
-            return replace(
+            found = replace(
                 found,
                 keeps_rows="logits_to_keep" in self.expected.parameters,
                 plain_head=self._head_is_plain(),
@@ -113,6 +119,7 @@ class Probe:
                 own_loss_of_items=self._own_loss(ITEMS),
                 needs_ids=self.expected.needs_ids,
             )
+            return replace(found, packs_own_loss=found.has_own_loss and self._packs_own_loss(found))
 
     def runner(self, abilities: Abilities) -> Runner:
         return Runner(
@@ -209,6 +216,26 @@ class Probe:
         if expected.difference(ours.reshape(1, 1), loss.reshape(1, 1), None) is None:
             return None
         return f"{type(self.base).__name__} computes a loss of its own"
+
+    def _packs_own_loss(self, found):
+        """Is the loss of the model's own forward the same when its backbone runs packed rows?"""
+        expected, sample = self.expected, self.expected.sample
+        mask = sample.masks["right"]
+        for items, loss in expected.losses.items():
+            extra = {} if items is None else {"num_items_in_batch": items}
+            if isinstance(loss, str):
+                if items is None:
+                    return False
+                continue
+            plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
+            runner = self.runner(found)
+            with expected.arithmetic():
+                rows = runner.rows(plan, sample.prompt, sample.embeds)
+                with runner.packed_backbone(plan, {"inputs_embeds": rows}):
+                    ours = sample.run(self.base, mask, labels=sample.labels(), **extra).loss
+            if expected.difference(ours.reshape(1, 1), loss.reshape(1, 1), None) is not None:
+                return False
+        return True
 
     def _head_is_plain(self):
         head = self.base.get_output_embeddings()

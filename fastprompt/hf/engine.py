@@ -1,7 +1,8 @@
 """The engine: decides how a request is run, and runs it through an attached model."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from ..ops import linear_cross_entropy
 from .abilities import Abilities, Probe, loss_of_logits, reason_of
-from .attachment import attach, detach, evaluation_mode, suspended
+from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
 from .later import later
@@ -49,18 +50,37 @@ class Engine:
         self._prefixes: dict[Hashable, str | None] = {}
         self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
+        self._ask()
+
+    def _ask(self):
+        self._asked = vars(self.base).get("forward")
         try:
             self.abilities = self._probe()
         finally:
             self.refusal = self.abilities.refusal
             if self.refusal is not None:
-                detach(base, self._user)
+                detach(self.base, self._user)
+
+    @torch.compiler.disable
+    def ask_again(self) -> None:
+        """Ask the model once more if its forward is another one by now: others replace it, too (TRL)."""
+        if vars(self.base).get("forward") is not self._asked and self.refusal is None:
+            self._ask()
+
+    def own_forward_has_the_loss(self, labels: torch.Tensor | None, num_items: torch.Tensor | int | None) -> bool:
+        """Must the loss be left to the model's own forward?"""
+        found = self.abilities
+        if labels is None or not self.is_lm:
+            return False
+        replaced = "forward" in vars(self.base) and not hasattr(self.base, "_hf_hook")  # Accelerate's moves tensors
+        return replaced or (found.own_loss if num_items is None else found.own_loss_of_items) is not None
 
     def _probe(self):
         probe = Probe(self.base)
         self.runner = probe.runner(Abilities(is_lm=probe.is_lm))
         try:
-            refusal = probe.expect()
+            with suspended(self.base) if is_attached(self.base) else nullcontext():
+                refusal = probe.expect()
             if refusal is not None:
                 return Abilities(refusal, probe.is_lm)
             attach(self.base, self._user, mlps=True)
@@ -115,7 +135,8 @@ class Engine:
             flat: dict[str, Any] = {
                 name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()
             }
-            return plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
+            plan = plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
+            return self._flattened(request, plan) if request.flat else plan
         batch, width = request.tokens.shape[:2]
         plan = plan_padded_input(
             batch,
@@ -130,6 +151,20 @@ class Engine:
         if reason is not None:
             raise CannotPack(reason)
         return plan
+
+    def _flattened(self, request, plan):
+        """The plan with its results side by side, as the tokens came."""
+        front = request.num_virtual_tokens
+        cells = plan.grid[:, front:]
+        text = cells[cells >= 0][None]  # of sequences one behind the other
+        if request.own_forward and request.labels is not None:
+            starts = torch.as_tensor(request.cu_seqlens, device=text.device)[:-1].long()
+            labels = request.labels.reshape(-1)
+            if bool((labels[starts[starts < len(labels)]] != IGNORE).any()):
+                raise CannotPack(
+                    "the first token of a packed sample has a label, and the model's own forward shifts them"
+                )
+        return replace(plan, grid=torch.cat([plan.grid[:1, :front], text], 1))
 
     def run(self, request: Request, plan: RowPlan, embed: Embed) -> CausalLMOutputWithPast:
         """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]``, and the cache if it is wanted.
@@ -247,7 +282,7 @@ class Engine:
             return "the model looks more up by token id than embeddings, and a hook changes these"
         if request.labels is not None and request.loss is None:
             own = found.own_loss if request.num_items_in_batch is None else found.own_loss_of_items
-            if own is not None:
+            if own is not None and not (request.own_forward and found.packs_own_loss):
                 return own
         if found.returns_cache and not found.makes_cache and self._wants_cache(request):
             return "its cache holds other values than attention's keys and values; pass use_cache=False"

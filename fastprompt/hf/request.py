@@ -35,6 +35,8 @@ class Request:
         labels: of a causal LM, like token ids and not shifted, or None.
         virtual_tokens: where the prompt's tokens stand among the text; None: in front. See ``plan_padded_input``.
         cu_seqlens: ``[B + 1]``, if the batch comes packed.
+        flat: are the results of a packed batch wanted as it came, ``[1, P + T]``, and not ``[B, W]``? The first P are
+            those of the first prompt.
         loss: a loss of the front's own in place of the model's, with the rows it is taken from; see Loss.
         num_items_in_batch: what to divide the summed loss by; None: the number of labels.
         training: is it a step of training? Then the loss of a causal LM with labels is wanted, and its logits are
@@ -56,6 +58,7 @@ class Request:
     labels: torch.Tensor | None = None
     virtual_tokens: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | list[int] | None = None
+    flat: bool = False
     loss: Loss | None = None
     num_items_in_batch: torch.Tensor | int | None = None
     training: bool = False

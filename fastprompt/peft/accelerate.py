@@ -120,9 +120,13 @@ class _State:
         self.warn(reason)
 
     def warn(self, reason):
-        if reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(f"fastprompt runs PEFT's own padded forward: {reason}", stacklevel=6)
+        self.tell(f"fastprompt runs PEFT's own padded forward: {reason}")
+
+    def tell(self, text):
+        """A warning, the first time."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, stacklevel=7)
 
     def __getstate__(self):
         return {**vars(self), "outputs": None}

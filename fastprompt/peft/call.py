@@ -50,7 +50,18 @@ _UNDERSTOOD = {
     "input_type_mask",
 }
 # What a backbone may be given besides its rows, where PEFT's own forward runs around it.
-_OF_BACKBONE = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values", "token_type_ids", "use_cache"}
+_OF_BACKBONE = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "past_key_values",
+    "token_type_ids",
+    "use_cache",
+    "return_dict",
+    "num_items_in_batch",  # on its way to the loss
+}
+# What says where the samples of a packed batch stand.
+_OF_SAMPLES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 class Call:
@@ -77,14 +88,18 @@ class Call:
         self.is_prefix = self.config.peft_type in _PREFIXES
         is_lm = isinstance(model, PeftModelForCausalLM)
         self.direct = is_lm and self.engine.is_lm
+        self.engine.ask_again()
         if self.engine.refusal is not None:
             raise CannotPack(self.engine.refusal)
-        unknown = self._unknown_arguments()
-        if unknown:
-            self.direct = False  # they may concern nothing but the head
+        if self._unknown_arguments():  # they may concern nothing but the head
+            self.direct = False
+        fused = bool(given.get("fused_lm_head"))
+        if not fused and self.engine.own_forward_has_the_loss(given.get("labels"), given.get("num_items_in_batch")):
+            self.direct = False
         self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         if self.tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
+        self.cu_seqlens = self._samples() if is_lm else None
         self._find_tasks()
         labels = given.get("labels")
         self.request = Request(
@@ -93,13 +108,15 @@ class Call:
             prompts=None if self.is_prefix else self._prompts,
             prompt_ids=self.prompt_ids,
             shared=self._shared() if self.is_prefix else None,
-            attention_mask=given.get("attention_mask"),
+            attention_mask=given.get("attention_mask") if self.cu_seqlens is None else None,
+            cu_seqlens=self.cu_seqlens,
+            flat=self.cu_seqlens is not None,
             labels=labels if is_lm else None,
             loss=self._loss(labels) if is_lm else None,
             num_items_in_batch=given.get("num_items_in_batch"),
             training=model.training,
-            use_cache=given.get("use_cache"),
-            own_forward=not self.direct and not given.get("fused_lm_head"),
+            use_cache=given.get("use_cache") if self.cu_seqlens is None else False,
+            own_forward=not self.direct,
             head_labels=labels,
             reads_all_columns=isinstance(model, PeftModelForQuestionAnswering),
             finds_last=self.is_prefix and given.get("input_ids") is not None,
@@ -111,17 +128,43 @@ class Call:
         given = self.given
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
-        if self.is_prefix and given.get("position_ids") is not None:
-            raise CannotPack("position_ids given")
-        # PEFT ignores positions in front of prompts.
-        return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - {"position_ids"}
+        # PEFT ignores positions behind prompts.
+        return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - _OF_SAMPLES
+
+    def _samples(self):
+        """``cu_seqlens`` of several samples that come as one row, by ``cu_seq_lens_q`` or by positions; or None."""
+        given, length = self.given, self.tokens.shape[1]
+        positions, starts = given.get("position_ids"), given.get("cu_seq_lens_q")
+        if len(self.tokens) == 1 and starts is not None:
+            starts = starts.reshape(-1).cpu()
+            if int(starts[0]) != 0 or int(starts[-1]) != length or bool((starts.diff() < 0).any()):
+                raise ValueError(f"cu_seq_lens_q must rise from 0 to the {length} tokens, got {starts.tolist()}")
+        elif len(self.tokens) == 1 and positions is not None and positions.shape[-1] == length:
+            begins = (positions.reshape(-1).diff() != 1).nonzero().flatten().cpu() + 1
+            starts = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), length)])
+        if starts is None or len(starts) == 2:
+            if self.is_prefix and positions is not None:
+                raise CannotPack("position_ids given")
+            return None
+        if not self.direct and given.get("task_ids") is not None:
+            raise CannotPack("packed samples of several tasks, run by the model's own forward")
+        if self.config.peft_type == PeftType.CPT:
+            raise CannotPack("packed samples, and CPT has labels of its own for each token of a row")
+        mask = given.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise CannotPack("a packed batch with an attention mask")
+        self.state.tell(
+            "fastprompt: packed samples are kept apart, each behind its own prompt; PEFT takes them for one sequence"
+        )
+        return starts
 
     def _find_tasks(self):
         """The distinct tasks of the batch, and which of them each row has; None where the adapter has no tasks."""
         self.task_ids, self.prompt_ids = self.given.get("task_ids"), None
         if self.config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or self.task_ids is None:
             return
-        batch, ids = len(self.tokens), self.task_ids.reshape(-1)
+        batch = len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        ids = self.task_ids.reshape(-1)
         if len(ids) not in (1, batch):
             raise ValueError(
                 f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(ids)}"
@@ -198,7 +241,9 @@ class Call:
 
     def _packed(self, given):
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
-        unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE - {"return_dict"}
+        unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE
+        if self.cu_seqlens is not None:
+            unknown -= _OF_SAMPLES
         if unknown:
             raise CannotPack(f"{', '.join(sorted(unknown))} given")
         source = self.plan.source
