@@ -137,6 +137,27 @@ def test_the_output_is_kept_while_nothing_trains(runs):
     assert "forward" not in vars(encoder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_writes_past_autograd_are_seen(dtype):
+    """As an average of the weights is copied into them, ``p.data.copy_(average)``: in place, of one number, of rows."""
+    torch.manual_seed(0)
+    encoder = fastprompt.PTuning(6, 8, hidden_size=12).to(dtype).eval()
+    writes = [
+        lambda p: p.data.mul_(0.5),
+        lambda p: p.data.view(-1)[-1:].add_(1),
+        lambda p: p.data.copy_(p.data.flip(0)),
+        lambda p: p.detach().numpy().__imul__(2) if dtype != torch.bfloat16 else p.data.mul_(2),
+    ]
+    with torch.no_grad():
+        before = encoder()
+        assert encoder() is before
+        for parameter in encoder.parameters():
+            for write in writes:
+                write(parameter)
+                torch.testing.assert_close(encoder(), encoder.encode(), rtol=0, atol=0)
+        assert encoder() is encoder()
+
+
 class Ops(TorchDispatchMode):
     def __init__(self):
         super().__init__()

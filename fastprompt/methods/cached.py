@@ -1,55 +1,69 @@
 """The output of an encoder, kept while nothing trains."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
+_AT_ONCE = 2**20  # words that are looked at together
+
 
 class CachedOutput:
-    """What an encoder gave in evaluation mode with gradients off, until one of its parameters changes.
+    """What an encoder gave in evaluation mode with gradients off, until the value of one of its parameters changes.
 
-    A parameter that was written in place, replaced, moved or cast is noticed. Nothing is kept while one has a gradient.
-    What writes past autograd's version counter is not seen (``parameter.data.add_(...)``, a kernel of one's own): call
-    :meth:`drop` after that.
+    The values themselves are looked at, so it does not matter how they are written: an optimizer, ``parameter.data``, a
+    kernel of one's own.
     """
 
-    # The state, the output, and aliases of the parameters.
-    _kept: tuple[tuple, torch.Tensor, list[torch.Tensor]] | None = None
+    # The state, and the output.
+    _kept: tuple[tuple, torch.Tensor] | None = None
 
     def __call__(
         self, parameters: Iterable[torch.Tensor], training: bool, encode: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """``encode()``, or what it gave before; it depends on ``parameters`` alone, looked at only to keep it."""
         if training or torch.is_grad_enabled():
-            out = encode()
-            if out.requires_grad:  # fused optimizers write past the version counter, but after a backward
-                out.register_hook(self.drop)
-            return out
-        parameters = list(parameters)
-        state = _state(parameters)
-        if state is None:
             return encode()
+        state = _state(list(parameters))
         if self._kept is None or self._kept[0] != (*state, self._kept[1]._version):
             # Not an inference tensor, which a later call without inference_mode could not use for a gradient.
             with torch.inference_mode(False), torch.no_grad():
                 out = encode()
-            # The aliases keep the memory that the state names from being given to another tensor.
-            self._kept = (*state, out._version), out, [parameter.detach() for parameter in parameters]
+            self._kept = (*state, out._version), out
         return self._kept[1]
 
-    def drop(self, grad: torch.Tensor | None = None) -> None:
-        """Forget the output. Takes a gradient that it ignores, so that it may be a hook."""
+    def drop(self) -> None:
+        """Forget the output."""
         self._kept = None
 
     def __getstate__(self) -> dict:
-        return {}  # addresses and versions mean nothing in a copy or a later process
+        return {}
 
 
-def _state(parameters: list[torch.Tensor]) -> tuple | None:
-    """What the output depends on; None where a change could pass unseen."""
-    # Inference tensors have no version, and a fused optimizer that is about to step does not count it up.
-    if any(parameter.is_inference() or parameter.grad is not None for parameter in parameters):
-        return None
+def _state(parameters: list[torch.Tensor]) -> tuple:
+    """What the output depends on."""
     device = parameters[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+    sums = torch.stack([_checksum(p.detach()).to(parameters[0].device) for p in parameters]).tolist()
+    return autocast, *((p.dtype, p.device, p.shape, checksum) for p, checksum in zip(parameters, sums))
+
+
+def _checksum(x: torch.Tensor) -> torch.Tensor:
+    """A number that changes with any bit of any number of a tensor, almost surely.
+
+    The sum of all words of 32 bits, each times a random number of its place, in float64, where the last bit of a word
+    still shows.
+    """
+    data = x.contiguous().view(-1).view(torch.uint8)
+    if len(data) % 4:
+        data = torch.nn.functional.pad(data, (0, -len(data) % 4))
+    weights = _weights(x.device)
+    parts = data.view(torch.int32).split(_AT_ONCE)
+    sums = torch.stack([torch.dot(part.double(), weights[: len(part)]) for part in parts])
+    return torch.dot(sums, weights[-len(sums) :].flip(0))
+
+
+@cache
+def _weights(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(_AT_ONCE, generator=generator, dtype=torch.float64).add_(0.5).to(device)

@@ -163,8 +163,15 @@ def _translate(model, state, original, args, kwargs):
     try:
         return Call(model, state, given)
     except CannotPack as reason:
-        state.fell_back(str(reason))
+        _fall_back(state, str(reason), given)
         return None
+
+
+def _fall_back(state, reason, given):
+    """Let the call take PEFT's own forward, unless that would be the wrong answer."""
+    if given.get("adapter_names") is not None:
+        raise ValueError(f"adapter_names needs packed rows, but {reason}")
+    state.fell_back(reason)
 
 
 @functools.cache
@@ -185,10 +192,10 @@ def _forward_like(peft_class):
             if call.direct:
                 return call.language_model()
             with call.packed_backbone():
-                return original(*args, **kwargs)
+                return original(*args, **{name: x for name, x in kwargs.items() if name != "adapter_names"})
         except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
             state.engine.uncount(call.plan)
-            state.fell_back(str(reason))
+            _fall_back(state, str(reason), call.given)
         return original(*args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.

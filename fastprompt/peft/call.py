@@ -35,6 +35,7 @@ _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
+    "adapter_names",
     "fused_lm_head",
     "input_ids",
     "inputs_embeds",
@@ -101,6 +102,7 @@ class Call:
             raise CannotPack("the batch has no tokens")
         self.cu_seqlens = self._samples() if is_lm else None
         self._find_tasks()
+        self._find_adapters()
         labels = given.get("labels")
         self.request = Request(
             tokens=self.tokens,
@@ -171,6 +173,39 @@ class Call:
             )
         self.task_ids, self.prompt_ids = ids.expand(batch).unique(return_inverse=True)
 
+    def _find_adapters(self):
+        """The distinct adapters of the batch, where ``adapter_names`` names each row's own; else the active one."""
+        model, names = self.model, self.given.get("adapter_names")
+        self.adapters, self._used = [model.active_adapter], None
+        if names is None:
+            return
+        rows = len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        if len(names) != rows:
+            raise ValueError(f"adapter_names must have one entry for each of the {rows} rows, got {len(names)}")
+        if unknown := sorted(set(names) - set(model.peft_config)):
+            raise ValueError(f"adapter_names must be of {sorted(model.peft_config)}, got {unknown}")
+        self.adapters = sorted(set(names))
+        kinds = {(model.peft_config[x].peft_type, model.peft_config[x].num_virtual_tokens) for x in self.adapters}
+        if len(kinds) > 1 or self.config.peft_type == PeftType.CPT:
+            raise ValueError(f"adapter_names must be adapters of one method and length, not CPT, got {self.adapters}")
+        self.state.tell("fastprompt: adapter_names gives every row the prompt of its own adapter; PEFT ignores it")
+        ids = torch.tensor([self.adapters.index(name) for name in names], device=self.tokens.device)
+        if self.prompt_ids is None:
+            self.prompt_ids = ids
+        else:  # of the tasks of each adapter, one adapter after the other, those that the rows have
+            self._used, self.prompt_ids = (ids * len(self.task_ids) + self.prompt_ids).unique(return_inverse=True)
+
+    def _of_each_adapter(self, get):
+        """``get()`` with each adapter of the batch active in turn."""
+        active, results = self.model.active_adapter, []
+        try:
+            for name in self.adapters:
+                self.model.active_adapter = name
+                results.append(get())
+        finally:
+            self.model.active_adapter = active
+        return results
+
     def _loss(self, labels):
         """CPT's own loss; None: the model's."""
         if self.config.peft_type != PeftType.CPT or labels is None:
@@ -179,14 +214,16 @@ class Call:
         decay = self.model.peft_config.get("default", self.config)
         return CPTLoss(self.config, decay, labels, self.given.get("input_type_mask"))
 
-    @property
-    def _num_prompts(self):
-        return 1 if self.prompt_ids is None else len(self.task_ids)
-
     def _prompts(self):
-        with self._encoder():
-            prompts = self.model.get_prompt(batch_size=self._num_prompts, task_ids=self.task_ids)
-        return prompts.flatten(0, 1)  # [N * P, D]
+        """The distinct prompts, ``[N * P, D]``."""
+
+        def of_active():
+            with self._encoder():
+                number = 1 if self.task_ids is None else len(self.task_ids)
+                return self.model.get_prompt(batch_size=number, task_ids=self.task_ids)  # [n, P, D]
+
+        prompts = torch.cat(self._of_each_adapter(of_active))
+        return (prompts if self._used is None else prompts[self._used]).flatten(0, 1)
 
     @cached_property
     def _cache(self):
@@ -194,9 +231,16 @@ class Call:
         return self.model.get_prompt(batch_size=1)
 
     def _shared(self):
-        if not isinstance(self._cache, Cache):
-            raise CannotPack(f"its prefix is a {type(self._cache).__name__}")
-        shared = SharedState.of_cache(self._cache, self.engine.base.config)
+        first, *others = self._of_each_adapter(self._shared_of_active)
+        if not others:
+            return first
+        return first.with_tensors(map(torch.cat, zip(first.tensors(), *(x.tensors() for x in others))))
+
+    def _shared_of_active(self):
+        cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
+        if not isinstance(cache, Cache):
+            raise CannotPack(f"its prefix is a {type(cache).__name__}")
+        shared = SharedState.of_cache(cache, self.engine.base.config)
         reason = self.engine.why_not_prefix(
             lambda: SharedState.of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config),
             (self.model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
@@ -233,7 +277,11 @@ class Call:
         try:
             if self.is_prefix:
                 # PEFT would repeat the prefix for every row of the batch; nothing reads it here.
-                self.model.__dict__["get_prompt"] = lambda *args, **kwargs: self._cache
+                cache = self._cache
+                self.model.__dict__["get_prompt"] = lambda *args, **kwargs: cache
+            elif self.given.get("adapter_names") is not None:
+                prompts = self._prompts().unflatten(0, (-1, self.length))[self.prompt_ids]
+                self.model.__dict__["get_prompt"] = lambda *args, **kwargs: prompts
             with self.engine.packed_backbone(self.request, self.plan, self._packed), self._encoder():
                 yield
         finally:
@@ -251,7 +299,8 @@ class Call:
         front = self.request.num_virtual_tokens
         row, column = source // width, front + source % width
         if front:
-            row_of = torch.zeros(self._num_prompts, dtype=torch.int64, device=source.device)
+            number = 1 if self.prompt_ids is None else int(self.prompt_ids.max()) + 1
+            row_of = torch.zeros(number, dtype=torch.int64, device=source.device)
             if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
                 row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
             virtual = -1 - source  # of all prompts, where it is not negative
