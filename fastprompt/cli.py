@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import fastprompt
+
 # Nothing that needs torch is imported up here: `--help` answers at once, and `doctor` has to run without it.
 
 
@@ -22,26 +24,30 @@ def main(argv: list[str] | None = None) -> int:
         run(**options)
     except InputError as error:
         option = "--" + error.argument.replace("_", "-")
-        print(f"fastprompt {command}: error: argument {option}: {error.message}", file=sys.stderr)
+        message = " ".join(error.message.split())
+        print(f"fastprompt {command}: error: argument {option}: {message}", file=sys.stderr)
         return 2
     return 0
 
 
 def train(**options: Any) -> None:
     """Train a soft prompt and print the last entry of the log."""
-    from fastprompt.training import TrainingConfig, train
+    from fastprompt.training import InputError, TrainingConfig, train
 
     if "verbaliser" in options:
-        options["verbaliser"] = dict(options["verbaliser"])
+        pairs = options["verbaliser"]
+        options["verbaliser"] = dict(pairs)
+        if len(options["verbaliser"]) < len(pairs):
+            raise InputError("verbaliser", f"a label has two words among {[label for label, _ in pairs]}")
     history = train(TrainingConfig(**options))
-    print(json.dumps(history[-1]))
+    print(json.dumps(history[-1], allow_nan=False))
 
 
 def evaluate(data: str | None = None, task: str | None = None, **options: Any) -> None:
     """Print loss and accuracy of a trained soft prompt."""
     from fastprompt.training import TrainedAdapter
 
-    print(json.dumps(TrainedAdapter(**options).evaluate(data, task)))
+    print(json.dumps(TrainedAdapter(**options).evaluate(data, task), allow_nan=False))
 
 
 def generate(
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         return parser
 
     parser = argparse.ArgumentParser(prog="fastprompt", description="Soft prompts for frozen language models.")
+    parser.add_argument("--version", action="version", version=f"fastprompt {fastprompt.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_train(command("train", train, "train a soft prompt"))
     _add_eval(command("eval", evaluate, "loss, and accuracy on labelled data, of a trained soft prompt"))

@@ -192,14 +192,14 @@ class Engine:
         Raises:
             CannotPack: it gives something else.
         """
-        labels = request.labels
-        if labels is None or not len(plan.labels):
+        labels, targets, label_rows = request.labels, plan.labels, plan.label_rows
+        if labels is None or targets is None or label_rows is None or not len(targets):
             raise CannotPack("a fused head without labels")
         front = plan.grid.shape[1] - labels.shape[1]
         mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
         states = self.runner.states(plan, self._rows(request, plan, embed), request.shared)
-        hidden = gathered(states.last_hidden_state[0], plan.label_rows)
-        output = self.runner.head(states, hidden, shift_labels=plan.labels[None], **options)
+        hidden = gathered(states.last_hidden_state[0], label_rows)
+        output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
         for name, x in output.items():
             if x.shape == (1, len(hidden)):
                 output[name] = x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x)

@@ -1,7 +1,6 @@
 """A tensor that is computed when somebody reads it: the logits of a training step, which most steps never read."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -81,7 +80,7 @@ class _Later(torch.autograd.Function):
         return LaterTensor.make(source, compute, shape, dtype)
 
     @staticmethod
-    def backward(ctx, *grads: Any):
+    def backward(ctx, *grads):
         (source,) = ctx.saved_tensors
         source = source.detach().requires_grad_()
         with torch.enable_grad():

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .config import TrainingConfig
 from .errors import InputError
 from .files import read_record
+from .identity import check_causal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEFT_INITS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
@@ -157,7 +160,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     try:
         return AutoTokenizer.from_pretrained(model, **_gguf(gguf_file))
     except (OSError, ValueError) as error:
-        raise InputError("model", f"no tokenizer in {model!r}: {error}") from error
+        raise InputError("model", f"no tokenizer in {model!r}: {_one_line(error)}") from error
 
 
 def load_base(model: str, gguf_file: str | None = None, precision: str = "fp32") -> PreTrainedModel:
@@ -171,12 +174,14 @@ def load_base(model: str, gguf_file: str | None = None, precision: str = "fp32")
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[precision], **options)
-    except (OSError, ValueError) as error:
-        raise InputError("model", f"no causal language model in {model!r}: {error}") from error
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise InputError("model", f"no causal language model in {model!r}: {_one_line(error)}") from error
     if gguf_file is not None and getattr(base, "hf_quantizer", None) is not None:
         # The weights are plain tensors by now; the Trainer goes by the mark and would refuse them.
         base.hf_quantizer.remove_quantization_config(base)
-    return base.requires_grad_(False).eval().to(device())
+    base = base.requires_grad_(False).eval().to(device())
+    check_causal(base, model)
+    return base
 
 
 def new_adapter(
@@ -193,7 +198,10 @@ def new_adapter(
 def load_adapter(base: PreTrainedModel, path: str) -> PeftModel:
     """A `PeftModel` with the adapter that ``path`` holds, for inference."""
     _adapter_config(path, "adapter")
-    return PeftModel.from_pretrained(base, path).eval()
+    try:
+        return PeftModel.from_pretrained(base, path).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError("adapter", f"{path!r} cannot be loaded: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -215,15 +223,28 @@ def read_adapter(path: str) -> StoredAdapter:
     """Read the folder of any adapter of PEFT, without its model. Raises `InputError`."""
     if not Path(path, "adapter_config.json").is_file():
         raise InputError("adapter", f"{path!r} holds no adapter_config.json; expected a run or an adapter of PEFT")
-    config = PeftConfig.from_pretrained(path)
-    weights = {name: weight.float() for name, weight in load_peft_weights(path, device="cpu").items()}
+    config = _adapter_config(path, "adapter")
+    try:
+        weights = {name: weight.float() for name, weight in load_peft_weights(path, device="cpu").items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError("adapter", f"the weights in {path!r} cannot be read: {_one_line(error)}") from error
     return StoredAdapter(PeftType(config.peft_type).value, config, weights)
 
 
 def _adapter_config(path: str, argument: str) -> PeftConfig:
     if not Path(path, "adapter_config.json").is_file():
         raise InputError(argument, f"{path!r} holds no adapter_config.json; expected the output of a finished run")
-    return PeftConfig.from_pretrained(path)
+    try:
+        return PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            argument, f"{path!r} holds an adapter_config.json of no adapter: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What an error of a library says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _gguf(gguf_file: str | None) -> dict:

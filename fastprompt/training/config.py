@@ -1,5 +1,6 @@
 """What a training run can be told."""
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "encoder": ENCODERS,
     "source_init": SOURCE_INITS,
 }
+
+_LARGEST_LR = 1000  # AdamW moves every number by about this much
 
 # Fields that are None or at least 1.
 OPTIONAL_COUNTS = (
@@ -102,6 +105,9 @@ class TrainingConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("eval_fraction", "lr", "weight_decay", "max_grad_norm", "epochs"):
+            value = getattr(self, name)
+            self._expect(name, value is None or math.isfinite(value), "a finite number")
         for name in ("method", "schedule", "precision"):
             self._expect(name, getattr(self, name) in CHOICES[name], f"one of {', '.join(CHOICES[name])}")
         for name in ("encoder", "source_init"):
@@ -114,7 +120,7 @@ class TrainingConfig:
             self._expect(name, value is None or value >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
-        self._expect("lr", self.lr is None or self.lr > 0, "more than 0")
+        self._expect("lr", self.lr is None or 0 < self.lr <= _LARGEST_LR, f"more than 0 and at most {_LARGEST_LR}")
         self._expect("epochs", self.epochs is None or self.epochs > 0, "more than 0")
         self._expect("eval_fraction", self.eval_fraction is None or 0 < self.eval_fraction < 1, "between 0 and 1")
         self._check_method()

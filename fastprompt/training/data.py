@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_FIELD = 2**30  # characters; the csv module's own limit is 128 KiB
 
 
 def read_rows(path: str, argument: str = "data") -> list[dict[str, str]]:
@@ -35,28 +36,35 @@ def read_rows(path: str, argument: str = "data") -> list[dict[str, str]]:
 
 def _read_table(file: Path, delimiter: str, argument: str) -> list[dict[str, str]]:
     # utf-8-sig: spreadsheets write a byte-order mark, which would otherwise become part of the first column's name.
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter)
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                fields = len(reader.fieldnames or ())
-                raise InputError(
-                    argument, f"{str(file)!r}, line {reader.line_num}: expected {fields} fields as in the header"
-                )
-            rows.append(row)
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter=delimiter)
+            names = list(reader.fieldnames or ())
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(argument, f"{str(file)!r} has several columns named {', '.join(map(repr, twice))}")
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    expected = f"expected {len(names)} fields as in the header"
+                    raise InputError(argument, f"{str(file)!r}, line {reader.line_num}: {expected}")
+                rows.append(row)
+    except csv.Error as error:
+        raise InputError(argument, f"{str(file)!r}, line {reader.line_num + 1}: {error}") from None
+    finally:
+        csv.field_size_limit(before)
     return rows
 
 
 def _read_jsonl(file: Path, argument: str) -> list[dict[str, str]]:
     rows = []
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_no_name_twice)
+            except (ValueError, RecursionError) as error:
                 raise InputError(argument, f"{str(file)!r}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise InputError(
@@ -64,6 +72,17 @@ def _read_jsonl(file: Path, argument: str) -> list[dict[str, str]]:
                 )
             rows.append({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items() if v is not None})
     return rows
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value; a missing one is null")
+
+
+def _no_name_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a name stands twice among {names}")
+    return dict(pairs)
 
 
 def split_rows(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
@@ -143,7 +162,7 @@ class Task:
         """This task with its verbaliser filled in: each distinct label of ``rows`` is its own word."""
         if self.verbaliser is not None or not self.is_classification:
             return self
-        labels = {_value(row, self.label_column, "label_column", name) for name, row in _named(rows, source)}
+        labels = {_name(row, self.label_column, "label_column", name) for name, row in _named(rows, source)}
         return replace(self, verbaliser={label: label for label in sorted(labels)})
 
     def with_tasks_of(self, rows: Sequence[dict[str, str]], source: str = "data") -> "Task":
@@ -152,9 +171,9 @@ class Task:
             return self
         labels: dict[str, set[str]] = {}
         for name, row in _named(rows, source):
-            seen = labels.setdefault(_value(row, self.task_column, "task_column", name), set())
+            seen = labels.setdefault(_name(row, self.task_column, "task_column", name), set())
             if self.is_classification:
-                seen.add(_value(row, self.label_column, "label_column", name))
+                seen.add(_name(row, self.label_column, "label_column", name))
         return replace(self, tasks={task: sorted(labels[task]) for task in sorted(labels)})
 
     def task_id(self, task: str | None) -> int:
@@ -185,7 +204,7 @@ class Task:
 
     def _classification(self, row: dict[str, str], name: str) -> Example:
         prompt = self.prompt(_value(row, self.text_column, "text_column", name), row)
-        label = _value(row, self.label_column, "label_column", name)
+        label = _name(row, self.label_column, "label_column", name)
         if label not in self._words:
             raise InputError("verbaliser", f"{name} has label {label!r}; expected one of {list(self._words)}")
         task = self._task(row, name)
@@ -201,7 +220,7 @@ class Task:
     def _task(self, row: dict[str, str], name: str) -> str | None:
         if self.task_column is None:
             return None
-        task = _value(row, self.task_column, "task_column", name)
+        task = _name(row, self.task_column, "task_column", name)
         tasks = list(self.tasks or ())
         if task not in tasks:
             raise InputError("task_column", f"{name} has task {task!r}; expected one of {tasks}")
@@ -221,3 +240,8 @@ def _value(row: dict[str, str], column: str | None, argument: str, name: str) ->
     if not row[column].strip():
         raise InputError(argument, f"{name}: column {column!r} is empty")
     return row[column]
+
+
+def _name(row: dict[str, str], column: str | None, argument: str, name: str) -> str:
+    """A label or a task, which spaces around it make no other one."""
+    return _value(row, column, argument, name).strip()

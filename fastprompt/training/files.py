@@ -17,7 +17,8 @@ STAGING = ".incomplete"  # under a run's folder: what is being written, or being
 def write_json(path: Path, value: object) -> None:
     """Replace ``path`` by ``value`` as JSON in one step."""
     with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -36,9 +37,14 @@ def read_record(folder: Path, argument: str = "adapter") -> dict:
     ``argument`` is the name that errors give the folder.
     """
     try:
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(argument, f"{str(folder)!r} holds no {RUN_FILE}; expected the output of a run") from None
+    except (OSError, ValueError) as error:
+        raise InputError(argument, f"{RUN_FILE} in {str(folder)!r} cannot be read: {error}") from None
+    if not isinstance(record, dict) or not {"config", "verbaliser", "data_sha256"} <= record.keys():
+        raise InputError(argument, f"{RUN_FILE} in {str(folder)!r} is not that of a run")
+    return record
 
 
 @contextmanager

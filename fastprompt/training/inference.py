@@ -1,6 +1,7 @@
 """What a finished run is good for: evaluating its adapter and completing text with it."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from .encoding import encode_examples
 from .errors import InputError
 from .evaluation import evaluate
 from .files import read_record
-from .run import Data
+from .identity import check_base
+from .run import Data, data_sha256
 
 
 class TrainedAdapter:
@@ -28,10 +30,15 @@ class TrainedAdapter:
     ) -> None:
         record = read_record(Path(adapter))
         moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
-        self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
+        try:
+            self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
+        except TypeError as error:
+            raise InputError("adapter", f"the run in {adapter!r} is of another version: {error}") from None
         self.task = dataclasses.replace(self.config.task, verbaliser=record["verbaliser"], tasks=record.get("tasks"))
         self.tokenizer = adapters.load_tokenizer(self.config.model, self.config.gguf_file)
         base = adapters.load_base(self.config.model, self.config.gguf_file, self.config.precision)
+        check_base(base, record.get("base"), self.config.model)
+        self._data_sha256 = record["data_sha256"]
         self.model = adapters.load_adapter(base, adapter)
 
     def evaluate(self, data: str | None = None, task: str | None = None) -> dict:
@@ -39,14 +46,32 @@ class TrainedAdapter:
         on those of one ``task`` or of all."""
         if task is not None:
             self._task_id(task)
-        examples = self.task.examples(read_rows(data)) if data is not None else Data(self.config).held_out
-        if not examples:
-            raise InputError("data", "the run held nothing out; expected a file")
+        examples = self._held_out() if data is None else self._examples(data)
         examples = [example for example in examples if task in (None, example.task)]
         if not examples:
             raise InputError("task", f"there are no rows of {task!r}")
         encoded = encode_examples(self.tokenizer, examples, self.config.max_length)
         return evaluate(self.model, self.tokenizer, self.task, examples, encoded)
+
+    def _held_out(self):
+        """The rows that the run held out, if they can still be told."""
+        config = self.config
+        if config.eval_data is None and config.eval_fraction is None:
+            raise InputError("data", "the run held nothing out; expected a file")
+        if data_sha256(config) != self._data_sha256:
+            files = " or ".join(repr(path) for path in (config.data, config.eval_data) if path is not None)
+            raise InputError(
+                "data", f"{files} changed since the run, so the rows it held out are not known; expected a file"
+            )
+        return Data(config).held_out
+
+    def _examples(self, data):
+        """The rows of a file; what is wrong with them is wrong with the file."""
+        rows = read_rows(data)
+        try:
+            return self.task.examples(rows)
+        except InputError as error:
+            raise InputError("data", f"{data!r}: {error.message}") from None
 
     def generate(
         self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, task: str | None = None
@@ -57,8 +82,8 @@ class TrainedAdapter:
         """
         if max_new_tokens < 1:
             raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
-        if temperature < 0:
-            raise InputError("temperature", f"expected at least 0, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise InputError("temperature", f"expected a finite number of at least 0, got {temperature}")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(adapters.device())
         if self.config.method == "multitask":
             inputs["task_ids"] = torch.tensor([self._task_id(task)], device=adapters.device())

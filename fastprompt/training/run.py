@@ -20,6 +20,7 @@ from .encoding import Encoded, collate, encode_examples, features, plan_batches
 from .errors import InputError
 from .evaluation import evaluate
 from .files import RUN_FILE, checkpoints, read_record, staged, write_json
+from .identity import fingerprint
 from .trainer import Loss, SoftPromptTrainer, deterministic
 
 # What a run may change when it is resumed: nothing here reaches the weights.
@@ -60,7 +61,7 @@ class TrainingRun:
         self.folder = Path(config.output)
         self.record: dict[str, Any] = {
             "config": config.to_dict(),
-            "data_sha256": [_sha256(path) for path in (config.data, config.eval_data) if path is not None],
+            "data_sha256": data_sha256(config),
         }
         self._check_output()
         self.data = Data(config)
@@ -85,6 +86,7 @@ class TrainingRun:
         context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         if context is not None:
             self._check_lengths("max_length", config.num_virtual_tokens, context, "the model")
+        self.record["base"] = fingerprint(base)
         self.model = adapters.new_adapter(base, config, self.tokenizer, len(self.data.task.tasks or [None]))
         if config.gradient_checkpointing:
             # After the adapter is made: PEFT refuses Prefix-Tuning otherwise, rightly where its own forward runs.
@@ -131,8 +133,11 @@ class TrainingRun:
 
     def _check_output(self) -> None:
         folder = self.folder
-        if folder.exists() and not folder.is_dir():
-            raise InputError("output", f"{str(folder)!r} is a file; expected a folder, which may be missing")
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError("output", f"{str(there)!r} is a file; expected a folder, which may be missing")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError("output", f"{str(there)!r} cannot be written into")
         # What starts with a dot may be left of a run that was killed before it wrote anything else.
         if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
             return
@@ -164,6 +169,11 @@ class TrainingRun:
 def train(config: TrainingConfig) -> list[dict]:
     """Train as ``config`` says; see `TrainingRun.train`."""
     return TrainingRun(config).train()
+
+
+def data_sha256(config: TrainingConfig) -> list[str]:
+    """Of the files that a run reads."""
+    return [_sha256(path) for path in (config.data, config.eval_data) if path is not None]
 
 
 def _sha256(path: str) -> str:

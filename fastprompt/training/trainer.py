@@ -1,5 +1,6 @@
 """Hugging Face's Trainer, where a run needs it to be something else."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from . import adapters
 from .config import SCHEDULES, TrainingConfig
 from .encoding import collate
+from .errors import InputError
 from .files import STAGING, checkpoints, delete_checkpoint, staged, write_json
 from .progress import ProgressBar
 
@@ -143,6 +145,11 @@ class SoftPromptTrainer(Trainer):
         """Log a step or an evaluation."""
         if "train_runtime" in logs:  # the Trainer's summary: it counts padding, and never repeats
             return
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name) or 0.0):
+                raise InputError(
+                    "lr", f"{name} is {logs[name]} at step {self.state.global_step}; expected a smaller one"
+                )
         super().log(logs, start_time)
         self.state.log_history[-1].pop("epoch", None)  # the Trainer's epoch is our whole run
 

@@ -1,12 +1,13 @@
 """Errors name the argument, and come before anything is written."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 from training_runs import METHODS
 
-from fastprompt.training import InputError, TrainedAdapter, train
+from fastprompt.training import InputError, TrainedAdapter, TrainingRun, train
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,12 @@ def test_another_run_is_not_continued(config, tmp_path):
 def test_a_folder_without_a_run_is_no_adapter(tmp_path):
     with pytest.raises(InputError, match=r"holds no run\.json"):
         TrainedAdapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run(config, value):
+    run = TrainingRun(config)
+    with pytest.raises(InputError, match="loss is (nan|inf) at step 3; expected a smaller one"):
+        run.train(loss=lambda model, batch, step: model(**batch).loss * (value if step == 2 else 1))
+    history = json.loads(Path(config.output, "log.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [1, 2]
