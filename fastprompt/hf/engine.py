@@ -302,7 +302,7 @@ class Engine:
         labels = request.head_labels
         if labels is not None and labels.shape == padding.shape:
             if bool((labels[padding.to(labels.device)] != IGNORE).any()):
-                return f"padding has labels other than {IGNORE}"
+                return f"padding has labels other than {IGNORE}; mask them with it"
         if request.shared is not None and request.has_ids:
             return self._why_not_ids(request.tokens, ~padding)
         return None

@@ -213,7 +213,7 @@ def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
     if layout != "padded" and stats.behind_padding.any():
-        raise CannotPack("a label follows a padding token, whose hidden state would have to predict it")
+        raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
     labels = int(stats.labels.sum())
     entries["first_label"] = stats.labels.cumsum() - stats.labels
     table = np.zeros((len(cells.ENTRY), len(entries["prompt"])), np.int64)
