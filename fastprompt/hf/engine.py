@@ -6,29 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
-from ..ops import linear_cross_entropy
-from .abilities import Abilities, Probe, loss_of_logits, reason_of
+from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
-from .later import later
+from .head import LanguageHead, label_rows_of
 from .masks import Recorded
 from .request import Request
 from .runner import Inputs, gathered
 from .shared_state import SharedState
 from .stats import Stats
-from .structure import is_plain_linear, why_drawn_otherwise
+from .structure import why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
-
-# Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
-ROWS = 256
 
 
 class Engine:
@@ -175,37 +169,22 @@ class Engine:
         """
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
-            return self._step(request, plan, rows)
+            return self._head.step(request, plan, rows)
         recorded: Recorded | None = {} if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
-            loss = self._loss_of_logits(request, plan, gathered(logits, _label_rows(request, plan)))
+            loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
         cache = None if recorded is None else self._cache(request, plan, recorded)
         return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
-        """The output of a head that takes shifted labels and gives a number for each of them: TRL's fused head.
+        """See :meth:`LanguageHead.fused`."""
+        return self._head.fused(request, plan, self._rows(request, plan, embed), **options)
 
-        It sees labelled rows only, and its results stand where it would have put them: ``[B, W - 1]``, 0 elsewhere.
-
-        Raises:
-            CannotPack: it gives something else.
-        """
-        labels, targets, label_rows = request.labels, plan.labels, plan.label_rows
-        if labels is None or targets is None or label_rows is None or not len(targets):
-            raise CannotPack("a fused head without labels")
-        front = plan.grid.shape[1] - labels.shape[1]
-        mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
-        states = self.runner.states(plan, self._rows(request, plan, embed), request.shared)
-        hidden = gathered(states.last_hidden_state[0], label_rows)
-        output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
-        for name, x in output.items():
-            if x.shape == (1, len(hidden)):
-                output[name] = x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x)
-            elif x.dim():
-                raise CannotPack(f"the head's {name} is not a number for each label")
-        return output
+    @property
+    def _head(self):
+        return LanguageHead(self.base, self.runner, self.abilities)
 
     @contextmanager
     def packed_backbone(self, request: Request, plan: RowPlan, inputs: Inputs) -> Iterator[None]:
@@ -348,66 +327,6 @@ class Engine:
             return plan.token_ids(request.tokens)
         prompt = None if request.prompts is None else request.prompts()
         return self.runner.rows(plan, prompt, embed(request.tokens))
-
-    def _step(self, request, plan, rows):
-        """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
-        head, shared = self.base.get_output_embeddings(), request.shared
-        if request.loss is None and self._chunked_loss(head, plan, rows):
-            states = self.runner.states(plan, rows, shared)
-            hidden = gathered(states.last_hidden_state[0], plan.label_rows)
-            total = linear_cross_entropy(hidden, head.weight, head.bias, plan.labels.to(hidden.device))
-            items = request.num_items_in_batch
-            loss = total / (len(plan.labels) if items is None else items)
-            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype))
-        label_rows = _label_rows(request, plan)
-        # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
-        keep, places = label_rows.unique(return_inverse=True)
-        if torch.compiler.is_compiling():  # hooks would break the graph
-            if not self.abilities.keeps_rows:
-                logits = gathered(self.runner.logits(plan, rows, shared), label_rows)
-            else:
-                logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
-            return CausalLMOutputWithPast(loss=self._loss_of_logits(request, plan, logits))
-        logits, states = self.runner.logits_and_states(plan, rows, shared, keep)
-        loss = self._loss_of_logits(request, plan, gathered(logits, places))
-        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype))
-
-    def _logits_later(self, plan, states, vocabulary, dtype):
-        """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
-        kind = states.last_hidden_state.device.type
-        autocast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
-        head = self.base.get_output_embeddings().weight
-        version = head._version
-
-        def compute(hidden):
-            if head._version != version:
-                raise RuntimeError("the head has changed since the step whose logits are read; read them before")
-            with torch.autocast(kind, **autocast):
-                return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
-
-        return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
-
-    def _loss_of_logits(self, request, plan, logits):
-        """The loss of the labelled rows' logits ``[M, V]``."""
-        if request.loss is not None:
-            return request.loss(logits)
-        return loss_of_logits(self.base, logits, plan.labels.to(logits.device), request.num_items_in_batch)
-
-    def _chunked_loss(self, head, plan, rows):
-        return (
-            len(plan.labels) > ROWS
-            and self.abilities.plain_head
-            and is_plain_linear(head)  # still
-            and self.base.loss_function is ForCausalLMLoss
-            and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
-            and (rows.dtype == torch.float32 or not rows.is_floating_point())
-            and not torch.is_autocast_enabled(rows.device.type)
-            and not torch.compiler.is_compiling()
-        )
-
-
-def _label_rows(request, plan):
-    return plan.label_rows if request.loss is None else request.loss.rows(plan)
 
 
 def _on(device, x):

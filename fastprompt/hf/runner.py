@@ -58,7 +58,7 @@ class Runner:
         flat = embeds.reshape(-1, embeds.shape[-1])
         return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
 
-    def states(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> ModelOutput:
+    def states(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> Any:
         """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``."""
         return self._call(self.backbone, plan, rows, shared)
 

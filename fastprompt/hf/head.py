@@ -1,0 +1,116 @@
+"""What comes behind the layers of a causal LM: the head on labelled rows, the loss, and logits for who reads them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+
+from ..layout import IGNORE, CannotPack, RowPlan
+from ..ops import linear_cross_entropy
+from .abilities import Abilities, loss_of_logits
+from .later import later
+from .request import Request
+from .runner import Runner, gathered
+from .structure import is_plain_linear
+
+# Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """The head of an attached causal LM."""
+
+    base: PreTrainedModel
+    runner: Runner
+    abilities: Abilities
+
+    def step(self, request: Request, plan: RowPlan, rows: torch.Tensor) -> CausalLMOutputWithPast:
+        """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
+        head, shared = self.base.get_output_embeddings(), request.shared
+        if request.loss is None and self._chunked_loss(head, plan, rows):
+            label_rows, labels = plan.labelled
+            states = self.runner.states(plan, rows, shared)
+            hidden = gathered(states.last_hidden_state[0], label_rows)
+            total = linear_cross_entropy(hidden, head.weight, head.bias, labels.to(hidden.device))
+            items = request.num_items_in_batch
+            loss = total / (len(labels) if items is None else items)
+            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype))
+        label_rows = label_rows_of(request, plan)
+        # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
+        keep, places = label_rows.unique(return_inverse=True)
+        if torch.compiler.is_compiling():  # hooks would break the graph
+            if not self.abilities.keeps_rows:
+                logits = gathered(self.runner.logits(plan, rows, shared), label_rows)
+            else:
+                logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
+            return CausalLMOutputWithPast(loss=self.loss_of_logits(request, plan, logits))
+        logits, states = self.runner.logits_and_states(plan, rows, shared, keep)
+        loss = self.loss_of_logits(request, plan, gathered(logits, places))
+        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype))
+
+    def _logits_later(self, plan, states, vocabulary, dtype):
+        """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
+        kind = states.last_hidden_state.device.type
+        autocast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+        head = self.base.get_output_embeddings().weight
+        version = head._version
+
+        def compute(hidden):
+            if head._version != version:
+                raise RuntimeError("the head has changed since the step whose logits are read; read them before")
+            with torch.autocast(kind, **autocast):
+                return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
+
+        return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
+
+    def loss_of_logits(self, request: Request, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
+        """The loss of the labelled rows' logits ``[M, V]``."""
+        if request.loss is not None:
+            return request.loss(logits)
+        return loss_of_logits(self.base, logits, plan.labelled[1].to(logits.device), request.num_items_in_batch)
+
+    def _chunked_loss(self, head, plan, rows):
+        return (
+            len(plan.labels) > ROWS
+            and self.abilities.plain_head
+            and is_plain_linear(head)  # still
+            and self.base.loss_function is ForCausalLMLoss
+            and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
+            and (rows.dtype == torch.float32 or not rows.is_floating_point())
+            and not torch.is_autocast_enabled(rows.device.type)
+            and not torch.compiler.is_compiling()
+        )
+
+    def fused(self, request: Request, plan: RowPlan, rows: torch.Tensor, **options: Any) -> ModelOutput:
+        """The output of a head that takes shifted labels and gives a number for each of them: TRL's fused head.
+
+        It sees labelled rows only, and its results stand where it would have put them: ``[B, W - 1]``, 0 elsewhere.
+
+        Raises:
+            CannotPack: it gives something else.
+        """
+        labels = request.labels
+        if labels is None or not len(plan.labelled[1]):
+            raise CannotPack("a fused head without labels")
+        label_rows, targets = plan.labelled
+        front = plan.grid.shape[1] - labels.shape[1]
+        mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
+        states = self.runner.states(plan, rows, request.shared)
+        hidden = gathered(states.last_hidden_state[0], label_rows)
+        output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
+        for name, x in output.items():
+            if x.shape == (1, len(hidden)):
+                output[name] = x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x)
+            elif x.dim():
+                raise CannotPack(f"the head's {name} is not a number for each label")
+        return output
+
+
+def label_rows_of(request: Request, plan: RowPlan) -> torch.Tensor:
+    """The rows whose logits the loss of a request is taken from."""
+    return plan.labelled[0] if request.loss is None else request.loss.rows(plan)
