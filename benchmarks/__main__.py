@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention and prompt_lstm.
+The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers; the last needs trl.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -18,6 +18,14 @@ import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
 
 from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
+
+def run_trainers(out, quick):
+    """See ``trainers.py``, which needs trl."""
+    from . import trainers
+
+    return trainers.run(out, quick)
+
+
 BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
@@ -26,6 +34,7 @@ BENCHMARKS = {
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
+    "trainers": run_trainers,
 }
 
 

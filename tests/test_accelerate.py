@@ -8,7 +8,7 @@ import torch
 from parity import B, P, S, assert_equal, assert_identical, batch, both, is_packed, peft_model, step
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, build
-from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Llama4TextConfig, LlamaConfig
 
 import fastprompt
 
@@ -104,6 +104,24 @@ def test_what_cannot_be_packed_runs_peft_and_says_why_once(change, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_that_is_given_is_used(filled):
+    model, ids = peft_model("llama").eval(), batch("right")["input_ids"][:, :4]
+
+    def run():
+        cache = DynamicCache()
+        if filled:
+            model.base_model(input_ids=ids, past_key_values=cache)
+        return model(input_ids=ids, past_key_values=cache).logits, cache.get_seq_length()
+
+    with torch.no_grad():
+        expected, length = run()
+        fastprompt.accelerate(model)
+        with pytest.warns(UserWarning, match=PADDED + "past_key_values given"):
+            got, ours = run()
+    assert ours == length == P + 4 * (1 + filled) and torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([2, 5])])

@@ -130,6 +130,8 @@ class Call:
         given = self.given
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
+        if given.get("past_key_values") is not None:
+            raise CannotPack("past_key_values given")
         # PEFT ignores positions behind prompts.
         return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - _OF_SAMPLES
 
