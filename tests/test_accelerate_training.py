@@ -27,8 +27,9 @@ def test_no_labels_at_all_gives_nan_as_peft_does():
 
 def test_tuple_outputs():
     model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
-    (loss,) = model(**inputs, return_dict=False)
+    loss, logits = model(**inputs, return_dict=False)
     torch.testing.assert_close(loss, model(**inputs).loss)
+    torch.testing.assert_close(logits * 1, model(**inputs).logits * 1)
 
 
 def test_autocast_is_followed():

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from parity import B, P, S, assert_equal, batch, both, is_packed, peft_model, step
 from peft import LoraConfig, PromptTuningConfig, inject_adapter_in_model
 from test_heads import build as build_with_head
@@ -110,12 +111,14 @@ def test_a_soft_prompt_model_is_pickled():
 
 def test_accelerate_s_wrappers_are_taken_off_alone():
     model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer in another test may have set it
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.prepare(model)
     assert is_packed(wrapped, inputs)
     bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     assert is_packed(bare, inputs)
     assert "forward" not in vars(fastprompt.restore(bare))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])

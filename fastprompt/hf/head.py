@@ -33,7 +33,7 @@ class LanguageHead:
         """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
-            label_rows, labels = plan.labelled
+            label_rows, labels = _labelled(plan)
             states = self.runner.states(plan, rows, shared)
             hidden = gathered(states.last_hidden_state[0], label_rows)
             total = linear_cross_entropy(hidden, head.weight, head.bias, labels.to(hidden.device))
@@ -72,7 +72,7 @@ class LanguageHead:
         """The loss of the labelled rows' logits ``[M, V]``."""
         if request.loss is not None:
             return request.loss(logits)
-        return loss_of_logits(self.base, logits, plan.labelled[1].to(logits.device), request.num_items_in_batch)
+        return loss_of_logits(self.base, logits, _labelled(plan)[1].to(logits.device), request.num_items_in_batch)
 
     def _chunked_loss(self, head, plan, rows):
         return (
@@ -95,9 +95,9 @@ class LanguageHead:
             CannotPack: it gives something else.
         """
         labels = request.labels
-        if labels is None or not len(plan.labelled[1]):
+        if labels is None or not len(_labelled(plan)[1]):
             raise CannotPack("a fused head without labels")
-        label_rows, targets = plan.labelled
+        label_rows, targets = _labelled(plan)
         front = plan.grid.shape[1] - labels.shape[1]
         mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
         states = self.runner.states(plan, rows, request.shared)
@@ -111,6 +111,13 @@ class LanguageHead:
         return output
 
 
+def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """``label_rows`` and ``labels`` of a batch that has labels."""
+    if plan.label_rows is None or plan.labels is None:
+        raise ValueError("the plan was made without labels")
+    return plan.label_rows, plan.labels
+
+
 def label_rows_of(request: Request, plan: RowPlan) -> torch.Tensor:
     """The rows whose logits the loss of a request is taken from."""
-    return plan.labelled[0] if request.loss is None else request.loss.rows(plan)
+    return _labelled(plan)[0] if request.loss is None else request.loss.rows(plan)

@@ -50,13 +50,6 @@ class RowPlan:
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
 
-    @property
-    def labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``label_rows`` and ``labels`` of a batch that has labels."""
-        if self.label_rows is None or self.labels is None:
-            raise ValueError("the plan was made without labels")
-        return self.label_rows, self.labels
-
     def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""
         flat = input_ids.reshape(-1)
