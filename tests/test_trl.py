@@ -89,30 +89,27 @@ def assert_all_packed(model):
     assert found.packed >= STEPS and found.padded == {}, found
 
 
+def assert_trains_alike(trainer, folder, method, plain=None):
+    """Trainers that ``trainer(model)`` makes do the same with PEFT (there ``plain(model)``) and packed."""
+    expected = run((plain or trainer)(model_of(folder, method)))
+    model = fastprompt.accelerate(model_of(folder, method))
+    assert_same(expected, run(trainer(model)))
+    assert_all_packed(model)
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_sft(method, checkpointing, folder, tokenizer, tmp_path):
     data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in rows()])
 
-    def trainer(model):
+    def trainer(model, checkpointing=checkpointing):
         options = {} if checkpointing else {"gradient_checkpointing": False}  # TRL switches it on
         return trl.SFTTrainer(
             model, arguments(trl.SFTConfig, tmp_path, **options), train_dataset=data, processing_class=tokenizer
         )
 
-    if method == "prefix tuning" and checkpointing:
-        plain = run(trainer_without_checkpointing(model_of(folder, method), tmp_path, data, tokenizer))
-    else:
-        plain = run(trainer(model_of(folder, method)))
-    model = fastprompt.accelerate(model_of(folder, method))
-    assert_same(plain, run(trainer(model)))
-    assert_all_packed(model)
-
-
-def trainer_without_checkpointing(model, tmp_path, data, tokenizer):
-    """PEFT's prefixes do not work with it."""
-    options = arguments(trl.SFTConfig, tmp_path, gradient_checkpointing=False)
-    return trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+    plain_checkpoints = checkpointing and method != "prefix tuning"  # PEFT's prefixes do not work with it
+    assert_trains_alike(trainer, folder, method, plain=lambda model: trainer(model, plain_checkpoints))
 
 
 def other(answer):
@@ -127,10 +124,7 @@ def test_dpo(method, folder, tokenizer, tmp_path):
         options = arguments(trl.DPOConfig, tmp_path, gradient_checkpointing=False)
         return trl.DPOTrainer(model, args=options, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
 
-    plain = run(trainer(model_of(folder, method)))
-    model = fastprompt.accelerate(model_of(folder, method))
-    assert_same(plain, run(trainer(model)))
-    assert_all_packed(model)
+    assert_trains_alike(trainer, folder, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,10 +138,7 @@ def test_kto(method, folder, tokenizer, tmp_path):
         options = arguments(trl.KTOConfig, tmp_path, gradient_checkpointing=False)
         return trl.KTOTrainer(model, args=options, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
 
-    plain = run(trainer(model_of(folder, method)))
-    model = fastprompt.accelerate(model_of(folder, method))
-    assert_same(plain, run(trainer(model)))
-    assert_all_packed(model)
+    assert_trains_alike(trainer, folder, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -163,10 +154,7 @@ def test_grpo(method, folder, tokenizer, tmp_path):
         )
         return trl.GRPOTrainer(model, reward_funcs=reward, args=options, train_dataset=data, processing_class=tokenizer)
 
-    plain = run(trainer(model_of(folder, method)))
-    model = fastprompt.accelerate(model_of(folder, method))
-    assert_same(plain, run(trainer(model)))
-    assert_all_packed(model)
+    assert_trains_alike(trainer, folder, method)
 
 
 def test_an_adapter_that_the_trainer_makes(folder, tokenizer, tmp_path):
@@ -193,17 +181,14 @@ def test_an_adapter_that_the_trainer_makes(folder, tokenizer, tmp_path):
 def test_sft_without_padding_is_sft_with_padding(method, folder, tokenizer, tmp_path):
     data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in rows()])
 
-    def trainer(model, padding_free):
+    def trainer(model, padding_free=True):
         options = arguments(
             trl.SFTConfig, tmp_path, gradient_checkpointing=False, max_length=None, padding_free=padding_free
         )
         return trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
 
-    plain = run(trainer(model_of(folder, method), False))
-    model = fastprompt.accelerate(model_of(folder, method))
     with pytest.warns(UserWarning, match="packed samples are kept apart"):
-        assert_same(plain, run(trainer(model, True)))
-    assert_all_packed(model)
+        assert_trains_alike(trainer, folder, method, plain=lambda model: trainer(model, padding_free=False))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -63,9 +63,9 @@ class Abilities:
     pooled_column: int | None = None
     rope_limit: int | None = None
 
-    @property
-    def has_own_loss(self) -> bool:
-        return self.own_loss is not None or self.own_loss_of_items is not None
+    def why_not_loss_of_logits(self, num_items: torch.Tensor | int | None) -> str | None:
+        """None if its loss, divided by ``num_items``, is that of its logits, else what is different."""
+        return self.own_loss if num_items is None else self.own_loss_of_items
 
     @property
     def causal(self) -> bool:
@@ -119,7 +119,8 @@ class Probe:
                 own_loss_of_items=self._own_loss(ITEMS),
                 needs_ids=self.expected.needs_ids,
             )
-            return replace(found, packs_own_loss=found.has_own_loss and self._packs_own_loss(found))
+            has_own_loss = any(found.why_not_loss_of_logits(items) is not None for items in self.expected.losses)
+            return replace(found, packs_own_loss=has_own_loss and self._packs_own_loss(found))
 
     def runner(self, abilities: Abilities) -> Runner:
         return Runner(
@@ -220,15 +221,14 @@ class Probe:
     def _packs_own_loss(self, found):
         """Is the loss of the model's own forward the same when its backbone runs packed rows?"""
         expected, sample = self.expected, self.expected.sample
-        mask = sample.masks["right"]
+        mask, runner = sample.masks["right"], self.runner(found)
+        plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
         for items, loss in expected.losses.items():
             extra = {} if items is None else {"num_items_in_batch": items}
             if isinstance(loss, str):
                 if items is None:
                     return False
                 continue
-            plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
-            runner = self.runner(found)
             with expected.arithmetic():
                 rows = runner.rows(plan, sample.prompt, sample.embeds)
                 with runner.packed_backbone(plan, {"inputs_embeds": rows}):

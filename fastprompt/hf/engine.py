@@ -63,11 +63,10 @@ class Engine:
 
     def own_forward_has_the_loss(self, labels: torch.Tensor | None, num_items: torch.Tensor | int | None) -> bool:
         """Must the loss be left to the model's own forward?"""
-        found = self.abilities
         if labels is None or not self.is_lm:
             return False
         replaced = "forward" in vars(self.base) and not hasattr(self.base, "_hf_hook")  # Accelerate's moves tensors
-        return replaced or (found.own_loss if num_items is None else found.own_loss_of_items) is not None
+        return replaced or self.abilities.why_not_loss_of_logits(num_items) is not None
 
     def _probe(self):
         probe = Probe(self.base)
@@ -101,6 +100,15 @@ class Engine:
             CannotPack: the reason why it has to take the padded path.
             ValueError, TypeError: wrong arguments.
         """
+        plan = self._planned(request)
+        self.stats.count_packed(len(plan.source), plan.grid.numel())
+        return plan
+
+    def uncount(self, plan: RowPlan) -> None:
+        """A planned call was not run on packed rows after all."""
+        self.stats.count_packed(-len(plan.source), -plan.grid.numel(), calls=-1)
+
+    def _planned(self, request):
         reason = self._why_not(request)
         if reason is not None:
             raise CannotPack(reason)
@@ -112,19 +120,6 @@ class Engine:
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
         )
-        plan = self._planned(request, like_tokens, device, options)
-        self.stats.packed += 1
-        self.stats.rows += len(plan.source)
-        self.stats.rows_padded += plan.grid.numel()
-        return plan
-
-    def uncount(self, plan: RowPlan) -> None:
-        """A planned call was not run on packed rows after all."""
-        self.stats.packed -= 1
-        self.stats.rows -= len(plan.source)
-        self.stats.rows_padded -= plan.grid.numel()
-
-    def _planned(self, request, like_tokens, device, options):
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
                 name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()
@@ -260,7 +255,7 @@ class Engine:
         if request.shared is not None and request.has_ids and found.needs_ids and not self._looks_up_ids():
             return "the model looks more up by token id than embeddings, and a hook changes these"
         if request.labels is not None and request.loss is None:
-            own = found.own_loss if request.num_items_in_batch is None else found.own_loss_of_items
+            own = found.why_not_loss_of_logits(request.num_items_in_batch)
             if own is not None and not (request.own_forward and found.packs_own_loss):
                 return own
         if found.returns_cache and not found.makes_cache and self._wants_cache(request):

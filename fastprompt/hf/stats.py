@@ -24,6 +24,12 @@ class Stats:
         """All of them."""
         return self.packed + sum(self.padded.values())
 
+    def count_packed(self, rows: int, rows_padded: int, calls: int = 1) -> None:
+        """Count a packed call; negative numbers take one back."""
+        self.packed += calls
+        self.rows += rows
+        self.rows_padded += rows_padded
+
     def count_padded(self, reason: str) -> None:
         """Count a call that was not packed."""
         self.padded[reason] = self.padded.get(reason, 0) + 1

@@ -162,13 +162,16 @@ class Call:
         )
         return starts
 
+    @property
+    def _num_samples(self):
+        return len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
     def _find_tasks(self):
         """The distinct tasks of the batch, and which of them each row has; None where the adapter has no tasks."""
         self.task_ids, self.prompt_ids = self.given.get("task_ids"), None
         if self.config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or self.task_ids is None:
             return
-        batch = len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-        ids = self.task_ids.reshape(-1)
+        batch, ids = self._num_samples, self.task_ids.reshape(-1)
         if len(ids) not in (1, batch):
             raise ValueError(
                 f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(ids)}"
@@ -181,7 +184,7 @@ class Call:
         self.adapters, self._used = [model.active_adapter], None
         if names is None:
             return
-        rows = len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        rows = self._num_samples
         if len(names) != rows:
             raise ValueError(f"adapter_names must have one entry for each of the {rows} rows, got {len(names)}")
         if unknown := sorted(set(names) - set(model.peft_config)):
