@@ -12,6 +12,7 @@ from ..hf.attachment import is_attached
 from ..hf.engine import Engine
 from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
+from . import resuming
 from .call import PACKED_CLASSES, Call
 
 _STATE = "_fastprompt"
@@ -80,7 +81,7 @@ class _State:
 
     Attributes:
         engine: the engine of its base model.
-        own_forward: the instance's own forward, if it had one.
+        own: the methods that were the instance's own already.
         outputs: a prompt encoder -> its CachedOutput.
     """
 
@@ -88,7 +89,8 @@ class _State:
     attached = False
 
     def __init__(self, model):
-        self.own_forward, self.config = model.__dict__.get("forward"), model.__dict__.get("config")
+        self.own = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
+        self.config = model.__dict__.get("config")
         self.config_is_base_s = self.config is not None and self.config is model.base_model.config
         self.warned, self.outputs = set(), weakref.WeakKeyDictionary()
 
@@ -97,22 +99,22 @@ class _State:
         self.engine = Engine(base)
         if self.config_is_base_s:
             model.config = base.config
-        model.forward = _Forward(model)
+        for name in _REPLACED:
+            model.__dict__[name] = _Method(model, name)
         return self.engine
 
     def detach(self, model):
-        if self.own_forward is not None:
-            model.forward = self.own_forward
-        else:
-            model.__dict__.pop("forward", None)
+        for name in _REPLACED:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(self.own)
         if self.engine is not None:
             self.engine.detach()
         if self.config_is_base_s:  # where another user keeps the base attached, that is not the model's own yet
             model.config = self.config if is_attached(model.base_model) else model.base_model.config
 
-    def original(self, model):
-        """The forward that the model had before."""
-        return self.own_forward or functools.partial(type(model).forward, model)
+    def original(self, model, name="forward"):
+        """The method that the model had before."""
+        return self.own.get(name) or functools.partial(getattr(type(model), name), model)
 
     def fell_back(self, reason):
         """Count a call that takes PEFT's own forward, and say why."""
@@ -126,7 +128,7 @@ class _State:
         """A warning, the first time."""
         if text not in self.warned:
             self.warned.add(text)
-            warnings.warn(text, stacklevel=7)
+            warnings.warn(text, stacklevel=8)
 
     def __getstate__(self):
         return {**vars(self), "outputs": None}
@@ -135,17 +137,17 @@ class _State:
         vars(self).update(state, outputs=weakref.WeakKeyDictionary())
 
 
-class _Forward:
-    """The forward of one accelerated model: a bound method that, unlike Python's, a pickle brings back."""
+class _Method:
+    """A method of one accelerated model: bound, and unlike Python's a pickle brings it back."""
 
-    def __init__(self, model):
-        self.__self__, self.__func__ = model, _forward_like(type(model))
+    def __init__(self, model, name):
+        self.__self__, self.__func__ = model, _method_like(type(model), name)
 
     def __call__(self, *args, **kwargs):
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __reduce__(self):
-        return _Forward, (self.__self__,)
+        return _Method, (self.__self__, self.__func__.__name__)
 
     def __getattr__(self, name):
         return getattr(self.__func__, name)  # as of a bound method
@@ -175,31 +177,49 @@ def _fall_back(state, reason, given):
 
 
 @functools.cache
-def _forward_like(peft_class):
-    """``peft_class.forward`` on packed rows where they give the same result."""
+def _method_like(peft_class, name):
+    """``peft_class.name`` as an accelerated model has it, under the same name and signature."""
+    make = _REPLACED[name]
+    original = getattr(peft_class, name)
 
-    def forward(self, *args, **kwargs):
-        state = self.__dict__[_STATE]
-        original = state.original(self)
-        if torch.compiler.is_exporting():
-            return original(*args, **kwargs)
-        if not self.active_peft_config.is_prompt_learning or not issubclass(peft_class, PACKED_CLASSES):
-            return original(*args, **kwargs)
-        call = _translate(self, state, original, args, kwargs)
-        if call is None:
-            return original(*args, **kwargs)
-        try:
-            if call.direct:
-                return call.language_model()
-            with call.packed_backbone():
-                return original(*args, **{name: x for name, x in kwargs.items() if name != "adapter_names"})
-        except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
-            state.engine.uncount(call.plan)
-            _fall_back(state, str(reason), call.given)
-        return original(*args, **kwargs)
+    def method(self, *args, **kwargs):
+        return make(self, *args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.
-    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-        setattr(forward, name, getattr(peft_class.forward, name))
-    forward.__signature__ = inspect.signature(peft_class.forward)
-    return forward
+    for attribute in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(method, attribute, getattr(original, attribute))
+    method.__signature__ = inspect.signature(original)
+    return method
+
+
+def _forward(self, *args, **kwargs):
+    state = self.__dict__[_STATE]
+    original = state.original(self)
+    if torch.compiler.is_exporting():
+        return original(*args, **kwargs)
+    if not self.active_peft_config.is_prompt_learning or not isinstance(self, PACKED_CLASSES):
+        return original(*args, **kwargs)
+    call = _translate(self, state, original, args, kwargs)
+    if call is None:
+        return original(*args, **kwargs)
+    try:
+        if call.direct:
+            return call.language_model()
+        with call.packed_backbone():
+            return original(*args, **{name: x for name, x in kwargs.items() if name != "adapter_names"})
+    except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
+        state.engine.uncount(call.plan)
+        _fall_back(state, str(reason), call.given)
+    return original(*args, **kwargs)
+
+
+def _save_pretrained(self, *args, **kwargs):
+    return resuming.save_pretrained(self, self.__dict__[_STATE].original(self, "save_pretrained"), *args, **kwargs)
+
+
+def _load_adapter(self, *args, **kwargs):
+    return resuming.load_adapter(self, self.__dict__[_STATE].original(self, "load_adapter"), *args, **kwargs)
+
+
+# The methods of a PeftModel that an accelerated one replaces.
+_REPLACED = {"forward": _forward, "save_pretrained": _save_pretrained, "load_adapter": _load_adapter}

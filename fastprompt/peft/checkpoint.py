@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from ..hf.arguments import Method
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
-_WEIGHTS, _CONFIG, _ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
+_WEIGHTS, _CONFIG, ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
 _HEAD = "base_model."  # in front of the names of a head's parameters, as PEFT writes its modules_to_save
 
 
@@ -204,13 +204,19 @@ def _write(folder, peft_config, tensors, encoder, notes):
         peft_config.save_pretrained(aside)
         save_file(tensors, Path(aside, _WEIGHTS), metadata={"format": "pt", **notes})
         if encoder is None:
-            (folder / _ENCODER).unlink(missing_ok=True)
+            (folder / ENCODER).unlink(missing_ok=True)
         else:
-            encoder = {name: x.cpu().contiguous() for name, x in encoder.items()}
-            save_file(encoder, Path(aside, _ENCODER), metadata={"output": _digest(tensors["prompt_embeddings"])})
-            os.replace(Path(aside, _ENCODER), folder / _ENCODER)
+            write_encoder(folder, encoder, tensors["prompt_embeddings"])
         for name in (_WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
             os.replace(Path(aside, name), folder / name)
+
+
+def write_encoder(folder: Path, state: Mapping[str, torch.Tensor], prompt: torch.Tensor) -> None:
+    """Write the ``state`` of the encoder that gave ``prompt``, aside and then renamed."""
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+        save_file(tensors, Path(aside, ENCODER), metadata={"output": _digest(prompt)})
+        os.replace(Path(aside, ENCODER), folder / ENCODER)
 
 
 def _digest(x):
@@ -218,9 +224,9 @@ def _digest(x):
     return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _read_encoder(folder, prompt):
+def read_encoder(folder: Path, prompt: torch.Tensor) -> dict[str, torch.Tensor] | None:
     """The state of the encoder that gave ``prompt``, or None."""
-    path = folder / _ENCODER
+    path = folder / ENCODER
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
@@ -236,7 +242,7 @@ def _read_prompts(folder, config, bank, weights, layers):
 
 def _read_p_tuning(folder, config, bank, weights, layers):
     prompt = bank[0]
-    state = _read_encoder(folder, prompt)
+    state = read_encoder(folder, prompt)
     if state is None:
         return PTuning(*prompt.shape, encoder=None, init=prompt)
     kind = config.encoder_reparameterization_type.lower()
@@ -267,7 +273,7 @@ def _read_prefix(folder, config, bank, weights, layers):
     sizes = (bank.shape[1], len(layers), heads, width // heads)
     state = None
     if getattr(config, "prefix_projection", False) and layers == written:
-        state = _read_encoder(folder, bank[0])
+        state = read_encoder(folder, bank[0])
     if state is not None:
         method = PrefixTuning(*sizes, projection=config.encoder_hidden_size, layers=layers)
         method.load_state_dict(state)
