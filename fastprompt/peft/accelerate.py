@@ -6,14 +6,15 @@ import warnings
 import weakref
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftModelForCausalLM, PeftType
 
 from ..hf.attachment import is_attached
 from ..hf.engine import Engine
 from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
 from . import resuming
-from .call import PACKED_CLASSES, Call
+from .call import PACKED_CLASSES, Call, is_prefix
+from .smoothing import smooth_by_text, to_be_shifted
 
 _STATE = "_fastprompt"
 
@@ -56,6 +57,7 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     finally:
         if not state.attached:
             restore(peft_model)
+    smooth_by_text()
     if engine.refusal is not None:
         state.warn(engine.refusal)
     return peft_model
@@ -128,7 +130,7 @@ class _State:
         """A warning, the first time."""
         if text not in self.warned:
             self.warned.add(text)
-            warnings.warn(text, stacklevel=8)
+            warnings.warn(text, stacklevel=9)
 
     def __getstate__(self):
         return {**vars(self), "outputs": None}
@@ -193,6 +195,17 @@ def _method_like(peft_class, name):
 
 
 def _forward(self, *args, **kwargs):
+    output = _run(self, args, kwargs)
+    if (
+        isinstance(self, PeftModelForCausalLM)
+        and is_prefix(self.active_peft_config)
+        and not torch.compiler.is_compiling()
+    ):
+        output = to_be_shifted(output)
+    return output
+
+
+def _run(self, args, kwargs):
     state = self.__dict__[_STATE]
     original = state.original(self)
     if torch.compiler.is_exporting():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import (
+    PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -31,8 +32,6 @@ PACKED_CLASSES = (
     PeftModelForQuestionAnswering,
     PeftModelForFeatureExtraction,
 )
-_PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
-
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
     "adapter_names",
@@ -65,6 +64,11 @@ _OF_BACKBONE = {
 _OF_SAMPLES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
+def is_prefix(config: PeftConfig) -> bool:
+    """Does an adapter learn keys and values, and not rows?"""
+    return config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
 class Call:
     """One forward call of an accelerated model.
 
@@ -86,7 +90,7 @@ class Call:
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
         self.config = model.active_peft_config
         self.length = self.config.num_virtual_tokens
-        self.is_prefix = self.config.peft_type in _PREFIXES
+        self.is_prefix = is_prefix(self.config)
         is_lm = isinstance(model, PeftModelForCausalLM)
         self.direct = is_lm and self.engine.is_lm
         self.engine.ask_again()

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import load_peft_weights
 from torch import nn
@@ -62,7 +61,7 @@ def load_adapter(
     known = adapter_name in model.peft_config
     config = model.peft_config[adapter_name] if known else None
     if not known and is_trainable:
-        config = PeftConfig.from_pretrained(model_id)
+        config = PeftConfig.from_pretrained(str(model_id))
         if not config.is_prompt_learning:
             config = None
     if config is None:
