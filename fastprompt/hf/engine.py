@@ -245,7 +245,8 @@ class Engine:
                 return f"the attention mask has shape {list(mask.shape)}, the tokens {list(request.tokens.shape[:2])}"
             if not found.left_padding and bool((mask[:, :1] == 0).any()):
                 return "the model does not see left-padded rows as packed rows would"
-            if not found.right_padding and not request.finds_last and bool((mask[:, -1:] == 0).any()):
+            reads_padding = not (found.right_padding or request.finds_last or request.finds_last_by_id)
+            if reads_padding and bool((mask[:, -1:] == 0).any()):
                 return "the model reads what stands in the last column, which is padding here; pad on the left"
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if getattr(self.base.config, name, False):
@@ -278,15 +279,18 @@ class Engine:
             if bool((labels[padding.to(labels.device)] != IGNORE).any()):
                 return f"padding has labels other than {IGNORE}; mask them with it"
         if request.shared is not None and request.has_ids:
-            return self._why_not_ids(request.tokens, ~padding)
+            return self._why_not_ids(request, ~padding)
         return None
 
-    def _why_not_ids(self, ids, real):
+    def _why_not_ids(self, request, real):
         """Does the model take token ids at their word in a way that the rows ``real [B, S]`` do not follow?"""
+        ids = request.tokens
         padding = getattr(self.base.config, "pad_token_id", None)
         if self.abilities.position_offset and bool((real & (ids == padding)).any()):
             return "the model counts positions by token ids, and a real token has that of padding"
-        if not self.abilities.right_padding:  # a classifier reads the last token that is not padding by its id
+        if (
+            not self.abilities.right_padding and not request.finds_last
+        ):  # a classifier reads the last token that is not padding by its id
             column = torch.arange(ids.shape[1], device=ids.device)
             last = column[-1:] if padding is None else ((ids != padding) * column).argmax(1)
             if not bool(real.gather(1, last.expand(len(ids))[:, None]).all()):

@@ -45,7 +45,7 @@ class Request:
         own_forward: does the front run the model's own forward around the packed backbone, on the batch as it came?
         head_labels: the labels of such a forward.
         reads_all_columns: does its result depend on the states of all columns, padding among them?
-        finds_last: does its head find a row's last token whatever stands behind it?
+        finds_last, finds_last_by_id: does its head find a row's last token whatever stands behind it, or by its id?
         rows_differ: may tokens of the same id be different rows, by what is given beside them?
     """
 
@@ -67,6 +67,7 @@ class Request:
     head_labels: torch.Tensor | None = None
     reads_all_columns: bool = False
     finds_last: bool = False
+    finds_last_by_id: bool = False
     rows_differ: bool = False
 
     @property

@@ -4,9 +4,10 @@ import functools
 import inspect
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM, PeftType
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
 
 from ..hf.attachment import is_attached
 from ..hf.engine import Engine
@@ -14,12 +15,13 @@ from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
 from . import resuming
 from .call import PACKED_CLASSES, Call, is_prefix
+from .heads import last_token_read, outputs_of_text, targets_of_text
 from .smoothing import smooth_by_text, to_be_shifted
 
 _STATE = "_fastprompt"
 
 
-def accelerate(peft_model: PeftModel) -> PeftModel:
+def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
     checkpoints.
 
@@ -39,17 +41,24 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
+        heads: "text": where PEFT's classes for classification and question answering mistake virtual tokens or padding
+            for text, they do not. A classifier on a decoder reads a row's last real token, whatever the side of the
+            padding; labels ``[B, S]`` of tokens, and positions of answers, are those of the text, and logits that come
+            with them, too. One warning says so. "peft": everything as in PEFT.
 
     Raises:
         TypeError: not such a model; it is left as it was.
+        ValueError: another ``heads``.
     """
+    if heads not in ("text", "peft"):
+        raise ValueError(f'heads must be "text" or "peft", got {heads!r}')
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model must be a peft.PeftModel, got {type(peft_model).__name__}")
     config = peft_model.active_peft_config
     if not config.is_prompt_learning:
         raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
-    state = _State(peft_model)
+    state = _State(peft_model, heads)
     try:
         peft_model.__dict__[_STATE] = state
         engine = state.attach(peft_model)
@@ -83,6 +92,7 @@ class _State:
 
     Attributes:
         engine: the engine of its base model.
+        heads: see accelerate.
         own: the methods that were the instance's own already.
         outputs: a prompt encoder -> its CachedOutput.
     """
@@ -90,7 +100,8 @@ class _State:
     engine = None
     attached = False
 
-    def __init__(self, model):
+    def __init__(self, model, heads):
+        self.heads = heads
         self.own = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
         self.config = model.__dict__.get("config")
         self.config_is_base_s = self.config is not None and self.config is model.base_model.config
@@ -160,10 +171,8 @@ class _Method:
 
 
 @torch.compiler.disable
-def _translate(model, state, original, args, kwargs):
+def _translate(model, state, given):
     """The call, planned, or None if it has to take PEFT's own forward."""
-    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
     try:
         return Call(model, state, given)
     except CannotPack as reason:
@@ -210,20 +219,43 @@ def _run(self, args, kwargs):
     original = state.original(self)
     if torch.compiler.is_exporting():
         return original(*args, **kwargs)
-    if not self.active_peft_config.is_prompt_learning or not isinstance(self, PACKED_CLASSES):
+    config = self.active_peft_config
+    if not config.is_prompt_learning or not isinstance(self, PACKED_CLASSES):
         return original(*args, **kwargs)
-    call = _translate(self, state, original, args, kwargs)
-    if call is None:
-        return original(*args, **kwargs)
-    try:
-        if call.direct:
-            return call.language_model()
-        with call.packed_backbone():
-            return original(*args, **{name: x for name, x in kwargs.items() if name != "adapter_names"})
-    except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
-        state.engine.uncount(call.plan)
-        _fall_back(state, str(reason), call.given)
-    return original(*args, **kwargs)
+    front = 0 if is_prefix(config) else config.num_virtual_tokens
+    given, of_text, reading = _understood(self, state, original, front, args, kwargs)
+    output = _packed_or_padded(self, state, original, given, reading)
+    return outputs_of_text(output, front) if of_text else output
+
+
+@torch.compiler.disable
+def _understood(model, state, original, front, args, kwargs):
+    """The arguments of a call by name, are its outputs wanted of the text only, and what makes the block to run it in."""
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    if state.heads != "text":
+        return given, False, nullcontext
+    given, of_text = targets_of_text(model, front, given, state.tell)
+    reading = nullcontext
+    if isinstance(model, PeftModelForSequenceClassification) and not state.engine.abilities.right_padding:
+        by_id = is_prefix(model.active_peft_config)
+        reading = functools.partial(last_token_read, model.base_model, given, by_id=by_id, tell=state.tell)
+    return given, of_text, reading
+
+
+def _packed_or_padded(self, state, original, given, reading):
+    call = _translate(self, state, given)
+    if call is not None:
+        try:
+            if call.direct:
+                return call.language_model()
+            with call.packed_backbone(), reading():
+                return original(**{name: x for name, x in given.items() if name != "adapter_names"})
+        except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
+            state.engine.uncount(call.plan)
+            _fall_back(state, str(reason), given)
+    with reading():
+        return original(**given)
 
 
 def _save_pretrained(self, *args, **kwargs):

@@ -125,7 +125,8 @@ class Call:
             own_forward=not self.direct,
             head_labels=labels,
             reads_all_columns=isinstance(model, PeftModelForQuestionAnswering),
-            finds_last=self.is_prefix and given.get("input_ids") is not None,
+            finds_last=state.heads == "text" and isinstance(model, PeftModelForSequenceClassification),
+            finds_last_by_id=self.is_prefix and given.get("input_ids") is not None,
             rows_differ=given.get("token_type_ids") is not None and not self.direct,
         )
         self.plan = self.engine.plan(self.request)
