@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .ops.prefix_attention.api import prefix_attention
     from .ops.prompt_concat.api import prompt_concat
     from .ops.prompt_lstm.api import prompt_lstm
-    from .peft.accelerate import accelerate, restore
+    from .peft.accelerate import accelerate, get_peft_model, restore
     from .peft.model import SoftPromptModel
     from .peft.stats import StatsCallback, stats
 
@@ -39,6 +39,7 @@ __all__ = [
     "distillation_loss",
     "ensemble_vote",
     "gated_activation",
+    "get_peft_model",
     "linear_cross_entropy",
     "multitask_prompt",
     "patch_attention",
@@ -66,6 +67,7 @@ _MODULES = {
     "distillation_loss": "methods",
     "ensemble_vote": "methods",
     "gated_activation": "ops",
+    "get_peft_model": "peft.accelerate",
     "linear_cross_entropy": "ops",
     "multitask_prompt": "ops",
     "patch_attention": "hf.patch",

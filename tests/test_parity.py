@@ -2,12 +2,13 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
 from budget import assert_within
 from faults import assert_found
 from parity import METHODS, PREFIXES, B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
-from tiny_models import MODELS
+from tiny_models import MODELS, build
 
 import fastprompt
 from benchmarks.budget import Budget
@@ -161,3 +162,23 @@ def test_bf16_within_the_rounding_of_peft(name):
         "a shifted label": step(high, dict(inputs, labels=inputs["labels"].roll(1, 1))),
     }
     assert_found(budget, {fault: results(taken) for fault, taken in faults.items()})
+
+
+@pytest.mark.parametrize("method", PREFIXES)
+def test_a_prefix_on_a_model_that_checkpoints_already(method):
+    """PEFT refuses to build it; a batch that is not packed runs without checkpoints."""
+    reference, inputs = peft_model("llama", method), batch("right")
+    plain = step(reference, inputs)
+    base = build("llama").train()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        peft.get_peft_model(base, reference.active_peft_config)
+    model = fastprompt.get_peft_model(base, reference.active_peft_config)
+    model.prompt_encoder.load_state_dict(reference.prompt_encoder.state_dict())
+    assert_equal(plain, step(model, inputs), inputs)
+    assert fastprompt.stats(model).padded == {}
+    with pytest.warns(UserWarning, match="output_hidden_states given"):
+        loss = model(**inputs, output_hidden_states=True).loss
+    torch.testing.assert_close(loss.detach(), plain[0], rtol=1e-5, atol=0)
+    assert base.is_gradient_checkpointing
+    model.add_adapter("second", reference.active_peft_config)

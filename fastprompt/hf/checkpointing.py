@@ -1,6 +1,8 @@
-"""Learned keys and values inside of reentrant gradient checkpoints."""
+"""Learned keys and values inside of reentrant gradient checkpoints, and models without checkpoints for a while."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,11 +32,9 @@ def through_reentrant_checkpoints(
     """A shared state that gives the right gradients inside of reentrant checkpoints too, and what the rows must pass.
 
     A reentrant checkpoint runs a backward of its own that stops at the checkpoint's inputs, and learned keys and values
-    are
-    not among them: their graph (an embedding, an MLP) would be walked through once a layer, which it does not survive.
-        So
-    the layers read leaves, which may gather gradients from any number of backwards, and a node in front of the first
-    layer, where backward arrives last, passes the sums on.
+    are not among them: their graph (an embedding, an MLP) would be walked through once a layer, which it does not
+    survive. So the layers read leaves, which may gather gradients from any number of backwards, and a node in front of
+    the first layer, where backward arrives last, passes the sums on.
 
     Returns:
         The shared state of leaves, and the function that puts that node behind the rows ``[..., D]``.
@@ -52,3 +52,16 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
             if getattr(function, "keywords", {}).get("use_reentrant", True):
                 return True
     return False
+
+
+@contextmanager
+def without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """While the block runs, the layers of a model are run once and keep what backward needs."""
+    switched: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True

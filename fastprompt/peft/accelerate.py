@@ -4,19 +4,20 @@ import functools
 import inspect
 import warnings
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable
+from typing import Any
 
+import peft
 import torch
-from peft import PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
+from peft import PeftConfig, PeftModel, PeftType
+from transformers import PreTrainedModel
 
 from ..hf.attachment import is_attached
+from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
-from ..hf.masks import UnsupportedAttention
-from ..layout import CannotPack
 from . import resuming
-from .call import PACKED_CLASSES, Call, is_prefix
-from .heads import last_token_read, outputs_of_text, targets_of_text
-from .smoothing import smooth_by_text, to_be_shifted
+from .forward import forward
+from .smoothing import smooth_by_text
 
 _STATE = "_fastprompt"
 
@@ -28,8 +29,13 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
     Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
     feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows
-    of a prompt begin with, run once. Adapters that are added or loaded later are covered; Prefix-Tuning works with
-    gradient checkpointing switched on afterwards.
+    of a prompt begin with, run once. Adapters that are added or loaded later are covered. Prefix-Tuning works with
+    gradient checkpointing switched on afterwards, or before by :func:`get_peft_model`; a batch that is not packed runs
+    without checkpoints then.
+
+    ``save_pretrained`` writes the encoder of P-Tuning and of projected prefixes beside PEFT's files, and
+    ``load_adapter`` brings it back, which PEFT cannot: trainings resume, by hand (``is_trainable=True``) and by
+    Trainer. Trainer's label smoothing is right.
 
     With labels, in training, the head of a causal LM runs on labelled rows only; ``outputs.logits`` are computed when
     somebody reads them, and ``outputs.past_key_values`` is None. Otherwise logits come in PEFT's shape, and a cache
@@ -70,6 +76,24 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     if engine.refusal is not None:
         state.warn(engine.refusal)
     return peft_model
+
+
+def get_peft_model(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    heads: str = "text",
+    **options: Any,
+) -> PeftModel:
+    """``peft.get_peft_model`` and :func:`accelerate` in one, for models whose gradient checkpointing is on already.
+
+    PEFT refuses Prefix-Tuning on them, for its own forward cannot do it (``prepare_model_for_kbit_training`` switches
+    it on); packed rows can. Other arguments are those of ``peft.get_peft_model``.
+    """
+    with without_checkpoints(model):
+        peft_model = peft.get_peft_model(model, peft_config, adapter_name, **options)
+    return accelerate(peft_model, heads=heads)
 
 
 def restore(peft_model: PeftModel) -> PeftModel:
@@ -170,31 +194,13 @@ class _Method:
         return inspect.signature(functools.partial(self.__func__, None))
 
 
-@torch.compiler.disable
-def _translate(model, state, given):
-    """The call, planned, or None if it has to take PEFT's own forward."""
-    try:
-        return Call(model, state, given)
-    except CannotPack as reason:
-        _fall_back(state, str(reason), given)
-        return None
-
-
-def _fall_back(state, reason, given):
-    """Let the call take PEFT's own forward, unless that would be the wrong answer."""
-    if given.get("adapter_names") is not None:
-        raise ValueError(f"adapter_names needs packed rows, but {reason}")
-    state.fell_back(reason)
-
-
 @functools.cache
 def _method_like(peft_class, name):
     """``peft_class.name`` as an accelerated model has it, under the same name and signature."""
-    make = _REPLACED[name]
-    original = getattr(peft_class, name)
+    run, original = _REPLACED[name], getattr(peft_class, name)
 
     def method(self, *args, **kwargs):
-        return make(self, *args, **kwargs)
+        return run(self, self.__dict__[_STATE], *args, **kwargs)
 
     # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.
     for attribute in ("__name__", "__qualname__", "__doc__", "__module__"):
@@ -203,68 +209,10 @@ def _method_like(peft_class, name):
     return method
 
 
-def _forward(self, *args, **kwargs):
-    output = _run(self, args, kwargs)
-    if (
-        isinstance(self, PeftModelForCausalLM)
-        and is_prefix(self.active_peft_config)
-        and not torch.compiler.is_compiling()
-    ):
-        output = to_be_shifted(output)
-    return output
-
-
-def _run(self, args, kwargs):
-    state = self.__dict__[_STATE]
-    original = state.original(self)
-    if torch.compiler.is_exporting():
-        return original(*args, **kwargs)
-    config = self.active_peft_config
-    if not config.is_prompt_learning or not isinstance(self, PACKED_CLASSES):
-        return original(*args, **kwargs)
-    front = 0 if is_prefix(config) else config.num_virtual_tokens
-    given, of_text, reading = _understood(self, state, original, front, args, kwargs)
-    output = _packed_or_padded(self, state, original, given, reading)
-    return outputs_of_text(output, front) if of_text else output
-
-
-@torch.compiler.disable
-def _understood(model, state, original, front, args, kwargs):
-    """The arguments of a call by name, are its outputs wanted of the text only, and what makes the block to run it in."""
-    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
-    if state.heads != "text":
-        return given, False, nullcontext
-    given, of_text = targets_of_text(model, front, given, state.tell)
-    reading = nullcontext
-    if isinstance(model, PeftModelForSequenceClassification) and not state.engine.abilities.right_padding:
-        by_id = is_prefix(model.active_peft_config)
-        reading = functools.partial(last_token_read, model.base_model, given, by_id=by_id, tell=state.tell)
-    return given, of_text, reading
-
-
-def _packed_or_padded(self, state, original, given, reading):
-    call = _translate(self, state, given)
-    if call is not None:
-        try:
-            if call.direct:
-                return call.language_model()
-            with call.packed_backbone(), reading():
-                return original(**{name: x for name, x in given.items() if name != "adapter_names"})
-        except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
-            state.engine.uncount(call.plan)
-            _fall_back(state, str(reason), given)
-    with reading():
-        return original(**given)
-
-
-def _save_pretrained(self, *args, **kwargs):
-    return resuming.save_pretrained(self, self.__dict__[_STATE].original(self, "save_pretrained"), *args, **kwargs)
-
-
-def _load_adapter(self, *args, **kwargs):
-    return resuming.load_adapter(self, self.__dict__[_STATE].original(self, "load_adapter"), *args, **kwargs)
-
-
 # The methods of a PeftModel that an accelerated one replaces.
-_REPLACED = {"forward": _forward, "save_pretrained": _save_pretrained, "load_adapter": _load_adapter}
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "forward": forward,
+    "save_pretrained": resuming.save_pretrained,
+    "load_adapter": resuming.load_adapter,
+    "add_adapter": resuming.add_adapter,
+}

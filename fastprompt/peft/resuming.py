@@ -5,8 +5,8 @@ that trains puts the output where the input belongs (P-Tuning) or fails (Prefix-
 written beside PEFT's files, where PEFT does not look, and read from there.
 """
 
+import functools
 import os
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,20 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import load_peft_weights
 from torch import nn
 
+from ..hf.checkpointing import without_checkpoints
 from .checkpoint import ENCODER, read_encoder, write_encoder
 
 
 def save_pretrained(
-    model: PeftModel, original: Callable[..., Any], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    model: PeftModel, state: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
     """``PeftModel.save_pretrained``, and beside each adapter the parameters of the encoder that gave its prompt.
 
     Args:
         model: the model.
-        original: its own ``save_pretrained``; the other arguments are passed on.
+        state: what it remembers; the other arguments are passed on.
     """
-    result = original(save_directory, *args, **kwargs)
+    result = state.original(model, "save_pretrained")(save_directory, *args, **kwargs)
     if not kwargs.get("is_main_process", True):
         return result
     for name in kwargs.get("selected_adapters") or model.peft_config:
@@ -35,15 +36,21 @@ def save_pretrained(
             continue
         folder = Path(save_directory, *([] if name == "default" else [name]))
         in_model, given = f"prompt_encoder.{name}.", kwargs.get("state_dict") or {}
-        state = {key.removeprefix(in_model): x for key, x in given.items() if key.startswith(in_model)}
+        encoder = {key.removeprefix(in_model): x for key, x in given.items() if key.startswith(in_model)}
         written = load_peft_weights(str(folder), device="cpu")["prompt_embeddings"]
-        write_encoder(folder, state or model.prompt_encoder[name].state_dict(), written)
+        write_encoder(folder, encoder or model.prompt_encoder[name].state_dict(), written)
     return result
+
+
+def add_adapter(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> None:
+    """``PeftModel.add_adapter``, which refuses a prefix while gradient checkpointing is on: packed rows can do it."""
+    with without_checkpoints(model):
+        state.original(model, "add_adapter")(*args, **kwargs)
 
 
 def load_adapter(
     model: PeftModel,
-    original: Callable[..., Any],
+    state: Any,
     model_id: str | os.PathLike[str],
     adapter_name: str,
     is_trainable: bool = False,
@@ -53,44 +60,51 @@ def load_adapter(
 
     Args:
         model: the model.
-        original: its own ``load_adapter``; the other arguments are passed on.
+        state: what it remembers; the other arguments are passed on.
 
     Raises:
         ValueError: training is to go on, and the folder holds what an encoder gave but not the encoder.
     """
-    known = adapter_name in model.peft_config
-    config = model.peft_config[adapter_name] if known else None
-    if not known and is_trainable:
-        config = PeftConfig.from_pretrained(str(model_id))
-        if not config.is_prompt_learning:
-            config = None
-    if config is None:
-        return original(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-    if known and not _has_encoder(model, adapter_name):
-        return original(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-    state = None
-    if known or _makes_encoder(config):
-        prompt = load_peft_weights(str(model_id), device="cpu")["prompt_embeddings"]
-        state = read_encoder(Path(model_id), prompt)
-        if state is None:
-            raise ValueError(
-                f"{model_id} must hold {ENCODER} of the prompt in it to train on: PEFT's files have what the encoder "
-                f"gave, which is enough to use it; load it under a new name without is_trainable"
-            )
-    if not known:
-        _add_trainable(model, adapter_name, config)
+    load = functools.partial(state.original(model, "load_adapter"), model_id, adapter_name, **kwargs)
+    if adapter_name in model.peft_config:
+        return (
+            _load_encoder(model, model_id, adapter_name, load)
+            if _has_encoder(model, adapter_name)
+            else load(is_trainable=is_trainable)
+        )
+    config = PeftConfig.from_pretrained(str(model_id)) if is_trainable else None
+    if config is None or not config.is_prompt_learning:
+        return load(is_trainable=is_trainable)
+    if _makes_encoder(config):
+        _read_encoder(model_id)  # or refuse before anything is added
+    _add_trainable(model, adapter_name, config)
     try:
-        if state is None:
-            return original(model_id, adapter_name, **kwargs)
-        encoder = model.prompt_encoder[adapter_name]
-        with _output_in_place_of_embedding(encoder, prompt):
-            result = original(model_id, adapter_name, **kwargs)  # a head that was saved along
-        encoder.load_state_dict(state)
-        return result
+        return _load_encoder(model, model_id, adapter_name, load) if _has_encoder(model, adapter_name) else load()
     except BaseException:
-        if not known:
-            model.delete_adapter(adapter_name)
+        model.delete_adapter(adapter_name)
         raise
+
+
+def _load_encoder(model, model_id, adapter_name, load):
+    """Let PEFT load an adapter (a head may be saved with it), and put its encoder back."""
+    prompt, tensors = _read_encoder(model_id)
+    encoder = model.prompt_encoder[adapter_name]
+    with _output_in_place_of_embedding(encoder, prompt):
+        result = load()
+    encoder.load_state_dict(tensors)
+    return result
+
+
+def _read_encoder(model_id):
+    """An adapter's prompt, and the state of the encoder that gave it."""
+    prompt = load_peft_weights(str(model_id), device="cpu")["prompt_embeddings"]
+    tensors = read_encoder(Path(model_id), prompt)
+    if tensors is None:
+        raise ValueError(
+            f"{model_id} must hold {ENCODER} of the prompt in it to train on: PEFT's files have what the encoder "
+            f"gave, which is enough to use it; load it under a new name without is_trainable"
+        )
+    return prompt, tensors
 
 
 def _has_encoder(model, name):

@@ -1,0 +1,91 @@
+"""The forward of an accelerated model: which call runs how."""
+
+import functools
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification
+
+from ..hf.checkpointing import without_checkpoints
+from ..hf.masks import UnsupportedAttention
+from ..layout import CannotPack
+from .call import PACKED_CLASSES, Call, is_prefix
+from .heads import last_token_read, outputs_of_text, targets_of_text
+from .smoothing import to_be_shifted
+
+
+def forward(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output of PEFT's forward, run on packed rows where they give the same.
+
+    Args:
+        model: the model.
+        state: what it remembers; the other arguments are those of PEFT's forward.
+    """
+    output = _run(model, state, args, kwargs)
+    if torch.compiler.is_compiling() or not isinstance(model, PeftModelForCausalLM):
+        return output
+    return to_be_shifted(output) if is_prefix(model.active_peft_config) else output
+
+
+def _run(model, state, args, kwargs):
+    original = state.original(model)
+    if torch.compiler.is_exporting():
+        return original(*args, **kwargs)
+    config = model.active_peft_config
+    if not config.is_prompt_learning or not isinstance(model, PACKED_CLASSES):
+        return original(*args, **kwargs)
+    front = 0 if is_prefix(config) else config.num_virtual_tokens
+    given, of_text, reading = _understood(model, state, original, front, args, kwargs)
+    output = _packed_or_padded(model, state, original, given, reading)
+    return outputs_of_text(output, front) if of_text else output
+
+
+@torch.compiler.disable
+def _understood(model, state, original, front, args, kwargs):
+    """The arguments of a call by name, are its outputs wanted of the text only, and what makes a block to run it in."""
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    if state.heads != "text":
+        return given, False, nullcontext
+    given, of_text = targets_of_text(model, front, given, state.tell)
+    reading = nullcontext
+    if isinstance(model, PeftModelForSequenceClassification) and not state.engine.abilities.right_padding:
+        by_id = is_prefix(model.active_peft_config)
+        reading = functools.partial(last_token_read, model.base_model, given, by_id=by_id, tell=state.tell)
+    return given, of_text, reading
+
+
+def _packed_or_padded(model, state, original, given, reading):
+    call = _translate(model, state, given)
+    if call is not None:
+        try:
+            if call.direct:
+                return call.language_model()
+            with call.packed_backbone(), reading():
+                return original(**{name: x for name, x in given.items() if name != "adapter_names"})
+        except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
+            state.engine.uncount(call.plan)
+            _fall_back(state, str(reason), given)
+    # PEFT hands a prefix on as a cache, which a checkpointed layer does not take.
+    layers = without_checkpoints(model) if is_prefix(model.active_peft_config) else nullcontext()
+    with reading(), layers:
+        return original(**given)
+
+
+@torch.compiler.disable
+def _translate(model, state, given):
+    """The call, planned, or None if it has to take PEFT's own forward."""
+    try:
+        return Call(model, state, given)
+    except CannotPack as reason:
+        _fall_back(state, str(reason), given)
+        return None
+
+
+def _fall_back(state, reason, given):
+    """Let the call take PEFT's own forward, unless that would be the wrong answer."""
+    if given.get("adapter_names") is not None:
+        raise ValueError(f"adapter_names needs packed rows, but {reason}")
+    state.fell_back(reason)
