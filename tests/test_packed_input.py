@@ -10,7 +10,7 @@ from transformers import DataCollatorWithFlattening
 
 import fastprompt
 
-APART = "packed samples are kept apart, each behind its own prompt; PEFT takes them for one sequence"
+APART = "packed samples are kept apart, each behind its own prompt; PEFT sees one sequence"
 METHODS = [name for name in METHODS if name != "cpt"]  # its labels are typed token by token
 
 

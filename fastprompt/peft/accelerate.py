@@ -16,7 +16,7 @@ from ..hf.attachment import is_attached
 from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
 from . import resuming
-from .forward import forward
+from .forward import disable_adapter, forward
 from .smoothing import smooth_by_text
 
 _STATE = "_fastprompt"
@@ -212,6 +212,7 @@ def _method_like(peft_class, name):
 # The methods of a PeftModel that an accelerated one replaces.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "forward": forward,
+    "disable_adapter": disable_adapter,
     "save_pretrained": resuming.save_pretrained,
     "load_adapter": resuming.load_adapter,
     "add_adapter": resuming.add_adapter,

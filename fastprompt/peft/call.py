@@ -49,6 +49,8 @@ _UNDERSTOOD = {
     "end_positions",
     "input_type_mask",
 }
+# What says something about adapters, or what PEFT ignores.
+_OF_ADAPTERS = {"adapter_names", "task_ids", "input_type_mask", "token_type_ids"}
 # What a backbone may be given besides its rows, where PEFT's own forward runs around it.
 _OF_BACKBONE = {
     "input_ids",
@@ -73,8 +75,13 @@ class Call:
     """One forward call of an accelerated model.
 
     There are two ways to run it: :meth:`language_model` does what PEFT's forward would do, with the head on labelled
-        rows
-    only; in :meth:`packed_backbone` PEFT's own forward runs, and only the layers in it see packed rows.
+    rows only; in :meth:`packed_backbone` PEFT's own forward runs, and only the layers in it see packed rows.
+
+    Args:
+        model: the model.
+        state: what it remembers.
+        given: the arguments by name.
+        disabled: is the adapter disabled? Then the call is one of the base model's forward, a causal LM's.
 
     Attributes:
         request: what the engine is asked for.
@@ -86,21 +93,24 @@ class Call:
         ValueError: wrong arguments.
     """
 
-    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any]) -> None:
+    def __init__(self, model: PeftModel, state: Any, given: dict[str, Any], disabled: bool = False) -> None:
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
-        self.config = model.active_peft_config
-        self.length = self.config.num_virtual_tokens
-        self.is_prefix = is_prefix(self.config)
+        self.config, self.disabled = model.active_peft_config, disabled
+        self.is_prefix = is_prefix(self.config) and not disabled
+        self.length = 0 if self.is_prefix or disabled else self.config.num_virtual_tokens
         is_lm = isinstance(model, PeftModelForCausalLM)
         self.direct = is_lm and self.engine.is_lm
-        self.engine.ask_again()
+        fused = bool(given.get("fused_lm_head"))
+        if not fused:  # a fused head is given labelled rows by whatever forward there is; it needs the backbone only
+            self.engine.ask_again()
         if self.engine.refusal is not None:
             raise CannotPack(self.engine.refusal)
         if self._unknown_arguments():  # they may concern nothing but the head
             self.direct = False
-        fused = bool(given.get("fused_lm_head"))
         if not fused and self.engine.own_forward_has_the_loss(given.get("labels"), given.get("num_items_in_batch")):
             self.direct = False
+        if disabled and not self.direct:
+            raise CannotPack("the adapter is disabled, and the call is not a plain one")
         self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         if self.tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
@@ -110,8 +120,8 @@ class Call:
         labels = given.get("labels")
         self.request = Request(
             tokens=self.tokens,
-            num_virtual_tokens=0 if self.is_prefix else self.length,
-            prompts=None if self.is_prefix else self._prompts,
+            num_virtual_tokens=self.length,
+            prompts=self._prompts if self.length else None,
             prompt_ids=self.prompt_ids,
             shared=self._shared() if self.is_prefix else None,
             attention_mask=given.get("attention_mask") if self.cu_seqlens is None else None,
@@ -138,7 +148,8 @@ class Call:
         if given.get("past_key_values") is not None:
             raise CannotPack("past_key_values given")
         # PEFT ignores positions behind prompts.
-        return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - _OF_SAMPLES
+        understood = _UNDERSTOOD - _OF_ADAPTERS if self.disabled else _UNDERSTOOD
+        return {name for name, value in given.items() if _says_something(value)} - understood - _OF_SAMPLES
 
     def _samples(self):
         """``cu_seqlens`` of several samples that come as one row, by ``cu_seq_lens_q`` or by positions; or None."""
@@ -152,19 +163,20 @@ class Call:
             begins = (positions.reshape(-1).diff() != 1).nonzero().flatten().cpu() + 1
             starts = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), length)])
         if starts is None or len(starts) == 2:
-            if self.is_prefix and positions is not None:
+            if not self.length and positions is not None:
                 raise CannotPack("position_ids given")
             return None
         if not self.direct and given.get("task_ids") is not None:
             raise CannotPack("packed samples of several tasks, run by the model's own forward")
-        if self.config.peft_type == PeftType.CPT:
+        if self.config.peft_type == PeftType.CPT and not self.disabled:
             raise CannotPack("packed samples, and CPT has labels of its own for each token of a row")
         mask = given.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             raise CannotPack("a packed batch with an attention mask")
-        self.state.tell(
-            "fastprompt: packed samples are kept apart, each behind its own prompt; PEFT takes them for one sequence"
-        )
+        if not self.disabled:
+            self.state.tell(
+                "fastprompt: packed samples are kept apart, each behind its own prompt; PEFT sees one sequence"
+            )
         return starts
 
     @property
@@ -218,7 +230,7 @@ class Call:
 
     def _loss(self, labels):
         """CPT's own loss; None: the model's."""
-        if self.config.peft_type != PeftType.CPT or labels is None:
+        if self.config.peft_type != PeftType.CPT or self.disabled or labels is None:
             return None
         # PEFT takes the weights from the adapter of this name, whichever is active.
         decay = self.model.peft_config.get("default", self.config)
@@ -263,9 +275,9 @@ class Call:
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
         given, model = self.given, self.model
-        # PEFT's warnings about arguments it ignores.
-        ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
-        model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
+        if not self.disabled:  # PEFT's warnings about arguments it ignores
+            ignored = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
+            model._adjust_prompt_learning_kwargs(self.config, kwargs=ignored)
         if given.get("fused_lm_head"):
             options = {name: given[name] for name in ("fused_lm_head", "num_items_in_batch") if name in given}
             return self.engine.run_fused_head(self.request, self.plan, self._embed, **options)

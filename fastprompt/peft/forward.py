@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,11 +75,43 @@ def _packed_or_padded(model, state, original, given, reading):
         return original(**given)
 
 
+@contextmanager
+def disable_adapter(model: PeftModel, state: Any) -> Iterator[None]:
+    """``PeftModel.disable_adapter``, in which the base model runs packed rows, too: no padding, common text once.
+
+    Args:
+        model: the model.
+        state: what it remembers.
+    """
+    with state.original(model, "disable_adapter")():
+        if model.active_peft_config.is_prompt_learning and isinstance(model, PeftModelForCausalLM):
+            model.forward = functools.partial(
+                _without_adapter, model, state, model.forward
+            )  # PEFT's block ends with it
+        yield
+
+
+def _without_adapter(model, state, original, *args, **kwargs):
+    """The base model's forward ``original``, on packed rows where they give the same."""
+    if torch.compiler.is_compiling():
+        return original(*args, **kwargs)
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    call = _translate(model, state, given, disabled=True)
+    if call is not None:
+        try:
+            return call.language_model()
+        except (UnsupportedAttention, CannotPack) as reason:
+            state.engine.uncount(call.plan)
+            _fall_back(state, str(reason), given)
+    return original(*args, **kwargs)
+
+
 @torch.compiler.disable
-def _translate(model, state, given):
+def _translate(model, state, given, disabled=False):
     """The call, planned, or None if it has to take PEFT's own forward."""
     try:
-        return Call(model, state, given)
+        return Call(model, state, given, disabled)
     except CannotPack as reason:
         _fall_back(state, str(reason), given)
         return None
