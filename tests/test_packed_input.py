@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from parity import METHODS, P, peft_model
+from parity import METHODS, PREFIXES, P, peft_model
 from tiny_models import VOCABULARY
 from transformers import DataCollatorWithFlattening
 
@@ -119,3 +119,27 @@ def test_starts_that_do_not_fit_are_named(starts):
     ids = torch.arange(3, 12)[None]
     with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to the 9 tokens"):
         model(input_ids=ids, labels=ids, cu_seq_lens_q=torch.tensor(starts))
+
+
+@pytest.mark.parametrize("how", ["positions", "cu_seqlens"])
+@pytest.mark.parametrize("method", [*METHODS, "cpt"])
+def test_a_call_that_is_not_packed_keeps_samples_apart_too(method, how):
+    rows = samples(6)
+    model, front = peft_model("llama", method), 0 if method in PREFIXES else P
+    both = [with_tasks(inputs, method, rows) for inputs in (padded(rows), packed(rows, how))]
+    if method == "cpt":
+        for inputs in both:
+            inputs["input_type_mask"] = inputs["input_ids"].clamp(max=4)
+    plain = train_step(model, both[0])
+    expected = model(**both[0]).logits
+    fastprompt.accelerate(model)
+    with pytest.warns(UserWarning, match=APART):
+        output = model(**both[1], output_hidden_states=True)
+    assert fastprompt.stats(model).padded
+    torch.testing.assert_close(output.loss, plain[0], rtol=1e-5, atol=0)
+    real = torch.cat([expected[i, front : front + len(row)] for i, row in enumerate(rows)])
+    assert output.logits.shape == (1, front + len(real), VOCABULARY)
+    torch.testing.assert_close(output.logits[0, front:], real, rtol=1e-4, atol=1e-5)
+    if method != "cpt":  # of which PEFT has no tuples
+        as_tuple = model(**both[1], output_hidden_states=True, return_dict=False)
+        assert torch.equal(as_tuple[1], output.logits)

@@ -24,6 +24,7 @@ from ..hf.shared_state import SharedState
 from ..layout import CannotPack
 from .cpt import CPTLoss
 from .encoder import fast_encoder
+from .samples import OF_SAMPLES, TOLD, cu_seqlens_of
 
 PACKED_CLASSES = (
     PeftModelForCausalLM,
@@ -62,8 +63,6 @@ _OF_BACKBONE = {
     "return_dict",
     "num_items_in_batch",  # on its way to the loss
 }
-# What says where the samples of a packed batch stand.
-_OF_SAMPLES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def is_prefix(config: PeftConfig) -> bool:
@@ -149,21 +148,13 @@ class Call:
             raise CannotPack("past_key_values given")
         # PEFT ignores positions behind prompts.
         understood = _UNDERSTOOD - _OF_ADAPTERS if self.disabled else _UNDERSTOOD
-        return {name for name, value in given.items() if _says_something(value)} - understood - _OF_SAMPLES
+        return {name for name, value in given.items() if _says_something(value)} - understood - OF_SAMPLES
 
     def _samples(self):
-        """``cu_seqlens`` of several samples that come as one row, by ``cu_seq_lens_q`` or by positions; or None."""
-        given, length = self.given, self.tokens.shape[1]
-        positions, starts = given.get("position_ids"), given.get("cu_seq_lens_q")
-        if len(self.tokens) == 1 and starts is not None:
-            starts = starts.reshape(-1).cpu()
-            if int(starts[0]) != 0 or int(starts[-1]) != length or bool((starts.diff() < 0).any()):
-                raise ValueError(f"cu_seq_lens_q must rise from 0 to the {length} tokens, got {starts.tolist()}")
-        elif len(self.tokens) == 1 and positions is not None and positions.shape[-1] == length:
-            begins = (positions.reshape(-1).diff() != 1).nonzero().flatten().cpu() + 1
-            starts = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), length)])
-        if starts is None or len(starts) == 2:
-            if not self.length and positions is not None:
+        """``cu_seqlens`` of several samples that come as one row, or None."""
+        given, starts = self.given, cu_seqlens_of(self.given)
+        if starts is None:
+            if not self.length and given.get("position_ids") is not None:
                 raise CannotPack("position_ids given")
             return None
         if not self.direct and given.get("task_ids") is not None:
@@ -174,9 +165,7 @@ class Call:
         if mask is not None and not bool(mask.all()):
             raise CannotPack("a packed batch with an attention mask")
         if not self.disabled:
-            self.state.tell(
-                "fastprompt: packed samples are kept apart, each behind its own prompt; PEFT sees one sequence"
-            )
+            self.state.tell(TOLD)
         return starts
 
     @property
@@ -313,7 +302,7 @@ class Call:
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
         unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE
         if self.cu_seqlens is not None:
-            unknown -= _OF_SAMPLES
+            unknown -= OF_SAMPLES
         if unknown:
             raise CannotPack(f"{', '.join(sorted(unknown))} given")
         source = self.plan.source

@@ -14,6 +14,7 @@ from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
 from .call import PACKED_CLASSES, Call, is_prefix
 from .heads import last_token_read, outputs_of_text, targets_of_text
+from .samples import TOLD, cu_seqlens_of, in_one_row, padded
 from .smoothing import to_be_shifted
 
 
@@ -72,7 +73,18 @@ def _packed_or_padded(model, state, original, given, reading):
     # PEFT hands a prefix on as a cache, which a checkpointed layer does not take.
     layers = without_checkpoints(model) if is_prefix(model.active_peft_config) else nullcontext()
     with reading(), layers:
+        return _padded(model, state, original, given)
+
+
+def _padded(model, state, original, given):
+    """PEFT's own forward; samples that come packed into one row get a row each, or it would take them for one."""
+    starts = cu_seqlens_of(given) if isinstance(model, PeftModelForCausalLM) else None
+    if starts is None:
         return original(**given)
+    state.tell(TOLD)
+    config = model.active_peft_config
+    output = original(**padded(given, starts))
+    return in_one_row(output, starts, 0 if is_prefix(config) else config.num_virtual_tokens)
 
 
 @contextmanager
