@@ -97,9 +97,9 @@ def disable_adapter(model: PeftModel, state: Any) -> Iterator[None]:
     """
     with state.original(model, "disable_adapter")():
         if model.active_peft_config.is_prompt_learning and isinstance(model, PeftModelForCausalLM):
-            model.forward = functools.partial(
-                _without_adapter, model, state, model.forward
-            )  # PEFT's block ends with it
+            # PEFT has put the base model's there, and gives back at the end what it found.
+            without = functools.partial(_without_adapter, model, state, model.forward)
+            setattr(model, "forward", without)  # noqa: B010
         yield
 
 
