@@ -39,6 +39,18 @@ def test_every_method_and_padding(name, padding, method):
     assert_equal(*both(peft_model(name, method), inputs), inputs)
 
 
+@pytest.mark.parametrize("padding, changed", [("left", None), ("right", 1)])
+def test_a_prefix_before_a_model_that_counts_tokens_by_their_ids(padding, changed):
+    """RoBERTa's positions pass over padding, and over text with its id: not those of packed rows."""
+    model, inputs = peft_model("roberta", "prefix"), batch(padding)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 1)
+    if changed is not None:
+        inputs["input_ids"][0, 2] = changed
+    plain = step(model, inputs)
+    with pytest.warns(UserWarning, match="the model counts positions by token ids"):
+        assert_identical(plain, step(fastprompt.accelerate(model), inputs))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lengths", [(9, 4, 5, 6), (9, 3, 9, 6)])  # in the second, one row is nothing but common text
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "opt"])

@@ -58,6 +58,18 @@ MODELS = {
         True,
     ),
     "olmo2": (hf.Olmo2Config, _GQA, True),
+    "roberta": (  # its positions begin behind the id of padding
+        hf.RobertaConfig,
+        dict(
+            _COMMON,
+            intermediate_size=80,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,
+        ),
+        True,
+    ),
     "granite": (
         hf.GraniteConfig,
         dict(_GQA, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2),

@@ -135,7 +135,7 @@ class Probe:
     def _find_layout(self):
         """The layout and the first position that give the model's own output, or the reason why none does."""
         padding = getattr(self.base.config, "pad_token_id", None)
-        offsets = [0] if self.is_lm or padding is None else [0, padding + 1]  # RoBERTa counts from there
+        offsets = [0] if padding is None else [0, padding + 1]  # RoBERTa counts from there
         reason = None
         for mask in ("right",) if self.is_lm else ("right", "full"):
             for layout in ("shared",) if self.is_lm else ("shared", "packed"):

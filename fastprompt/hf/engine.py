@@ -251,8 +251,11 @@ class Engine:
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if getattr(self.base.config, name, False):
                 return f"config.{name} is set"
-        if request.shared is not None and not request.has_ids and found.position_offset:
-            return "without token ids, the model does not count the prefix in its positions"  # RoBERTa
+        if request.shared is not None and found.position_offset:  # RoBERTa
+            if not request.has_ids:
+                return "without token ids, the model does not count the prefix in its positions"
+            if mask is not None and bool((mask[:, :1] == 0).any()):
+                return "the model counts positions by token ids, and padding on the left is not counted"
         if request.shared is not None and request.has_ids and found.needs_ids and not self._looks_up_ids():
             return "the model looks more up by token id than embeddings, and a hook changes these"
         if request.labels is not None and request.loss is None:
@@ -270,6 +273,9 @@ class Engine:
             width = plan.grid.shape[1] + request.prefix_length
             if width >= found.rope_limit and bool(padding[:, -1].all()):
                 return "its rotary frequencies depend on the width of the batch, and the last column is padding"
+        if request.shared is not None and request.has_ids and found.position_offset:
+            if bool((~padding & (request.tokens == self._padding_id)).any()):
+                return "the model counts positions by token ids, and a real token has that of padding"
         if not request.own_forward:
             return None
         if request.reads_all_columns and bool(padding.any()):
@@ -278,24 +284,20 @@ class Engine:
         if labels is not None and labels.shape == padding.shape:
             if bool((labels[padding.to(labels.device)] != IGNORE).any()):
                 return f"padding has labels other than {IGNORE}; mask them with it"
-        if request.shared is not None and request.has_ids:
-            return self._why_not_ids(request, ~padding)
+        by_id = request.shared is not None and request.has_ids and not found.right_padding
+        if by_id and not request.finds_last and not self._finds_last_by_id(request.tokens, ~padding):
+            return "by its token ids, the model reads what the attention mask says is padding"
         return None
 
-    def _why_not_ids(self, request, real):
-        """Does the model take token ids at their word in a way that the rows ``real [B, S]`` do not follow?"""
-        ids = request.tokens
-        padding = getattr(self.base.config, "pad_token_id", None)
-        if self.abilities.position_offset and bool((real & (ids == padding)).any()):
-            return "the model counts positions by token ids, and a real token has that of padding"
-        if (
-            not self.abilities.right_padding and not request.finds_last
-        ):  # a classifier reads the last token that is not padding by its id
-            column = torch.arange(ids.shape[1], device=ids.device)
-            last = column[-1:] if padding is None else ((ids != padding) * column).argmax(1)
-            if not bool(real.gather(1, last.expand(len(ids))[:, None]).all()):
-                return "by its token ids, the model reads what the attention mask says is padding"
-        return None
+    def _finds_last_by_id(self, ids, real):
+        """Is the last token of each row that is not padding by its id one of the rows ``real [B, S]``?"""
+        column, padding = torch.arange(ids.shape[1], device=ids.device), self._padding_id
+        last = column[-1:] if padding is None else ((ids != padding) * column).argmax(1)
+        return bool(real.gather(1, last.expand(len(ids))[:, None]).all())
+
+    @property
+    def _padding_id(self):
+        return getattr(self.base.config, "pad_token_id", None)
 
     def _may_share(self, request):
         """Is a token the same row wherever it stands at the beginning of a sequence?"""

@@ -1,0 +1,159 @@
+"""Every causal language model of the installed transformers, tiny and random: how Prompt Tuning runs, and is it right?
+
+Loss, gradient of the prompt and logits of an accelerated PEFT model against PEFT's own, on batches of several shapes.
+``docs/families.md`` is written by this. Nothing here is timed.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from tqdm import tqdm
+
+import fastprompt
+
+from . import report
+from .tiny_families import VOCABULARY, families, tiny_model
+
+PROMPT, ROWS, WIDTH = 5, 4, 14
+LOSS, GRADIENT = 1e-5, 1e-4  # relative differences, fp32
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+
+# Those that are fine-tuned most, for a quick look and for the tests.
+COMMON = (
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text gemma gemma2 gemma3_text "
+    "gemma3n_text gemma4_text gpt2 gpt_neox gpt_oss phi phi3 olmo2 olmo3 granite granitemoehybrid falcon falcon_h1 "
+    "starcoder2 cohere2 glm4 deepseek_v3 llama4_text"
+).split()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one family came out.
+
+    Attributes:
+        family: its model type.
+        path: "packed", "PEFT's forward" (right, for a reason), "wrong", "crash" (where PEFT runs), or "PEFT fails".
+        reason: why not packed, or what is wrong.
+        loss, gradient: the largest relative differences.
+    """
+
+    family: str
+    path: str
+    reason: str = ""
+    loss: float = 0.0
+    gradient: float = 0.0
+
+
+def batches():
+    """Batches: no padding, on the right, on the left; all tokens labelled, or the last; rows of one token; one row."""
+    generator = torch.Generator().manual_seed(1)
+    for padding, lengths, labelled in (
+        ("none", [WIDTH] * ROWS, "all"),
+        ("none", [WIDTH] * ROWS, "last"),
+        ("right", [14, 3, 9, 6], "all"),
+        ("right", [14, 3, 9, 6], "last"),
+        ("left", [14, 3, 9, 6], "all"),
+        ("left", [5, 14, 2, 11], "last"),
+        ("right", [1, 14, 1, 2], "all"),
+        ("none", [1] * ROWS, "all"),
+        ("none", [WIDTH], "all"),
+        ("right", [40, 12, 23, 31], "all"),
+    ):
+        width = max(lengths)
+        column, size = torch.arange(width), torch.tensor(lengths)[:, None]
+        mask = (column < size if padding != "left" else column >= width - size).long()
+        ids = torch.randint(3, VOCABULARY, (len(lengths), width), generator=generator)
+        labels = ids.masked_fill(mask == 0, -100)
+        if padding == "left":  # a padding token would have to predict the first label
+            labels[torch.arange(len(lengths)), mask.argmax(1)] = -100
+        if labelled == "last":
+            last = width - 1 - mask.flip(1).argmax(1)
+            labels = torch.full_like(ids, -100).scatter(1, last[:, None], ids.gather(1, last[:, None]))
+        yield dict(input_ids=ids * mask, attention_mask=mask, labels=labels)
+
+
+def step(model, inputs):
+    """Loss and gradient of a training step, logits of an evaluation."""
+    model.train()
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    gradient = next(p.grad for p in model.prompt_encoder.parameters() if p.grad is not None).clone()
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return loss.detach(), gradient, logits[:, -inputs["input_ids"].shape[1] :][inputs["attention_mask"].bool()]
+
+
+def survey(family: str) -> Outcome:
+    """Try one family on all batches."""
+    try:
+        torch.manual_seed(0)
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT)
+        model = get_peft_model(tiny_model(family), config)
+        given = list(batches())
+        plain = [step(model, inputs) for inputs in given]
+    except Exception as error:
+        return Outcome(family, "PEFT fails", _one_line(error))
+    if not all(loss.isfinite() and gradient.isfinite().all() for loss, gradient, _ in plain):
+        return Outcome(family, "PEFT fails", "its loss or gradient is no number")
+    try:
+        fastprompt.accelerate(model)
+        fast = [step(model, inputs) for inputs in given]
+    except Exception as error:
+        return Outcome(family, "crash", _one_line(error))
+    loss = max(_difference(a[0], b[0]) for a, b in zip(fast, plain))
+    gradient = max(_difference(a[1], b[1]) for a, b in zip(fast, plain))
+    logits = max(_difference(a[2], b[2]) for a, b in zip(fast, plain))
+    stats = fastprompt.stats(model)
+    reason = "; ".join(stats.padded)
+    if not (loss <= LOSS and gradient <= GRADIENT and logits <= GRADIENT):
+        return Outcome(family, "wrong", f"logits differ by {logits:.0e}; {reason}", loss, gradient)
+    if not stats.packed:
+        return Outcome(family, "PEFT's forward", reason, loss, gradient)
+    return Outcome(family, "packed", f"but for: {reason}" if reason else "", loss, gradient)
+
+
+def _difference(got, expected):
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def run(out, quick=False):
+    """Run, print, write ``families.csv`` into ``out`` and the document; False if one is wrong or a crash."""
+    warnings.filterwarnings("ignore")
+    names = [name for name in (COMMON if quick else sorted(families())) if name in families()]
+    outcomes = [survey(name) for name in tqdm(names, desc="families")]
+    counts = {path: sum(x.path == path for x in outcomes) for path in sorted({x.path for x in outcomes})}
+    print(", ".join(f"{path}: {number}" for path, number in counts.items()))
+    rows = [[x.family, x.path, f"{x.loss:.0e}", f"{x.gradient:.0e}", x.reason] for x in outcomes]
+    print(report.table(["family", "path", "loss diff", "gradient diff", "reason"], rows), flush=True)
+    report.write_csv(out / "families.csv", [vars(x) for x in outcomes])
+    if not quick:
+        DOCUMENT.write_text(document(outcomes, counts))
+    return not any(x.path in ("wrong", "crash") for x in outcomes)
+
+
+def document(outcomes, counts):
+    """The table as Markdown."""
+    lines = [
+        "# Model families",
+        "",
+        "Prompt Tuning through PEFT and `fastprompt.accelerate`, on tiny random models of the causal language models of",
+        "transformers; loss, gradient and logits are compared with PEFT's on ten kinds of batches. Written by",
+        "`python -m benchmarks families`; not by hand.",
+        "",
+        f"{', '.join(report.header().splitlines()[1:2])}. {', '.join(f'{p}: {n}' for p, n in counts.items())}.",
+        "",
+        "| family | runs | why |",
+        "|---|---|---|",
+    ]
+    cut = lambda text: text.replace("|", "/") if len(text) < 78 else text[:75].replace("|", "/") + "..."  # noqa: E731
+    lines += [f"| {x.family} | {x.path} | {cut(x.reason)} |" for x in outcomes]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,131 @@
+"""Tiny random models of every causal language model that transformers knows, by one table of small sizes."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 97, 64, 4, 4, 2
+LARGEST = 20_000_000  # parameters; a family with more has sizes that the table does not know
+
+_SAME = [
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (WIDTH, "hidden_size d_model n_embd model_dim dim embedding_size emb_dim d_embed lru_width"),
+    (
+        96,
+        "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim dff feed_forward_size",
+    ),
+    (LAYERS, "num_hidden_layers n_layer n_layers num_layers"),
+    (2, "encoder_layers decoder_layers"),
+    (HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    (KV_HEADS, "num_key_value_heads n_kv_heads num_kv_heads multi_query_group_num"),
+    (WIDTH // HEADS, "head_dim d_kv attention_head_dim dim_head mamba_d_head mamba_head_dim q_lora_rank kv_lora_rank"),
+    (16, "linear_key_head_dim linear_value_head_dim linear_head_dim attention_window_size"),
+    (256, "max_position_embeddings n_positions max_seq_len n_ctx max_target_positions max_source_positions"),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts mamba_dt_rank hidden_size_per_layer_input"),
+    (4, "laurel_rank linear_conv_kernel_dim linear_num_value_heads linear_num_heads"),
+    (32, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size"),
+    (12, "v_head_dim"),
+    (8, "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads mamba_d_state ssm_state_size state_size"),
+    (8, "mamba_chunk_size chunk_size sliding_window rotary_dim index_head_dim"),
+    (1, "n_group num_expert_group topk_group first_k_dense_replace n_groups mamba_n_groups mamba_ngroups"),
+]
+_SIZES: dict[str, int] = {name: size for size, names in _SAME for name in names.split()}
+_SIZES |= dict(
+    num_experts_per_tok=2,
+    num_experts_per_token=2,
+    moe_k=2,
+    mamba_expand=2,
+    mamba_d_ssm=128,
+    n_mamba_heads=2,
+    linear_num_key_heads=2,
+)
+_SIZES |= dict(index_n_heads=2, index_topk=64, altup_num_inputs=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_OPTIONAL = ("head_dim", "num_key_value_heads", "pad_token_id")  # set where the default is None, too
+_DROPOUT = ("dropout", "pdrop", "drop_prob", "layerdrop")
+
+_LATENT = dict(num_key_value_heads=HEADS, head_dim=8)
+# What a family needs beside small sizes.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "bailing_hybrid": dict(_LATENT, layer_group_size=2, num_local_experts=4),
+    "bamba": dict(attn_layer_indices=[1, 3]),
+    "codegen": dict(n_head=4),
+    "deepseek_v2": dict(_LATENT, num_experts_per_tok=2),
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    "dots3_note_text": dict(num_key_value_heads=HEADS),
+    "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0),
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention", "mamba", "attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "kimi_linear": dict(_LATENT, num_local_experts=4, layer_types=["linear_attention"] * 3 + ["full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
+    "longcat_flash": _LATENT,
+    "mamba2": dict(num_heads=8, head_dim=16),
+    "minicpm3": _LATENT,
+    "reformer": dict(axial_pos_embds_dim=[16, 48], axial_pos_shape=[16, 16]),
+    "xmod": dict(default_language="en_XX"),
+    "youtu": _LATENT,
+    "zamba": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], attention_hidden_size=128),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
+    "zaya": dict(num_experts_per_tok=1),
+}
+
+
+def families() -> dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]]:
+    """Model type -> its config and its causal language model; of models with images, the text model only."""
+    found = {}
+    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        found[config_class.model_type] = config_class, model_class[0] if isinstance(model_class, tuple) else model_class
+    return {name: both for name, both in found.items() if f"{name}_text" not in found}
+
+
+def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
+    """A small config without dropout."""
+    default = config_class()
+    given: dict[str, Any] = {}
+    for name, value in default.to_dict().items():
+        if name in _SIZES and not isinstance(value, (dict, list)) and (value is not None or name in _OPTIONAL):
+            given[name] = _SIZES[name]
+        elif name == "is_decoder":
+            given[name] = True
+        elif isinstance(value, float) and any(part in name for part in _DROPOUT):
+            given[name] = 0.0
+    for name in getattr(config_class, "sub_configs", None) or {}:
+        part = getattr(default, name, None)
+        if isinstance(part, PretrainedConfig):
+            given[name] = tiny_config(type(part))
+    return config_class(**{**given, **_CHANGES.get(config_class.model_type, {}), **changes})
+
+
+def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model of the family in evaluation mode, its weights large enough that a mistake shows.
+
+    Raises:
+        ValueError: it is not small; whatever a family raises that the table does not fit.
+    """
+    config_class, model_class = families()[name]
+    config = tiny_config(config_class, **changes)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class._from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{name} must have at most {LARGEST} parameters, got {size}")
+    torch.manual_seed(0)
+    model = model_class._from_config(config).float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                scale = parameter.shape[-1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    if "default_language" in inspect.signature(type(model).forward).parameters:
+        model.set_default_language(config.default_language)
+    return model.eval()
