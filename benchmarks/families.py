@@ -7,6 +7,7 @@ Loss, gradient of the prompt and logits of an accelerated PEFT model against PEF
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
@@ -88,12 +89,12 @@ def step(model, inputs):
     return loss.detach(), gradient, logits[:, -inputs["input_ids"].shape[1] :][inputs["attention_mask"].bool()]
 
 
-def survey(family: str) -> Outcome:
-    """Try one family on all batches."""
+def survey(family: str, **changes: Any) -> Outcome:
+    """Try one family on all batches, with changes of its config."""
     try:
         torch.manual_seed(0)
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT)
-        model = get_peft_model(tiny_model(family), config)
+        model = get_peft_model(tiny_model(family, **changes), config)
         given = list(batches())
         plain = [step(model, inputs) for inputs in given]
     except Exception as error:
@@ -145,9 +146,9 @@ def document(outcomes, counts):
     lines = [
         "# Model families",
         "",
-        "Prompt Tuning through PEFT and `fastprompt.accelerate`, on tiny random models of the causal language models of",
-        "transformers; loss, gradient and logits are compared with PEFT's on ten kinds of batches. Written by",
-        "`python -m benchmarks families`; not by hand.",
+        "Prompt Tuning through PEFT and `fastprompt.accelerate`, on tiny random models of all causal",
+        "language models of transformers; loss, gradient and logits are compared with PEFT's on ten kinds of batches. Written",
+        "by `python -m benchmarks families`, not by hand.",
         "",
         f"{', '.join(report.header().splitlines()[1:2])}. {', '.join(f'{p}: {n}' for p, n in counts.items())}.",
         "",

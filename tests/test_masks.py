@@ -36,10 +36,10 @@ READ = {
         masking.bidirectional_mask_function, masking.packed_sequence_mask_function(PACKED)
     ),
     "no blocks": masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(NO_BLOCKS)),
+    "chunks": masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.int64)),
 }
 UNREAD = {
     "blocks": masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(BLOCKS)),
-    "chunks": masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.int64)),
     "positions in other steps": masking.packed_sequence_compatibility_function(WINDOW, 2 * POSITIONS, PACKED),
     "sequences in no order": masking.packed_sequence_mask_function(PACKED.flip(1)),
     "a function of the model's own": lambda b, h, q, k: k <= q,
@@ -59,6 +59,9 @@ def said(pattern, real=None):
     seen = all_pairs(pattern.sees)
     if pattern.segments is not None:
         seen = seen & (pattern.segments[:, :, None] == pattern.segments[:, None, :])
+    if pattern.chunk is not None:
+        chunk = torch.arange(WIDTH) // pattern.chunk
+        seen = seen & (chunk[:, None] == chunk)
     return seen if real is None else seen & real[:, :, None] & real[:, None, :]
 
 
@@ -285,7 +288,7 @@ def test_planned_rows_take_the_direction_and_window_from_the_mask():
     "mask_function, options, reason",
     [
         (UNREAD["blocks"], {}, "attention both ways within blocks has no form for packed rows"),
-        (packed(UNREAD["chunks"], OWN_POSITIONS), {}, "attention in chunks has no form for packed rows"),
+        (packed(READ["chunks"], OWN_POSITIONS), {}, "attention in chunks has no form for packed rows"),
         (
             UNREAD["a function of the model's own"],
             {},

@@ -18,7 +18,7 @@ from .cache import PackedCache
 from .expectations import ITEMS, Expectations, column_read, first_output
 from .runner import Runner
 from .shared_state import layers_with_own_keys
-from .structure import is_plain_linear, rope_limit, why_never_packed
+from .structure import backbone_of, is_plain_linear, rope_limit, row_limit, why_never_packed
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Abilities:
         pooled_column: the column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
+        row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
     """
 
     refusal: str | None = None
@@ -62,6 +63,7 @@ class Abilities:
     makes_cache: bool = False
     pooled_column: int | None = None
     rope_limit: int | None = None
+    row_limit: int | None = None
 
     def why_not_loss_of_logits(self, num_items: torch.Tensor | int | None) -> str | None:
         """None if its loss, divided by ``num_items``, is that of its logits, else what is different."""
@@ -83,7 +85,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
-        self.backbone = self.base.get_decoder() if self.is_lm else self.base.base_model
+        self.backbone = backbone_of(self.base) if self.is_lm else self.base.base_model
 
     @torch.no_grad()
     def expect(self) -> str | None:
@@ -108,6 +110,7 @@ class Probe:
                 returns_cache=self.expected.cache is not None,
                 makes_cache=self._cache_is_the_same(found),
                 rope_limit=rope_limit(self.backbone),
+                row_limit=row_limit(self.backbone),
             )
             if not self.is_lm:
                 return replace(found, pooled_column=column_read(self.expected))

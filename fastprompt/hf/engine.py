@@ -273,6 +273,8 @@ class Engine:
             width = plan.grid.shape[1] + request.prefix_length
             if width >= found.rope_limit and bool(padding[:, -1].all()):
                 return "its rotary frequencies depend on the width of the batch, and the last column is padding"
+        if found.row_limit is not None and len(plan.source) >= found.row_limit:
+            return f"attention depends on a row's place from row {found.row_limit} on, and the batch has more rows"
         if request.shared is not None and request.has_ids and found.position_offset:
             if bool((~padding & (request.tokens == self._padding_id)).any()):
                 return "the model counts positions by token ids, and a real token has that of padding"

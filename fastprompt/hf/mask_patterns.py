@@ -21,11 +21,13 @@ class Pattern:
     Attributes:
         ahead, behind: None for no bound. A causal mask has ``ahead=0``.
         segments: ``[B, S]``, the number of the segment a token is in, never falling in a row. None: a row is one.
+        chunk: queries and keys see each other within chunks of so many positions only. None: there are no chunks.
     """
 
     ahead: int | None = None
     behind: int | None = None
     segments: torch.Tensor | None = None
+    chunk: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -34,7 +36,11 @@ class Pattern:
     @property
     def is_expressible(self) -> bool:
         """Can ``causal`` and ``window`` of prefix_attention say this?"""
-        return self.causal or self.ahead == self.behind
+        return self.chunk is None and (self.causal or self.ahead == self.behind)
+
+    def of_positions_below(self, limit: int) -> "Pattern":
+        """The same pattern for positions from 0 to ``limit - 1``: chunks that hold them all say nothing."""
+        return self if self.chunk is None or limit > self.chunk else replace(self, chunk=None)
 
     @property
     def window(self) -> int | None:
@@ -51,17 +57,24 @@ class Pattern:
         return seen
 
     def __and__(self, other: "Pattern") -> "Pattern | None":
-        """What both let see; None if both have segments."""
+        """What both let see; None if both have segments, or chunks."""
         if self.segments is not None and other.segments is not None:
             return None
+        if self.chunk is not None and other.chunk is not None:
+            return None
         segmented = other if self.segments is None else self
-        return replace(segmented, ahead=_least(self.ahead, other.ahead), behind=_least(self.behind, other.behind))
+        return replace(
+            segmented,
+            ahead=_least(self.ahead, other.ahead),
+            behind=_least(self.behind, other.behind),
+            chunk=_least(self.chunk, other.chunk),
+        )
 
 
 def read_pattern(mask_function: Callable) -> Pattern | None:
     """The pattern of a mask function that transformers made, read off its code; None for any other function.
 
-    Exact: what cannot be said without looking at pairs (blocks, chunks, functions of a model's own) is None.
+    Exact: what cannot be said without looking at pairs (blocks, functions of a model's own) is None.
     """
     if mask_function is masking.causal_mask_function:
         return Pattern(ahead=0)
@@ -77,7 +90,7 @@ def name_unread(mask_function: Callable) -> str:
     """What :func:`read_pattern` cannot read in a mask function, for a message."""
     closure = _closure(mask_function)
     if _is_made_by("and_masks", mask_function) or _is_made_by("or_masks", mask_function):
-        unread = [name_unread(part) for part in closure["mask_functions"] if read_pattern(part) is None]
+        unread = [name_unread(part) for part in closure["mask_functions"] if not _is_read(part)]
         return " and ".join(dict.fromkeys(unread)) or "a combination of masks"
     if _is_made_by("remap_positions_for_packed_sequence", mask_function):
         return name_unread(closure["mask_function"])
@@ -85,6 +98,11 @@ def name_unread(mask_function: Callable) -> str:
         if _is_made_by(factory, mask_function):
             return name
     return f"the mask function {getattr(mask_function, '__qualname__', type(mask_function).__qualname__)}"
+
+
+def _is_read(mask_function):
+    pattern = read_pattern(mask_function)
+    return pattern is not None and pattern.chunk is None
 
 
 def find_pattern(mask_function: Callable, real: torch.Tensor, *, use_vmap: bool = False) -> Pattern | None:
@@ -197,6 +215,10 @@ def _read_bidirectional_window(sliding_window):
     return Pattern(ahead=sliding_window, behind=sliding_window)
 
 
+def _read_chunks(chunk_size, left_padding):
+    return None if bool((left_padding != 0).any()) else Pattern(chunk=chunk_size)
+
+
 def _read_segments(packed_sequence_mask):
     falls = packed_sequence_mask.diff(dim=1) < 0
     return None if bool(falls.any()) else Pattern(segments=packed_sequence_mask)
@@ -229,6 +251,7 @@ _READERS: dict[str, Callable[..., Pattern | None]] = {
     "sliding_window_overlay": _read_window,
     "sliding_window_bidirectional_overlay": _read_bidirectional_window,
     "packed_sequence_mask_function": _read_segments,
+    "chunked_overlay": _read_chunks,
 }
 
 

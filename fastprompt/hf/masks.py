@@ -106,6 +106,7 @@ class PackedRows:
         self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
     ) -> None:
         self.sequences: Any = plan.sequences
+        self.positions = plan.position_ids
         self.causal, self.recorded = causal, recorded
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
@@ -132,6 +133,8 @@ class PackedRows:
                 f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
             )
         pattern = read_pattern(mask_function)
+        if pattern is not None and pattern.chunk is not None:
+            pattern = pattern.of_positions_below(int(self.positions.max()) + 1)
         if pattern is None or not pattern.is_expressible:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
@@ -167,7 +170,7 @@ class PaddedBatch:
         """
         self.asked = True
         pattern = read_pattern(arguments["mask_function"])
-        if self.shared.learned and pattern is None:
+        if self.shared.learned and (pattern is None or pattern.chunk is not None):
             raise UnsupportedAttention(f"{name_unread(arguments['mask_function'])} leaves no place for a prefix")
         packed = self._packed(before, pattern, **arguments)
         if packed is not None:
@@ -184,6 +187,8 @@ class PaddedBatch:
     ):
         if q_length != kv_length or not _starts_at_zero(arguments):
             return None
+        if pattern is not None and pattern.chunk is not None:
+            pattern = None  # all pairs say whether a chunk holds each row
         real = _real(attention_mask, batch_size, q_length, arguments.get("device", "cpu"))
         runs = _runs(real, None if pattern is None else pattern.segments)
         if runs is None:

@@ -4,6 +4,7 @@ import inspect
 from functools import cache
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
 _PACKS = {"full_attention", "sliding_attention", "attention", "moe", "dense", "sparse"}
@@ -20,9 +21,21 @@ _STATE_METHODS = {
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that turns embeddings into hidden states; the model itself if no part does."""
+    table = model.get_input_embeddings()
+    # get_decoder is the model itself in Llama 4, and its head in ModernBERT's decoder.
+    for part in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if isinstance(part, nn.Module) and part is not model and any(module is table for module in part.modules()):
+            return part
+    return model
+
+
 def why_never_packed(base: nn.Module, backbone: nn.Module) -> str | None:
     """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
     name = type(backbone).__name__
+    if backbone is base and base.get_output_embeddings() is not None:
+        return f"{name} has no part that is its backbone"
     if getattr(base.config, "is_encoder_decoder", False):
         return "an encoder-decoder's cross-attention has no packed layout"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
@@ -117,6 +130,19 @@ def _lengths(value):
         return []
     own = value.get("original_max_position_embeddings")
     return ([own] if own else []) + [n for x in value.values() if isinstance(x, dict) for n in _lengths(x)]
+
+
+def row_limit(backbone: nn.Module) -> int | None:
+    """The number of rows from which on a layer scales attention by a row's place in the batch; None: none does.
+
+    Llama 4 counts rows where it means positions, in its layers without rotary embeddings.
+    """
+    scales = [
+        int(module.floor_scale)
+        for module in backbone.modules()
+        if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+    ]
+    return min(scales, default=None)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
