@@ -146,9 +146,9 @@ def document(outcomes, counts):
     lines = [
         "# Model families",
         "",
-        "Prompt Tuning through PEFT and `fastprompt.accelerate`, on tiny random models of all causal",
-        "language models of transformers; loss, gradient and logits are compared with PEFT's on ten kinds of batches. Written",
-        "by `python -m benchmarks families`, not by hand.",
+        "Prompt Tuning through PEFT and `fastprompt.accelerate`, on tiny random models of all causal language models",
+        "of transformers. Loss, gradient and logits are compared with PEFT's on ten kinds of batches. Written by",
+        "`python -m benchmarks families`.",
         "",
         f"{', '.join(report.header().splitlines()[1:2])}. {', '.join(f'{p}: {n}' for p, n in counts.items())}.",
         "",

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import cache
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def why_never_packed(base: nn.Module, backbone: nn.Module) -> str | None:
+def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
     name = type(backbone).__name__
     if backbone is base and base.get_output_embeddings() is not None:
@@ -137,9 +138,10 @@ def row_limit(backbone: nn.Module) -> int | None:
 
     Llama 4 counts rows where it means positions, in its layers without rotary embeddings.
     """
+    modules: list[Any] = list(backbone.modules())
     scales = [
         int(module.floor_scale)
-        for module in backbone.modules()
+        for module in modules
         if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
     ]
     return min(scales, default=None)
