@@ -161,11 +161,15 @@ def _switch_back(model):
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without autocast for a while; every module gets its own flag back."""
+    """Evaluation mode without autocast for a while; every module gets its own flag back.
+
+    4-bit layers of bitsandbytes are in training mode meanwhile: on some CPUs the first evaluation repacks their weights
+    for good, and no gradient passes through them afterwards. What they compute is the same in both modes.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:
-            module.training = False
+            module.training = hasattr(module, "quant_state")
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
