@@ -8,7 +8,7 @@ import weakref
 import torch
 from peft import PeftModel, PeftType
 
-from ..hf.attachment import is_attached
+from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.engine import Engine
 from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
@@ -98,6 +98,7 @@ class _State:
         if self.config_is_base_s:
             model.config = base.config
         model.forward = _Forward(model)
+        model.__dict__[REPLICATE] = refuse_replicas
         return self.engine
 
     def detach(self, model):
@@ -105,6 +106,7 @@ class _State:
             model.forward = self.own_forward
         else:
             model.__dict__.pop("forward", None)
+        model.__dict__.pop(REPLICATE, None)
         if self.engine is not None:
             self.engine.detach()
         if self.config_is_base_s:  # where another user keeps the base attached, that is not the model's own yet
