@@ -6,16 +6,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGE = 10**9  # parameters from which on a CPU would spend minutes on float64
 _BLOCK = 2**18  # numbers of a weight that are widened at once
-# Libraries whose operations check the dtypes that they are given.
-_CHECKED = ("aten", "prims", "_c10d_functional", "fastprompt")
+_CHECKED = ("aten", "prims", "fastprompt")  # libraries whose operations check the dtypes that they are given
+_PACKED = (torch.int8, torch.uint8)  # of quantised weights
 
 
 class WideArithmetic(TorchDispatchMode):
     """Inside of this block every operation on floating-point tensors computes and returns ``dtype``.
 
     Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it, or is
-    another library's (on quantised weights), runs in the model's own dtype, and :attr:`exact` is False from then on.
-    What an operation writes into keeps its dtype.
+    another library's on quantised weights, runs in the model's own dtype, and :attr:`exact` is False from then on. What
+    an operation writes into keeps its dtype.
 
     Attributes:
         dtype: the wide one: float64, or float32 where float64 is not to be had, or would take too long.
@@ -62,7 +62,8 @@ class WideArithmetic(TorchDispatchMode):
             return self._product(*args)
         if function is torch.ops.aten.addmm.default and args[2].numel() > _BLOCK and not kwargs:
             return self._product(*args[1:]) + self._widen(args[0])
-        if function.namespace not in _CHECKED:  # it may take a scale in float64 for one in float32
+        if function.namespace not in _CHECKED and any(getattr(x, "dtype", None) in _PACKED for x in given.values()):
+            # It may take scales in float64 for scales in float32.
             self.exact = False
             return self._widen(self._narrowed(function, args, kwargs))
         try:
