@@ -1,6 +1,7 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers; the last needs trl.
+The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm, trainers and integrations;
+trainers needs trl, and integrations says what is not installed.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -26,6 +27,13 @@ def run_trainers(out, quick):
     return trainers.run(out, quick)
 
 
+def run_integrations(out, quick):
+    """See ``integrations/``: no times, but what runs packed."""
+    from . import integrations
+
+    return integrations.run(out, quick)
+
+
 BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
@@ -35,6 +43,7 @@ BENCHMARKS = {
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
     "trainers": run_trainers,
+    "integrations": run_integrations,
 }
 
 

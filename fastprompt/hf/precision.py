@@ -43,6 +43,8 @@ class WideArithmetic(TorchDispatchMode):
             return function(*args, **kwargs)
         if function is torch.ops.aten.embedding.default:  # the rows that are read are all that has to be widened
             return self._widen(function(*args, **kwargs))
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+            return function(*args, **kwargs)  # to another device; hooks keep what they moved there and back
         names = [a.name for a in arguments]
         given = dict(zip(names, args)) | kwargs
         if not any(list(_floats(x)) for x in given.values()):  # new memory is of the dtype that is asked for
