@@ -62,7 +62,7 @@ def rows() -> list[Row]:
 
 def _trainers():
     row, plain = partial(Row, "Trainers"), dict(gradient_checkpointing=False)
-    without = dict(needs=("trl",), against="PEFT, without checkpointing where it raises")
+    without = dict(needs=("trl",), against="PEFT without checkpointing")
     return [
         row("a training loop", loop),
         row("Accelerate, with accumulation", accelerate_loop),
@@ -194,7 +194,7 @@ def _checkpointing_before(setting):
 
 def _settings():
     row, low = partial(Row, "Precision, memory, compilation"), dict(tolerance=2e-2)
-    without = dict(reference=loop, against="PEFT, without checkpointing where it raises")
+    without = dict(reference=loop, against="PEFT without checkpointing")
     narrow = {name: partial(loop, base=lambda setting, dtype=dtype: setting.base(dtype=dtype))
               for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))}  # fmt: skip
     return [

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -78,9 +77,9 @@ def transformers_trainer(setting, method, accelerated, *, collator="right", **op
 
     def make(model, folder):
         arguments = _arguments(TrainingArguments, folder, STEPS, remove_unused_columns=False, **options)
-        data = Dataset.from_list(setting.tokens())
+        data = setting.tokens()
         if collator == "all labels":
-            data = data.remove_columns("labels")
+            data = [{"input_ids": row["input_ids"]} for row in data]
         return Trainer(model, arguments, train_dataset=data, data_collator=COLLATORS[collator](setting.tokenizer))
 
     try:
@@ -96,6 +95,7 @@ def sft(setting, method, accelerated, *, steps=STEPS, whole_texts=False, **optio
 
 def _sft(setting, steps, whole_texts, options):
     import trl
+    from datasets import Dataset
 
     rows = setting.texts()
     if whole_texts:
@@ -130,6 +130,7 @@ def sft_sample_by_sample(setting, method, accelerated, *, steps, **options):
 def dpo(setting, method, accelerated, **options):
     """TRL's DPOTrainer; the reference model is the base model."""
     import trl
+    from datasets import Dataset
 
     data = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": _other(row["completion"])}
@@ -147,6 +148,7 @@ def dpo(setting, method, accelerated, **options):
 def kto(setting, method, accelerated, **options):
     """TRL's KTOTrainer."""
     import trl
+    from datasets import Dataset
 
     data = [
         {**row, "completion": row["completion"] if i % 2 else _other(row["completion"]), "label": bool(i % 2)}
@@ -164,6 +166,7 @@ def kto(setting, method, accelerated, **options):
 def grpo(setting, method, accelerated, **options):
     """TRL's GRPOTrainer; it generates by PEFT."""
     import trl
+    from datasets import Dataset
 
     def reward(completions, **others):
         return [float(len(set(completion))) for completion in completions]
