@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import integrations
 from benchmarks.integrations.loops import Run
-from benchmarks.integrations.rows import BOTH, Row, rows
+from benchmarks.integrations.rows import Row, rows
 from benchmarks.integrations.setting import Setting
 from fastprompt.hf.stats import Stats
 
@@ -106,5 +106,5 @@ def test_a_wrong_number_is_reported(fast, right, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integrations, "DOCS", tmp_path)
     assert integrations.run(tmp_path) == right
     assert ("WRONG" in capsys.readouterr().out) == (not right)
-    assert ("WRONG" in (tmp_path / "integrations.md").read_text()) == (not right)
-    assert len(BOTH) == 2 and (tmp_path / "integrations.csv").exists()
+    assert ("| WRONG" in (tmp_path / "integrations.md").read_text()) == (not right)
+    assert (tmp_path / "integrations.csv").exists()
