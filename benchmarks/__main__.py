@@ -1,6 +1,7 @@
-"""``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all by default.
+"""``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers; the last needs trl.
+The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers, which needs trl. By
+its name alone runs integrations, which writes docs/integrations.md, and says there what is not installed.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 # small operator last a time slice. A few microseconds are enough where there is none. GNU OpenMP, which torch uses.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import torch  # noqa: E402: OpenMP reads the variable once, when torch loads it
+import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
 from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
@@ -26,6 +27,13 @@ def run_trainers(out, quick):
     return trainers.run(out, quick)
 
 
+def run_integrations(out, quick):
+    """See ``integrations/``: no times, but what runs packed."""
+    from . import integrations
+
+    return integrations.run(out, quick)
+
+
 BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
@@ -35,13 +43,14 @@ BENCHMARKS = {
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
     "trainers": run_trainers,
+    "integrations": run_integrations,
 }
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastprompt.")
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all by default"
+        "benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all but the last by default"
     )
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for CSV and plots")
@@ -52,11 +61,8 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     print(report.header(), flush=True)
-    right = [
-        run(options.out, options.quick)
-        for name, run in BENCHMARKS.items()
-        if name in (options.benchmarks or BENCHMARKS)
-    ]
+    chosen = options.benchmarks or [name for name in BENCHMARKS if name != "integrations"]
+    right = [run(options.out, options.quick) for name, run in BENCHMARKS.items() if name in chosen]
     return 0 if all(right) else 1
 
 

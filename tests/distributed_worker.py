@@ -36,6 +36,8 @@ def main(mode, method, result):
             accelerator.backward(model(**part).loss / len(mine))
         optimizer.step()
         optimizer.zero_grad()
+    found = fastprompt.stats(model)
+    assert found.packed and not found.padded, found
     trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
     trained = {name: (p.full_tensor() if mode == "fsdp2" else p).detach().clone() for name, p in trained.items()}
     if accelerator.is_main_process:

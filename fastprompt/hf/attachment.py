@@ -9,7 +9,7 @@ it.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,7 @@ from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
 
 _RECORD = "_fastprompt_attachment"
+REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
 _OURS = {before: name for name, before in IMPLEMENTATIONS.items()}
 
 
@@ -57,6 +58,7 @@ def attach(model: PreTrainedModel, user: object, mlps: bool = False) -> None:
         record = _Record()
         record.replaced, record.root = found, root
         model.__dict__[_RECORD] = record
+        model.__dict__[REPLICATE] = refuse_replicas
     record.users[user] = mlps
     if record.unchanged is None:
         for module, _, own in record.replaced:
@@ -104,6 +106,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
             if module.__dict__.get("config") is own:
                 module.config = config
     model.__dict__.pop(_RECORD, None)
+    model.__dict__.pop(REPLICATE, None)
 
 
 @contextmanager
@@ -115,6 +118,18 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         attach_again(model)
+
+
+def refuse_replicas(*args: Any) -> NoReturn:
+    """In place of a module's method :data:`REPLICATE`.
+
+    Raises:
+        NotImplementedError: always; a replica would run parts of the module that it was made of, in another thread.
+    """
+    raise NotImplementedError(
+        "nn.DataParallel cannot copy a model that fastprompt runs: start one process a device with torchrun "
+        "(DistributedDataParallel), or let the script see one device"
+    )
 
 
 def _same(config, other):
@@ -161,11 +176,15 @@ def _switch_back(model):
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without autocast for a while; every module gets its own flag back."""
+    """Evaluation mode without autocast for a while; every module gets its own flag back.
+
+    4-bit layers of bitsandbytes are in training mode meanwhile: on some CPUs the first evaluation repacks their weights
+    for good, and no gradient passes through them afterwards. What they compute is the same in both modes.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:
-            module.training = False
+            module.training = hasattr(module, "quant_state")
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:

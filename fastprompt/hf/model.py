@@ -13,11 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
 from .arguments import Method, check_method, checked_prompt_ids
+from .attachment import refuse_replicas
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
 from .request import Request
 from .shared_state import SharedState
+from .trained_state import is_head, keep_what_trains
 
 
 class SoftPromptModel(nn.Module):
@@ -27,6 +29,9 @@ class SoftPromptModel(nn.Module):
     a decoder or an encoder; such a head sees the hidden states of the text and not those of the prompt: labels and
     answer positions count text tokens, and a classifier reads the first or last token of the text, wherever it is
     padded. Encoder-decoders take their prompt in front of the encoder's text.
+
+    ``state_dict()`` holds what trains and nothing that is frozen, so checkpoints of transformers' Trainer and of
+    Accelerate are as small as the prompts.
 
     Args:
         base: a Hugging Face model. Its parameters are frozen but for those of a new head (``score``, ``classifier``,
@@ -39,19 +44,21 @@ class SoftPromptModel(nn.Module):
     """
 
     base: Any
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, base: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
         check_method(base, method)
         self.base, self.method, self.config = base, method.to(base.device), base.config
+        keep_what_trains(self)
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._engine: Any = None
         self._warned: set[str] = set()
         self._prefix_reason, ready = None, False
         try:
             for name, parameter in base.named_parameters():
-                parameter.requires_grad_(_is_head(name))
+                parameter.requires_grad_(is_head(name))
             self._engine = Engine(base)
             self.config = base.config  # the model's own copy now
             if self._is_prefix:
@@ -217,7 +224,7 @@ class SoftPromptModel(nn.Module):
 
     def trained_head(self) -> dict[str, nn.Parameter]:
         """``{name in the model: parameter}`` of a head that trains along; {} if there is none."""
-        return {name: parameter for name, parameter in self.base.named_parameters() if _is_head(name)}
+        return {name: parameter for name, parameter in self.base.named_parameters() if is_head(name)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """See ``PreTrainedModel``; recomputation works, reentrant or not, with Prefix-Tuning too."""
@@ -365,10 +372,3 @@ class SoftPromptModel(nn.Module):
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"fastprompt runs the model's own padded forward: {reason}", stacklevel=4)
-
-
-_HEADS = {"score", "classifier", "qa_outputs"}
-
-
-def _is_head(name):
-    return name.split(".")[0] in _HEADS

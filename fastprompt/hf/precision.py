@@ -6,13 +6,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGE = 10**9  # parameters from which on a CPU would spend minutes on float64
 _BLOCK = 2**18  # numbers of a weight that are widened at once
+_CHECKED = ("aten", "prims", "fastprompt")  # libraries whose operations check the dtypes that they are given
+_PACKED = (torch.int8, torch.uint8)  # of quantised weights
 
 
 class WideArithmetic(TorchDispatchMode):
     """Inside of this block every operation on floating-point tensors computes and returns ``dtype``.
 
-    Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it runs in
-    the model's own dtype, and :attr:`exact` is False from then on. What an operation writes into keeps its dtype.
+    Weights keep what they hold and are widened one operation at a time. An operation that has no kernel for it, or is
+    another library's on quantised weights, runs in the model's own dtype, and :attr:`exact` is False from then on. What
+    an operation writes into keeps its dtype.
 
     Attributes:
         dtype: the wide one: float64, or float32 where float64 is not to be had, or would take too long.
@@ -40,6 +43,8 @@ class WideArithmetic(TorchDispatchMode):
             return function(*args, **kwargs)
         if function is torch.ops.aten.embedding.default:  # the rows that are read are all that has to be widened
             return self._widen(function(*args, **kwargs))
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+            return function(*args, **kwargs)  # to another device; hooks keep what they moved there and back
         names = [a.name for a in arguments]
         given = dict(zip(names, args)) | kwargs
         if not any(list(_floats(x)) for x in given.values()):  # new memory is of the dtype that is asked for
@@ -59,12 +64,27 @@ class WideArithmetic(TorchDispatchMode):
             return self._product(*args)
         if function is torch.ops.aten.addmm.default and args[2].numel() > _BLOCK and not kwargs:
             return self._product(*args[1:]) + self._widen(args[0])
+        if function.namespace not in _CHECKED and any(getattr(x, "dtype", None) in _PACKED for x in given.values()):
+            # It may take scales in float64 for scales in float32.
+            self.exact = False
+            return self._widen(self._narrowed(function, args, kwargs))
         try:
             out = run(self.dtype)
         except (RuntimeError, NotImplementedError):  # no kernel for the dtype, or no memory for a widened weight
             self.exact = False
             out = run(self.narrow)
         return self._widen(out)
+
+    def _narrowed(self, function, args, kwargs):
+        """``function`` of what it would be given without widening."""
+
+        def narrow(x):
+            if type(x) in (list, tuple):
+                return type(x)(map(narrow, x))
+            is_wide = x == self.dtype if isinstance(x, torch.dtype) else _is_float(x) and x.dtype == self.dtype
+            return _cast(x, self.narrow) if is_wide else x
+
+        return function(*map(narrow, args), **{name: narrow(x) for name, x in kwargs.items()})
 
     def _product(self, a, b):
         """``a @ b`` with a few columns of ``b`` at a time: a widened head would be larger than a step."""

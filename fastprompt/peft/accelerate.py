@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
-from ..hf.attachment import is_attached
+from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
 from . import resuming
@@ -138,10 +138,11 @@ class _State:
             model.config = base.config
         for name in _REPLACED:
             model.__dict__[name] = _Method(model, name)
+        model.__dict__[REPLICATE] = refuse_replicas
         return self.engine
 
     def detach(self, model):
-        for name in _REPLACED:
+        for name in (*_REPLACED, REPLICATE):
             model.__dict__.pop(name, None)
         model.__dict__.update(self.own)
         if self.engine is not None:

@@ -28,6 +28,8 @@ from ..hf.arguments import Method
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 
 _WEIGHTS, _CONFIG, ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
+# Notes in the weights: a digest of all prompts that were saved together, and in the first one's their number.
+_SAVE, _COUNT = "save", "prompts"
 _HEAD = "base_model."  # in front of the names of a head's parameters, as PEFT writes its modules_to_save
 
 
@@ -40,9 +42,12 @@ def save(
 ) -> None:
     """Write a method's prompts so that ``PeftModel.from_pretrained`` reads them.
 
-    One prompt, and all tasks of a :class:`MultitaskPromptTuning`, go into ``directory`` itself; several prompts go into
-    its subfolders ``prompt_0``, ``prompt_1``, ... as PEFT writes several adapters. Each file is written aside and
-    renamed, so a reader never meets half of one.
+    One prompt, and all tasks of a :class:`MultitaskPromptTuning`, go into ``directory`` itself; of several prompts the
+    first, and the others into its subfolders ``prompt_1``, ``prompt_2``, ... as PEFT writes several adapters:
+    ``PeftModel.from_pretrained(base, directory)`` has prompt 0, ``load_adapter(f"{directory}/prompt_1", "prompt_1")``
+    adds the next. All files are written aside and renamed, those of ``directory`` last, and each notes which prompts it
+    was saved with: a reader never meets half of a save, nor a mixture of two. What an earlier save left under these
+    names is removed.
 
     PEFT's format has no room for what P-Tuning's encoder and Prefix-Tuning's MLP are made of, only for what they give:
     they are kept beside it in ``encoder.safetensors``, which PEFT does not look at. A :class:`PrefixTuning` with
@@ -81,14 +86,20 @@ def save(
         else:
             peft_config, adapters, encoder = _to_peft(method, common)
             notes = {}
-    for index, tensors in enumerate(adapters):
-        folder = directory if len(adapters) == 1 else directory / f"prompt_{index}"
-        _write(
-            folder, peft_config, {name: x.cpu().contiguous() for name, x in (tensors | head).items()}, encoder, notes
-        )
-    if len(adapters) > 1:  # what an earlier save left must not be read for one of these
-        for stale in (directory, directory / f"prompt_{len(adapters)}"):
-            (stale / _CONFIG).unlink(missing_ok=True)
+    adapters = [{name: x.cpu().contiguous() for name, x in (tensors | head).items()} for tensors in adapters]
+    notes[_SAVE] = _digest_of_all(adapters)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as aside:
+        written = [Path(aside, str(index)) for index in range(len(adapters))]
+        for index, tensors in enumerate(adapters):
+            count = {_COUNT: str(len(adapters))} if index == 0 else {}
+            _write(written[index], peft_config, tensors, encoder, notes | count)
+        for index, folder in reversed(list(enumerate(written))):
+            _move(folder, _folder(directory, index))
+    _remove(directory / "prompt_0")  # where earlier versions put the first
+    for index in itertools.count(len(adapters)):
+        if not _remove(_folder(directory, index)):
+            break
 
 
 def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None) -> Method:
@@ -100,21 +111,18 @@ def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None)
     CARTRIDGE comes back as :class:`PrefixTuning` with ``frozen_tokens``.
 
     Args:
-        directory: holds one adapter, or several in ``prompt_0``, ``prompt_1``, ...
+        directory: holds one adapter, and more of them in ``prompt_1``, ``prompt_2``, ... Also read: several in
+            ``prompt_0``, ``prompt_1``, ... and none in the folder itself, as earlier versions wrote them.
         layers: the layers of a prefix to keep (without its MLP), where PEFT also wrote it for layers that use another
             layer's keys and values. None: those that :func:`save` wrote, all of PEFT's.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: an adapter of another method or for an encoder-decoder, adapters that are no bank of one method, or
-            ``layers`` that the adapter lacks or that are given for another method.
+        ValueError: an adapter of another method or for an encoder-decoder, adapters that are no bank of one method or
+            not of one save, or ``layers`` that the adapter lacks or that are given for another method.
     """
     directory = Path(directory)
-    if (directory / _CONFIG).is_file():
-        folders = [directory]
-    else:
-        numbered = (directory / f"prompt_{index}" for index in itertools.count())
-        folders = list(itertools.takewhile(lambda folder: (folder / _CONFIG).is_file(), numbered))
+    folders = _folders_of_one_save(directory)
     if not folders:
         raise FileNotFoundError(f"directory must hold {_CONFIG} (or prompt_0/{_CONFIG}), got {str(directory)!r}")
     configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
@@ -140,8 +148,7 @@ def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None)
 def load_head(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """``{parameter name in the model: tensor}`` of the head that was saved with the prompts; {} if there was none."""
     directory = Path(directory)
-    folder = directory if (directory / _CONFIG).is_file() else directory / "prompt_0"
-    weights = load_peft_weights(str(folder), device="cpu")
+    weights = load_peft_weights(str(_folders_of_one_save(directory)[0]), device="cpu")
     return {name.removeprefix(_HEAD): x for name, x in weights.items() if name.startswith(_HEAD)}
 
 
@@ -198,17 +205,80 @@ def _prefix_to_peft(method, common, own):
     return config, adapters, None if method.projection is None else method.state_dict(), notes
 
 
+def _folder(directory, index):
+    """Where prompt ``index`` of several stands."""
+    return directory if index == 0 else directory / f"prompt_{index}"
+
+
 def _write(folder, peft_config, tensors, encoder, notes):
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        peft_config.save_pretrained(aside)
-        save_file(tensors, Path(aside, _WEIGHTS), metadata={"format": "pt", **notes})
-        if encoder is None:
-            (folder / ENCODER).unlink(missing_ok=True)
-        else:
-            write_encoder(folder, encoder, tensors["prompt_embeddings"])
-        for name in (_WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
-            os.replace(Path(aside, name), folder / name)
+    peft_config.save_pretrained(str(folder))
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt", **notes})
+    if encoder is not None:
+        write_encoder(folder, encoder, tensors["prompt_embeddings"])
+
+
+def _move(written, folder):
+    """Move an adapter over one that may be there."""
+    folder.mkdir(exist_ok=True)
+    if not (written / ENCODER).is_file():
+        (folder / ENCODER).unlink(missing_ok=True)
+    for name in (ENCODER, _WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
+        if (written / name).is_file():
+            os.replace(written / name, folder / name)
+
+
+def _remove(folder):
+    """Remove an adapter, and its folder if nothing else is in it; was there one?"""
+    found = _is_adapter(folder)
+    if found:
+        for name in (_CONFIG, _WEIGHTS, ENCODER):
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return found
+
+
+def _folders_of_one_save(directory):
+    """The folders of the prompts in ``directory``, in order."""
+    others = list(itertools.takewhile(_is_adapter, (_folder(directory, index) for index in itertools.count(1))))
+    earlier = directory / "prompt_0"
+    if not _is_adapter(directory):
+        return _same_save([earlier, *others], None) if _is_adapter(earlier) else []
+    notes = _notes(directory)
+    if _SAVE in notes:
+        count = int(notes.get(_COUNT, 1))
+        return _same_save([_folder(directory, index) for index in range(count)], notes[_SAVE])
+    # PEFT's, and so are the others, unless an earlier version wrote them: then they are no part of it.
+    return _same_save([directory] if _is_adapter(earlier) else [directory, *others], None)
+
+
+def _same_save(folders, save):
+    """``folders``, each of this save or of PEFT, which may have written one again since."""
+    for folder in folders:
+        if not _is_adapter(folder) or _notes(folder).get(_SAVE) not in (None, save):
+            raise ValueError(
+                f"{folders[0]} must hold the prompts of one save, got {folder} of another: a save was interrupted, or "
+                "other adapters were written over it; save all prompts again, or load their folders one by one"
+            )
+    return folders
+
+
+def _is_adapter(folder):
+    return (folder / _CONFIG).is_file()
+
+
+def _notes(folder):
+    """The metadata of an adapter's weights."""
+    if not (folder / _WEIGHTS).is_file():
+        return {}
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        return file.metadata() or {}
+
+
+def _digest_of_all(adapters):
+    """One digest of all tensors of all adapters."""
+    digests = [f"{name} {_digest(tensors[name])}" for tensors in adapters for name in sorted(tensors)]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def write_encoder(folder: Path, state: Mapping[str, torch.Tensor], prompt: torch.Tensor) -> None:
@@ -285,10 +355,7 @@ def _read_prefix(folder, config, bank, weights, layers):
 
 def _written_layers(folder):
     """The layers that :func:`save` noted; None if it had nothing to note or PEFT wrote the file."""
-    if not (folder / _WEIGHTS).is_file():
-        return None
-    with safe_open(folder / _WEIGHTS, "pt") as file:
-        noted = (file.metadata() or {}).get("layers")
+    noted = _notes(folder).get("layers")
     return noted and tuple(json.loads(noted))
 
 
