@@ -1,7 +1,8 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
 The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers, which needs trl. By
-its name alone runs integrations, which writes docs/integrations.md, and says there what is not installed.
+their names alone run families and integrations: they measure nothing, but try what runs packed, and write
+docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -34,6 +35,13 @@ def run_integrations(out, quick):
     return integrations.run(out, quick)
 
 
+def run_families(out, quick):
+    """See ``families.py``."""
+    from . import families
+
+    return families.run(out, quick)
+
+
 BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
@@ -43,14 +51,19 @@ BENCHMARKS = {
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
     "trainers": run_trainers,
+    "families": run_families,
     "integrations": run_integrations,
 }
+BY_NAME = ("families", "integrations")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastprompt.")
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="benchmark", help=f"of {', '.join(BENCHMARKS)}; all but the last by default"
+        "benchmarks",
+        nargs="*",
+        metavar="benchmark",
+        help=f"of {', '.join(BENCHMARKS)}; all but the last two by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for CSV and plots")
@@ -61,7 +74,7 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     print(report.header(), flush=True)
-    chosen = options.benchmarks or [name for name in BENCHMARKS if name != "integrations"]
+    chosen = options.benchmarks or [name for name in BENCHMARKS if name not in BY_NAME]
     right = [run(options.out, options.quick) for name, run in BENCHMARKS.items() if name in chosen]
     return 0 if all(right) else 1
 
