@@ -5,7 +5,9 @@ import inspect
 import warnings
 import weakref
 
+import peft
 import torch
+import transformers
 from peft import PeftModel, PeftType
 
 from ..hf.attachment import is_attached
@@ -13,6 +15,7 @@ from ..hf.engine import Engine
 from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
 from .call import PACKED_CLASSES, Call
+from .renamed_cache import PREFIXES, former_name, generates_wrongly
 
 _STATE = "_fastprompt"
 
@@ -32,8 +35,9 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
-    ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy, by
-    ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own forward.
+    ``generate`` is PEFT's own, with a warning where that is wrong. One forward at a time: as PEFT itself, not for
+    several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own
+    forward.
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
@@ -57,6 +61,12 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
             restore(peft_model)
     if engine.refusal is not None:
         state.warn(engine.refusal)
+    if generates_wrongly(peft_model):
+        state.tell(
+            f"PEFT {peft.__version__}'s own generate gives wrong tokens on transformers {transformers.__version__}, "
+            "whose renamed cache it does not find; loss, gradients and logits are right, and so are the tokens of "
+            "SoftPromptModel.generate and of `fastprompt generate`"
+        )
     return peft_model
 
 
@@ -112,7 +122,10 @@ class _State:
 
     def original(self, model):
         """The forward that the model had before."""
-        return self.own_forward or functools.partial(type(model).forward, model)
+        forward = self.own_forward or functools.partial(type(model).forward, model)
+        if model.active_peft_config.peft_type in PREFIXES and hasattr(model, "_prefix_tuning_forward"):
+            return _classifying(model, forward)
+        return forward
 
     def fell_back(self, reason):
         """Count a call that takes PEFT's own forward, and say why."""
@@ -133,6 +146,17 @@ class _State:
 
     def __setstate__(self, state):
         vars(self).update(state, outputs=weakref.WeakKeyDictionary())
+
+
+def _classifying(model, forward):
+    """``forward`` of a classifier behind a prefix, which looks for what the base model or its backbone call a cache."""
+
+    @functools.wraps(forward, assigned=())
+    def wrapper(*args, **kwargs):
+        with former_name(model.base_model, model.base_model.get_submodule(model.transformer_backbone_name)):
+            return forward(*args, **kwargs)
+
+    return wrapper
 
 
 class _Forward:

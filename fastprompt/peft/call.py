@@ -18,11 +18,13 @@ from peft import (
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..hf.cache_names import CACHE_NAMES, cache_in
 from ..hf.request import Request
 from ..hf.shared_state import SharedState
 from ..layout import CannotPack
 from .cpt import CPTLoss
 from .encoder import fast_encoder
+from .renamed_cache import PREFIXES
 
 PACKED_CLASSES = (
     PeftModelForCausalLM,
@@ -31,7 +33,6 @@ PACKED_CLASSES = (
     PeftModelForQuestionAnswering,
     PeftModelForFeatureExtraction,
 )
-_PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
@@ -55,7 +56,7 @@ _OF_BACKBONE = {
     "input_ids",
     "inputs_embeds",
     "attention_mask",
-    "past_key_values",
+    *CACHE_NAMES,
     "token_type_ids",
     "use_cache",
     "return_dict",
@@ -86,7 +87,7 @@ class Call:
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
         self.config = model.active_peft_config
         self.length = self.config.num_virtual_tokens
-        self.is_prefix = self.config.peft_type in _PREFIXES
+        self.is_prefix = self.config.peft_type in PREFIXES
         is_lm = isinstance(model, PeftModelForCausalLM)
         self.direct = is_lm and self.engine.is_lm
         self.engine.ask_again()
@@ -130,8 +131,8 @@ class Call:
         given = self.given
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
-        if given.get("past_key_values") is not None:
-            raise CannotPack("past_key_values given")
+        if cache_in(given) is not None:
+            raise CannotPack("a cache is given")
         # PEFT ignores positions behind prompts.
         return {name for name, value in given.items() if _says_something(value)} - _UNDERSTOOD - _OF_SAMPLES
 
