@@ -37,7 +37,7 @@ def generates_wrongly(model: PeftModel) -> bool:
         cache.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), 0)
     of_base = {"input_ids": ids, "decoder_input_ids": ids, CACHE_NAME: cache}
     with evaluation_mode(model), _prepared_by(model, lambda *args, **kwargs: dict(of_base)):
-        given = model.prepare_inputs_for_generation(ids, is_first_iteration=is_prefix)
+        given = model.prepare_inputs_for_generation(ids, task_ids=ids[0], is_first_iteration=is_prefix)
     return cache_in(given) is cache if is_prefix else given.get("inputs_embeds") is not None
 
 
