@@ -27,8 +27,8 @@ ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) $(GPU_TESTS)
 endif
 
-# The same in an environment of its own, with the versions of a file: make versions-oldest. docs/versions.md has what came
-# of it. The C++ library of the checkout is compiled again.
+# The same in an environment of its own, with the versions of a file: make versions-oldest. docs/versions.md has what
+# came of it. The C++ library of the checkout is compiled again.
 versions-%:
 	$(MAKE) test VENV=.venv-$* CONSTRAINTS=tests/versions/$*.txt
 

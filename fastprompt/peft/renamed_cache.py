@@ -32,7 +32,7 @@ def generates_wrongly(model: PeftModel) -> bool:
     is_prefix = model.active_peft_config.peft_type in PREFIXES
     if not isinstance(model, (PeftModelForCausalLM, PeftModelForSeq2SeqLM) if is_prefix else PeftModelForCausalLM):
         return False  # before an encoder-decoder's text, a prompt is put there once
-    cache, ids = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    cache, ids = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     if not is_prefix:
         cache.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), 0)
     of_base = {"input_ids": ids, "decoder_input_ids": ids, CACHE_NAME: cache}
