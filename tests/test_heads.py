@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from parity import PREFIXES, B, P, S, assert_equal, assert_identical, batch, both, peft_model, step
+from parity import PREFIXES, B, P, S, assert_equal, assert_identical, batch, both, peft_model, plain_step, step
 from tiny_models import MODELS, T5, VOCABULARY
 
 import fastprompt
@@ -179,7 +179,7 @@ def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
     """Behind a learned prefix they see the token ids; what they make of them is what PEFT gives."""
     model = peft_model(None, "prefix", task_type="SEQ_CLS", base=build(name, "SEQ_CLS"))
     inputs = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor([0, 2]))
-    plain = step(model, inputs)
+    plain = plain_step(model, inputs)
     fastprompt.accelerate(model, heads="peft")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -195,7 +195,7 @@ def test_embeddings_behind_a_prefix(name):
     model = peft_model(None, "prefix", task_type="TOKEN_CLS", base=build(name, "TOKEN_CLS"))
     inputs = inputs_for("TOKEN_CLS", "right", "prefix")
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
-    plain = step(model, inputs)
+    plain = plain_step(model, inputs)
     assert_equal(plain, step(fastprompt.accelerate(model), inputs), inputs)
 
 

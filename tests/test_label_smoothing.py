@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fastprompt
+from fastprompt.hf.cache_names import cache_in
 
 EPSILON = 0.1
 METHODS = [name for name in METHODS if name != "cpt"]  # whose loss is another one
@@ -91,4 +92,4 @@ def test_the_output_behind_a_prefix_is_that_of_the_model():
         output = model(**inputs)
     assert isinstance(output, CausalLMOutputWithPast) and output.logits is output["logits"]
     assert type(pickle.loads(pickle.dumps(output))) is CausalLMOutputWithPast
-    assert P + inputs["input_ids"].shape[1] == output.past_key_values.get_seq_length()
+    assert P + inputs["input_ids"].shape[1] == cache_in(output).get_seq_length()

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 import fastprompt
 from fastprompt.hf import attention
 from fastprompt.hf.masks import UnsupportedAttention
+from fastprompt.peft.renamed_cache import right_generation
 
 IDS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 8, [1] * 3 + [0] * 5, [0] * 4 + [1] * 4])
@@ -106,7 +107,8 @@ def test_a_learned_prefix_equals_peft_s_prefix_tuning(name, checkpointing):
 def test_generation_behind_a_learned_prefix_with_and_without_a_cache(name):
     model, prefix, _ = prefix_model(name)
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    expected = model.eval().generate(input_ids=IDS, **options)
+    with right_generation(model.eval()):
+        expected = model.generate(input_ids=IDS, **options)
     patched = fastprompt.patch_attention(build(name).eval(), prefix.detach())
     for use_cache in (True, False):
         assert torch.equal(patched.generate(IDS, use_cache=use_cache, **options), expected)

@@ -42,6 +42,7 @@ MODELS = {
             query_pre_attn_scalar=8,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=3.0,
+            attn_implementation="eager",  # older transformers choose sdpa, and then leave the soft cap out
         ),
         True,
     ),

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
+from .cache_names import CACHE_NAMES
 from .masks import DenseMask, PackedMask, PackedRows, UnsupportedAttention, active, make_mask
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
@@ -36,7 +37,7 @@ _BLIND_TO_CAUSALITY = {"eager", "flex_attention"}
 # What the forward of a module takes that attends to its own states, beside these states.
 _OF_SELF_ATTENTION = {
     "attention_mask",
-    "past_key_values",
+    *CACHE_NAMES,
     "layer_past",
     "position_embeddings",
     "position_ids",

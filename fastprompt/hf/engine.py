@@ -13,6 +13,7 @@ from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
+from .cache_names import CACHE_NAME
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
 from .masks import Recorded
@@ -171,7 +172,8 @@ class Engine:
         if request.labels is not None:
             loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
         cache = None if recorded is None else self._cache(request, plan, recorded)
-        return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), past_key_values=cache)
+        found: dict[str, Any] = {CACHE_NAME: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), **found)
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
@@ -188,7 +190,7 @@ class Engine:
 
         def finish(output):
             if recorded is not None:
-                output.past_key_values = self._cache(request, plan, recorded)
+                setattr(output, CACHE_NAME, self._cache(request, plan, recorded))
 
         with self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded):
             yield

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..layout import IGNORE
+from .cache_names import cache_in
 from .precision import WideArithmetic
 from .runner import pooled_again
 
@@ -202,7 +203,7 @@ class Expectations:
 
 def _cache(base, sample, mask):
     try:
-        return getattr(sample.run(base, mask, use_cache=True), "past_key_values", None)
+        return cache_in(sample.run(base, mask, use_cache=True))
     except Exception:  # it takes no such argument
         return None
 

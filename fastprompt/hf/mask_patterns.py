@@ -177,7 +177,7 @@ def _closure(function):
 
 def _read_and(mask_functions):
     pattern, positions = Pattern(), None
-    for function in mask_functions:
+    for function in map(_what_sees, mask_functions):
         if _is_made_by("remap_positions_for_packed_sequence", function):
             function, positions = _closure(function)["mask_function"], _closure(function)["position_ids"]
         inner = read_pattern(function)
@@ -196,8 +196,15 @@ def _count_within(segments, positions):
 
 
 def _read_or(mask_functions):
-    patterns = [read_pattern(function) for function in mask_functions if not _sees_nothing(function)]
-    return patterns[0] if len(patterns) == 1 else None
+    seeing = [function for function in mask_functions if not _sees_nothing(function)]
+    return read_pattern(seeing[0]) if len(seeing) == 1 else None
+
+
+def _what_sees(function):
+    """The one part of a union that sees anything; any other function as it is."""
+    parts = _closure(function)["mask_functions"] if _is_made_by("or_masks", function) else ()
+    seeing = [part for part in parts if not _sees_nothing(part)]
+    return seeing[0] if len(seeing) == 1 else function
 
 
 def _sees_nothing(function):

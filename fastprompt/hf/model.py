@@ -14,6 +14,7 @@ from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
 from .arguments import Method, check_method, checked_prompt_ids
 from .attachment import refuse_replicas
+from .cache_names import cache_argument
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .patch import PaddedCalls
@@ -319,7 +320,7 @@ class SoftPromptModel(nn.Module):
         if shared is not None:
             ids = request.prompt_ids
             ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if ids is None else ids
-            inputs["past_key_values"] = shared.to_cache(ids, self.config, self.base.dtype)
+            inputs.update(cache_argument(self.base.forward, shared.to_cache(ids, self.config, self.base.dtype)))
         if shared is not None and request.has_ids:
             inputs["input_ids"] = tokens  # some models look more up by them than embeddings
         else:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ..checks import FLOATS, check_tensor
 from .attachment import attach, detach, evaluation_mode
+from .cache_names import cache_in
 from .expectations import Expectations, first_output
 from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
 from .shared_state import SharedState
@@ -128,6 +129,6 @@ class PaddedCalls:
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if tokens is None:
             tokens = args[0]
-        past = kwargs.get("past_key_values")
+        past = cache_in(kwargs)
         seen = 0 if past is None else past.get_seq_length()
         return (length + seen + torch.arange(tokens.shape[1], device=tokens.device))[None]

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..checks import INTS, check_range, check_tensor
 from .attachment import evaluation_mode
+from .cache_names import CACHE_NAMES, cache_argument
 from .masks import AsBefore, running
 from .shared_state import layers_with_keys, layers_with_own_keys, text_config
 
@@ -38,7 +39,8 @@ def prefix_of_text(model: PreTrainedModel, token_ids: Sequence[int] | torch.Tens
     # Not the model's own kind of cache: one without windows keeps every token's, and changes no mask.
     cache = DynamicCache()
     with evaluation_mode(model), running(AsBefore()):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        given = cache_argument(model.forward, cache)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
     filled: list[Any] = cache.layers
     layers = [(layer.keys, layer.values) for layer in filled if layer.keys is not None]
     shapes = {tuple(x.shape) for layer in layers for x in layer}
@@ -80,6 +82,6 @@ def _why_no_keys(model):
         if index not in with_keys:
             return f"layer {index} keeps none ({type(layer).__name__})"
     parameters = inspect.signature(model.forward).parameters
-    if not {"past_key_values", "cache", "kwargs"} & parameters.keys():
+    if not {*CACHE_NAMES, "kwargs"} & parameters.keys():
         return f"{type(model).__name__} takes no cache"
     return None

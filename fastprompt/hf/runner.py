@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
+from .cache_names import CACHE_NAMES
 from .checkpointing import checkpoints_reentrantly, through_reentrant_checkpoints
 from .masks import PackedRows, running
 from .shared_state import SharedState
@@ -143,7 +144,7 @@ class Runner:
             given = dict(signature.bind(*args, **kwargs).arguments)
             given.update(given.pop("kwargs", {}))
             rows = inputs(given) if callable(inputs) else inputs
-            for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values"):
+            for name in ("input_ids", "inputs_embeds", "attention_mask", *CACHE_NAMES):
                 given.pop(name, None)
             block = ExitStack()
             blocks.append(block)

@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
 from . import resuming
 from .forward import disable_adapter, forward
+from .renamed_cache import PREFIXES, former_name, generates_wrongly
 from .smoothing import smooth_by_text
 
 _STATE = "_fastprompt"
@@ -42,8 +44,9 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
-    ``generate`` is PEFT's own. One forward at a time: as PEFT itself, not for several threads. A copy, by
-    ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own forward.
+    ``generate`` is PEFT's own, with a warning where that is wrong. One forward at a time: as PEFT itself, not for
+    several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own
+    forward.
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
@@ -75,6 +78,12 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     smooth_by_text()
     if engine.refusal is not None:
         state.warn(engine.refusal)
+    if generates_wrongly(peft_model):
+        state.tell(
+            f"PEFT {peft.__version__}'s own generate gives wrong tokens on transformers {transformers.__version__}, "
+            "whose renamed cache it does not find; loss, gradients and logits are right, and so are the tokens of "
+            "SoftPromptModel.generate and of `fastprompt generate`"
+        )
     return peft_model
 
 
@@ -152,7 +161,9 @@ class _State:
 
     def original(self, model, name="forward"):
         """The method that the model had before."""
-        return self.own.get(name) or functools.partial(getattr(type(model), name), model)
+        method = self.own.get(name) or functools.partial(getattr(type(model), name), model)
+        classifies = model.active_peft_config.peft_type in PREFIXES and hasattr(model, "_prefix_tuning_forward")
+        return _classifying(model, method) if name == "forward" and classifies else method
 
     def fell_back(self, reason):
         """Count a call that takes PEFT's own forward, and say why."""
@@ -173,6 +184,17 @@ class _State:
 
     def __setstate__(self, state):
         vars(self).update(state, outputs=weakref.WeakKeyDictionary())
+
+
+def _classifying(model, forward):
+    """``forward`` of a classifier behind a prefix, which looks for what the base model or its backbone call a cache."""
+
+    @functools.wraps(forward, assigned=())
+    def wrapper(*args, **kwargs):
+        with former_name(model.base_model, model.base_model.get_submodule(model.transformer_backbone_name)):
+            return forward(*args, **kwargs)
+
+    return wrapper
 
 
 class _Method:

@@ -19,11 +19,13 @@ from peft import (
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..hf.cache_names import CACHE_NAMES, cache_in
 from ..hf.request import Request
 from ..hf.shared_state import SharedState
 from ..layout import CannotPack
 from .cpt import CPTLoss
 from .encoder import fast_encoder
+from .renamed_cache import PREFIXES
 from .samples import OF_SAMPLES, TOLD, cu_seqlens_of
 
 PACKED_CLASSES = (
@@ -57,7 +59,7 @@ _OF_BACKBONE = {
     "input_ids",
     "inputs_embeds",
     "attention_mask",
-    "past_key_values",
+    *CACHE_NAMES,
     "token_type_ids",
     "use_cache",
     "return_dict",
@@ -67,7 +69,7 @@ _OF_BACKBONE = {
 
 def is_prefix(config: PeftConfig) -> bool:
     """Does an adapter learn keys and values, and not rows?"""
-    return config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+    return config.peft_type in PREFIXES
 
 
 class Call:
@@ -144,8 +146,8 @@ class Call:
         given = self.given
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise CannotPack("exactly one of input_ids and inputs_embeds is expected")
-        if given.get("past_key_values") is not None:
-            raise CannotPack("past_key_values given")
+        if cache_in(given) is not None:
+            raise CannotPack("a cache is given")
         # PEFT ignores positions behind prompts.
         understood = _UNDERSTOOD - _OF_ADAPTERS if self.disabled else _UNDERSTOOD
         return {name for name, value in given.items() if _says_something(value)} - understood - OF_SAMPLES

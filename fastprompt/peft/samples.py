@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..hf.cache_names import CACHE_NAMES
+
 # What says where the samples stand.
 OF_SAMPLES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 TOLD = "fastprompt: packed samples are kept apart, each behind its own prompt; PEFT sees one sequence"
@@ -69,6 +71,7 @@ def in_one_row(output: Any, cu_seqlens: torch.Tensor, num_virtual_tokens: int) -
     if isinstance(output, tuple):
         return tuple(flat(x) if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in output)
     output.logits = flat(output.logits)
-    if output.get("past_key_values") is not None:
-        output.past_key_values = None
+    for name in CACHE_NAMES:
+        if output.get(name) is not None:
+            output[name] = None
     return output

@@ -24,6 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..hf.cache_names import cache_in
 from .config import TrainingConfig
 from .errors import InputError
 from .files import read_record
@@ -72,7 +73,7 @@ def _start_prefix(model: PeftModel, config: TrainingConfig, tokenizer: PreTraine
         ids = tokenizer(config.init_text)["input_ids"]
         ids = [ids[i % len(ids)] for i in range(config.num_virtual_tokens)]
         base: Any = model.get_base_model()
-        cache = base(torch.tensor([ids], device=base.device), use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_in(base(torch.tensor([ids], device=base.device), use_cache=True, logits_to_keep=1))
         layers = [(layer.keys, layer.values) for layer in cache.layers]  # each [1, H, P, Dh]
         states = torch.cat([state for pair in layers for state in pair]).permute(2, 0, 1, 3)  # [P, 2 * L, H, Dh]
         encoder.embedding.weight.copy_(states.flatten(1))

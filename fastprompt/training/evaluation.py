@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedTokenizerBase
 
 from ..hf.attachment import evaluation_mode
+from ..hf.cache_names import cache_argument, cache_in
 from .data import Example, Task
 from .encoding import Encoded, encode
 
@@ -47,7 +48,8 @@ def _completion_log_probs(
             if cache is not None:
                 cache.batch_repeat_interleave(len(batch))
             ids = torch.tensor(batch, device=base.device)
-            logits = base(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits  # [B, keep, V]
+            given = cache_argument(base.forward, cache)
+            logits = base(input_ids=ids, logits_to_keep=keep, **given).logits  # [B, keep, V]
             for row, sequence in zip(logits[:, -keep:].float().log_softmax(-1), batch):
                 for i in readers[sequence]:
                     tokens = torch.tensor(pairs[i].completion, device=base.device)
@@ -65,7 +67,7 @@ def _soft_prompt(model: PeftModel, task_id: int) -> Any:
     if isinstance(prompt, Cache):  # Prefix-Tuning learns keys and values
         return prompt
     prompt = prompt.to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
-    return base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_in(base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1))
 
 
 def evaluate(

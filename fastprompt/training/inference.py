@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from ..peft.renamed_cache import right_generation
 from . import adapters
 from .config import TrainingConfig
 from .data import read_rows
@@ -91,7 +92,7 @@ class TrainedAdapter:
             self._task_id(task)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         set_seed(seed)
-        with torch.no_grad():
+        with torch.no_grad(), right_generation(self.model):
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
         return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
