@@ -35,10 +35,10 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
     name = type(backbone).__name__
-    if backbone is base and base.get_output_embeddings() is not None:
-        return f"{name} has no part that is its backbone"
     if getattr(base.config, "is_encoder_decoder", False):
         return "an encoder-decoder's cross-attention has no packed layout"
+    if backbone is base and base.get_output_embeddings() is not None:
+        return f"{name} has no part that is its backbone"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
