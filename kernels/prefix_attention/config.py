@@ -120,6 +120,12 @@ def decode_tiles(width, wide, element_size, target, *, fold, sharing):
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, options)
 
 
+def reduce_options(width):
+    """For rows of a block ``width`` wide; threads that have little to hold are made to spill by sm_80's compiler, so
+    that more programs fit."""
+    return Options(num_warps=4 if width > 32 else 2)
+
+
 def _uneven(group):
     """Whether the heads of a tile's rows are found by a division and not by a shift."""
     return group & (group - 1) != 0

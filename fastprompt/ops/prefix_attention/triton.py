@@ -190,7 +190,7 @@ class _Call:
             dprefix_k, dprefix_v = (q.new_empty(x.shape) for x in (self.prefix_k, self.prefix_v))
             rows = 16
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4),
+                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), config.reduce_options(max(self.widths)),
                 partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
                 -(-self.prefix_room // tiles.key_keys),
                 KEYS_BN=tiles.key_keys, ROWS=rows, static=arguments.Static(*self.widths),
