@@ -103,7 +103,7 @@ class SharedState:
         return replace(self.with_tensors(x[ids] for x in self.tensors()), ids=None)
 
     def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
-        """``[N, length, Hkv, width]``: what stands in front of the sequences, of a layer's keys or of its values; or None.
+        """What stands in front of the sequences, of a layer's keys or its values, ``[N, length, Hkv, width]``; or None.
 
         Learned ones, shared rows, or both: then every prompt stands there twice, the learned ones alone for the shared
         rows behind them, and both for the rest; ``Sequences.prefix_lens`` tells the two apart.
