@@ -75,16 +75,7 @@ def dense(
 
 
 def tensors(
-    rows,
-    heads,
-    kv_heads,
-    head_dim,
-    prefixes,
-    prefix_length,
-    dtype=torch.float64,
-    seed=0,
-    sinks=False,
-    value_dim=None,
+    rows, heads, kv_heads, head_dim, prefixes, prefix_length, dtype=torch.float64, seed=0, sinks=False, value_dim=None
 ):
     generator, widths = torch.Generator().manual_seed(seed), (head_dim, value_dim or head_dim)
 
