@@ -19,20 +19,9 @@ BACKENDS = ["reference", "composed"]  # in float64; the C++ kernel has tests/tes
 
 
 def dense(
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    sequences,
-    *,
-    causal=True,
-    window=None,
-    softcap=None,
-    sinks=None,
-    scale=None,
-    dropout=None,
-):
+    q, k, v, prefix_k, prefix_v, sequences, *,
+    causal=True, window=None, softcap=None, sinks=None, scale=None, dropout=None,
+):  # fmt: skip
     """The contract spelled out with autograd: every sequence alone, its prefix concatenated in front, one softmax.
 
     ``sequences`` lists ``(first row, length, prefix id, prefix length, gap)``. ``dropout`` is a Dropout, or None.
