@@ -114,15 +114,17 @@ struct Backward {
       auto const from = at<T>(call.q, 0, row, head), out = at<T>(call.out, 0, row, head);
       auto const slope = at<T>(call.grad, 0, row, head);
       floats products{};
-      for (int64_t d = 0; d < value_dim; d += LANES) {
-        auto const columns = smaller(LANES, value_dim - d);
-        auto const x = load(slope + d, columns);
-        products += x * load(out + d, columns);
-        store(grad.at(m, d), x);
-      }
-      for (int64_t d = 0; d < head_dim; d += LANES) {
-        store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
-        store(dq + m * key_stride + d, floats{});
+      for (int64_t d = 0; d < larger(head_dim, value_dim); d += LANES) {
+        if (d < value_dim) {
+          auto const columns = smaller(LANES, value_dim - d);
+          auto const x = load(slope + d, columns);
+          products += x * load(out + d, columns);
+          store(grad.at(m, d), x);
+        }
+        if (d < head_dim) {
+          store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
+          store(dq + m * key_stride + d, floats{});
+        }
       }
       delta[m] = total(products);
       if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
