@@ -54,7 +54,7 @@ def sample():
     cases += _attention("bf16", 256, 8, 4)
     cases += _attention("bf16", 112, 7, 7, prefix=0)
     cases += _attention("bf16", 100, 4, 2)
-    cases += _attention("bf16", 192, 16, 16, native=True, value_dim=128)  # as DeepSeek V3
+    cases += _attention("bf16", 192, 16, 16, everywhere=True, native=True, value_dim=128)  # as DeepSeek V3
     cases += _attention("bf16", 24, 4, 2, value_dim=12, **flags)
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
