@@ -10,6 +10,7 @@ from tiny_models import VOCABULARY, drawn
 
 import fastprompt
 from fastprompt import PrefixTuning, PromptTuning, SoftPromptModel, patch_attention, prefix_of_text
+from fastprompt.hf.masks import UnsupportedAttention
 
 _COMMON = dict(vocab_size=VOCABULARY, hidden_size=48, num_attention_heads=4, pad_token_id=0, use_cache=False)
 _DENSE = dict(_COMMON, num_hidden_layers=2, num_key_value_heads=4, intermediate_size=80)
@@ -136,6 +137,10 @@ def test_learned_keys_and_values_are_refused_by_name(name, reason):
             SoftPromptModel(base(family), method)
     with pytest.raises(ValueError, match=f"must keep the keys and values .* but {reason}"):
         prefix_of_text(base(family), [1, 2, 3])
+    heads = family[1].num_key_value_heads
+    patched = patch_attention(base(family), torch.zeros(2, 2, P, heads, 24))
+    with pytest.raises(UnsupportedAttention, match=rf"values of \(heads, width\) \[{heads}, 12\], its prefix"):
+        patched(input_ids=torch.ones(1, 3, dtype=torch.int64))
     model, inputs = peft_model(name, "prefix", base=base(family)), batch("right")
     with pytest.raises(RuntimeError) as expected:
         model(**inputs)
