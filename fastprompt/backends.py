@@ -24,6 +24,9 @@ class Call(NamedTuple):
     empty: bool = False
     """Whether there are no rows."""
     head_dim: int = 64
+    """Width of queries and keys."""
+    value_dim: int = 64
+    """Width of values."""
     decode: bool = False
     softcap: bool = False
     dropout: bool = False
@@ -155,6 +158,7 @@ TABLE = (
     _triton(
         "prefix_attention",
         Limit("take heads of at most 256", lambda call: call.head_dim > 256 and f"q has {call.head_dim}"),
+        Limit("take values of at most 256", lambda call: call.value_dim > 256 and f"v has {call.value_dim}"),
     ),
     Backend(
         "prefix_attention",

@@ -7,6 +7,7 @@ finds it would find it in any kernel.
 from unittest import mock
 
 import torch
+from torch.nn.functional import pad
 
 from fastprompt.ops.prefix_attention import reference
 
@@ -44,6 +45,11 @@ def attention_faults(inputs, grad, seq, **flags):
         return result
 
     faults = {"a dropped key": run(scores=without_a_key), "a head without scale": run(scores=without_scale_in_a_head)}
+    widths = [x.shape[-1] for x in (inputs[0], inputs[2])]
+    if widths[0] != widths[1]:
+        cut = [x if x is None else pad(x[..., : min(widths)], (0, x.shape[-1] - min(widths))) for x in tensors]
+        faults["the wider rows cut off"] = run(cut)
+        faults["a scale by the width of values"] = run(scale=widths[1] ** -0.5)
     if options["window"] is not None:
         faults["a window wrong by one"] = run(window=options["window"] + 1)
         faults["a shifted position"] = run(scores=one_position_on)

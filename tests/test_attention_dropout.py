@@ -91,11 +91,22 @@ def test_probabilities_next_to_zero_and_one(p, fewest, most):
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
 
 
-def case(flags="plain", kind="packed", heads=4, kv_heads=2, prefixes=2, dtype=torch.float64, head_dim=8, lengths=None):
+def case(
+    flags="plain",
+    kind="packed",
+    heads=4,
+    kv_heads=2,
+    prefixes=2,
+    dtype=torch.float64,
+    head_dim=8,
+    lengths=None,
+    value_dim=5,
+):
     seq, described = layout(lengths or [5, 0, 9, 1, 5, 2], kind, prefixes, 7, seed=heads, mixed=True)
     flags = dict(FLAGS[flags])
-    inputs = tensors(seq.rows, heads, kv_heads, head_dim, prefixes, 7, dtype, sinks=flags.pop("sinks", False))
-    grad = torch.randn(seq.rows, heads, head_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = dict(sinks=flags.pop("sinks", False), value_dim=value_dim)
+    inputs = tensors(seq.rows, heads, kv_heads, head_dim, prefixes, 7, dtype, **options)
+    grad = torch.randn(seq.rows, heads, value_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return seq, described, inputs, grad.to(dtype), flags
 
 

@@ -31,7 +31,7 @@ def test_the_last_row_of_an_operator_runs_everything(operator, monkeypatch):
     monkeypatch.setattr(native, "missing", "no library here")
     monkeypatch.setattr(native, "missing_cuda", "no library here")
     last = [row for row in backends.TABLE if row.operator == operator][-1]
-    call = backends.Call("meta", torch.float64, True, 1024, True, True, 1)
+    call = backends.Call("meta", torch.float64, True, 1024, 1024, True, True, True, 1)
     assert last.why_not(call) is None
     chosen = backends.choose(operator, "auto", *call[:2], **dict(zip(call._fields[2:], call[2:])))
     assert backends.choose(operator, chosen, *call[:2]) == chosen
@@ -76,5 +76,7 @@ def test_refusals():
         backends.choose("prefix_attention", "composed", "cpu", decode=True)
     with pytest.raises(RuntimeError, match="'composed' of .* run on a CPU, the tensors are on cuda"):
         backends.choose("prefix_attention", "composed", "cuda")
+    for widths in (dict(head_dim=264), dict(value_dim=264)):
+        assert backends.choose("prefix_attention", "auto", "cuda", **widths) == "reference"
     with pytest.raises(RuntimeError, match="longest sequence, the window is 3"):
         backends.choose("prefix_attention", "composed", "cpu", short_window=3)

@@ -27,9 +27,9 @@ def test_small_calls_of_every_operator_are_right():
     assert not record.failures(rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rivals_compute_the_same_attention(dtype):
-    problem = Attention(4, 2, 16, 5, (7, 3, 12), dtype, "cpu")
+@pytest.mark.parametrize("dtype, value_dim", [(torch.float32, 8), (torch.bfloat16, None)])
+def test_rivals_compute_the_same_attention(dtype, value_dim):
+    problem = Attention(4, 2, 16, 5, (7, 3, 12), dtype, "cpu", value_dim)
     inputs = [x.detach() for x in problem.tensors()[0]]  # FlexAttention on a CPU takes none that want gradients
     with torch.no_grad():
         budget = Budget.of(lambda _: [ours(problem, "reference")(*(x.double() for x in inputs))], dtype)

@@ -121,7 +121,7 @@ def test_cases_take_turns_among_the_targets_and_a_variant_is_compiled_once():
 @pytest.mark.parametrize("direction", ["forward", "backward", "decode"])
 def test_attention_compiles_with_and_without_dropout(direction):
     """What the interpreter takes the compiler may not: without dropout its arguments are None."""
-    for options in ({}, dict(dropout=0.1)):
+    for options in ({}, dict(dropout=0.1), dict(value_dim=24)):
         (case,) = [c for c in _attention("bf16", 32, 2, 2, **options) if c.direction == direction]
         for job in compile_matrix.select([case], ["sm_80"]):
             result = compile_matrix.compile_job(job)
@@ -226,6 +226,9 @@ def test_floor_and_useful_work_by_hand():
     assert w.floor("decode") == 2 * (2 * 2 * row) + keys + 4 * 4
     assert w.useful_flops("forward") == 4 * 64 * 2 * (6 * 3 + 10 + 3)
     assert w.useful_flops("decode") == 4 * 64 * 2 * (3 + 4 + 3 + 2)
+    w = tiny(value_dim=32)
+    assert w.floor("forward") == 1.5 * queries + 0.75 * keys + 4 * 12
+    assert w.useful_flops("backward") == 2 * (3 * 64 + 2 * 32) * 2 * (6 * 3 + 10 + 3)
 
 
 def test_our_forward_by_hand(monkeypatch):
@@ -239,6 +242,22 @@ def test_our_forward_by_hand(monkeypatch):
     )  # table, q, out, lse and spans, keys and values once
     assert sum(touch.bytes for touch in only.touches if touch.write) == 6 * 2 * row
     assert only.flops >= tiny().useful_flops("forward")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "decode"])
+def test_narrower_values_move_fewer_bytes_and_take_fewer_operations(direction, monkeypatch):
+    monkeypatch.setattr(counts, "_resident", lambda one, chip: 2)
+
+    def sums(**sizes):
+        programs = [p for one in counts.ours(tiny(**sizes), direction, "sm_80") for p in one.programs]
+        return sum(t.bytes for p in programs for t in p.touches), sum(p.flops for p in programs)
+
+    equal, narrow, half = sums(), sums(value_dim=32), sums(head_dim=32)
+    assert all(a > b > c for a, b, c in zip(equal, narrow, half))
+    most = 5 / 6 if direction == "backward" else 3 / 4  # a query item has two products over keys, one over values
+    assert 3 / 4 <= narrow[1] / equal[1] <= most
+    with pytest.raises(ValueError, match="values as wide as keys"):
+        model.predict(model.PEFT, tiny(value_dim=32), direction, "A100 SXM 80 GB")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "decode"])

@@ -19,27 +19,16 @@ BACKENDS = ["reference", "composed"]  # in float64; the C++ kernel has tests/tes
 
 
 def dense(
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    sequences,
-    *,
-    causal=True,
-    window=None,
-    softcap=None,
-    sinks=None,
-    scale=None,
-    dropout=None,
-):
+    q, k, v, prefix_k, prefix_v, sequences, *,
+    causal=True, window=None, softcap=None, sinks=None, scale=None, dropout=None,
+):  # fmt: skip
     """The contract spelled out with autograd: every sequence alone, its prefix concatenated in front, one softmax.
 
     ``sequences`` lists ``(first row, length, prefix id, prefix length, gap)``. ``dropout`` is a Dropout, or None.
     """
     heads, head_dim = q.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = torch.full((heads, q.shape[0]), -math.inf, dtype=q.dtype)
     for start, length, prefix_id, prefix_length, gap in sequences:
         if length == 0:
@@ -74,14 +63,16 @@ def dense(
     return out, lse
 
 
-def tensors(rows, heads, kv_heads, head_dim, prefixes, prefix_length, dtype=torch.float64, seed=0, sinks=False):
-    generator = torch.Generator().manual_seed(seed)
+def tensors(
+    rows, heads, kv_heads, head_dim, prefixes, prefix_length, dtype=torch.float64, seed=0, sinks=False, value_dim=None
+):
+    generator, widths = torch.Generator().manual_seed(seed), (head_dim, value_dim or head_dim)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    q, k, v = draw(rows, heads, head_dim), draw(rows, kv_heads, head_dim), draw(rows, kv_heads, head_dim)
-    prefix = [draw(prefixes, prefix_length, kv_heads, head_dim) for _ in range(2)] if prefixes else [None, None]
+    q, k, v = draw(rows, heads, head_dim), *(draw(rows, kv_heads, width) for width in widths)
+    prefix = [draw(prefixes, prefix_length, kv_heads, width) if prefixes else None for width in widths]
     return [q, k, v, *prefix, draw(heads) if sinks else None]
 
 
@@ -129,6 +120,8 @@ FLAGS = {
     "sinks": dict(sinks=True),
     "all": dict(window=6, softcap=2.0, sinks=True, scale=0.5),
 }
+# Heads, key heads, prefixes, and the widths of keys and of values.
+SIZES = [(4, 2, 3, (8, 5)), (3, 3, 1, (8, 8)), (6, 1, 2, (5, 8)), (2, 2, 0, (8, 8))]
 COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
 
 
@@ -137,13 +130,14 @@ COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
 )
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
-def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, prefixes):
+@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", SIZES)
+def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, prefixes, widths):
     lengths, prefix_length = [5, 0, 9, 1, 5, 2], 7
     seq, described = layout(lengths, kind, prefixes, prefix_length, seed=heads, mixed=mixed)
     flags = dict(FLAGS[flags])
-    inputs = tensors(seq.rows, heads, kv_heads, 8, prefixes, prefix_length, sinks=flags.pop("sinks", False))
-    grad = torch.randn(seq.rows, heads, 8, dtype=torch.float64)
+    options = dict(sinks=flags.pop("sinks", False), value_dim=widths[1])
+    inputs = tensors(seq.rows, heads, kv_heads, widths[0], prefixes, prefix_length, **options)
+    grad = torch.randn(seq.rows, heads, widths[1], dtype=torch.float64)
     expected = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad, **flags)
     got = run(prefix_attention, inputs, grad, seq, backend=backend, **flags)
     for name, x, y in zip("out lse q k v prefix_k prefix_v sinks".split(), got, expected):
@@ -161,6 +155,7 @@ def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, pr
     prefix_length=st.integers(0, 9),
     prefixes=st.integers(1, 3),
     head_dim=st.sampled_from([1, 3, 16]),
+    value_dim=st.sampled_from([1, 3, 16]),
     group=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
     mixed=st.booleans(),
@@ -168,11 +163,11 @@ def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, pr
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_shape(lengths, prefix_length, prefixes, head_dim, group, kv_heads, mixed, causal, seed):
+def test_any_shape(lengths, prefix_length, prefixes, head_dim, value_dim, group, kv_heads, mixed, causal, seed):
     seq, described = layout(lengths, "packed", prefixes, prefix_length, seed, mixed)
     heads = group * kv_heads
-    inputs = tensors(seq.rows, heads, kv_heads, head_dim, prefixes, prefix_length, seed=seed)
-    grad = torch.randn(seq.rows, heads, head_dim, dtype=torch.float64)
+    inputs = tensors(seq.rows, heads, kv_heads, head_dim, prefixes, prefix_length, seed=seed, value_dim=value_dim)
+    grad = torch.randn(seq.rows, heads, value_dim, dtype=torch.float64)
     if seq.rows:
         expected = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad, causal=causal)
     for backend in BACKENDS:
@@ -184,16 +179,17 @@ def test_any_shape(lengths, prefix_length, prefixes, head_dim, group, kv_heads, 
             torch.testing.assert_close(x, torch.zeros_like(x) if y is None else y, rtol=1e-9, atol=1e-9)
 
 
-def low_precision_case(dtype):
+def low_precision_case(dtype, widths=(64, 64)):
     seq, _ = layout([17, 3, 40, 40, 9, 1], "packed", 2, 20, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, 64, 2, 20, dtype=dtype)
-    return inputs, torch.randn(seq.rows, 6, 64, generator=torch.Generator().manual_seed(1)).to(dtype), seq
+    inputs = tensors(seq.rows, 6, 2, widths[0], 2, 20, dtype=dtype, value_dim=widths[1])
+    return inputs, torch.randn(seq.rows, 6, widths[1], generator=torch.Generator().manual_seed(1)).to(dtype), seq
 
 
+@pytest.mark.parametrize("widths", [(64, 64), (24, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision_within_budget(backend, dtype):
-    inputs, grad, seq = low_precision_case(dtype)
+def test_low_precision_within_budget(backend, dtype, widths):
+    inputs, grad, seq = low_precision_case(dtype, widths)
     kept = (
         dtype if backend == "composed" else torch.float32
     )  # torch's own kernel keeps scores in the dtype of its inputs
@@ -205,7 +201,7 @@ def test_low_precision_within_budget(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_budget_finds_planted_faults(dtype, flags):
     """The wider of the two that the test above has."""
-    case = low_precision_case(dtype)
+    case = low_precision_case(dtype, (64, 48))
     assert_found(attention_budget(*case, results=dtype, **flags), attention_faults(*case, **flags))
 
 
@@ -216,12 +212,12 @@ def test_decode_equals_the_last_row_of_a_prefill(flags):
     ids, used = torch.tensor([1, -1, 0]), torch.tensor([5, 3])
     starts = [0, *itertools.accumulate(lengths)]
     packed = Sequences.packed(starts, ids, used)
-    q, k, v, prefix_k, prefix_v, sinks = tensors(packed.rows, 4, 2, 8, 2, prefix_length, sinks=True)
+    q, k, v, prefix_k, prefix_v, sinks = tensors(packed.rows, 4, 2, 8, 2, prefix_length, sinks=True, value_dim=6)
     flags = dict(flags, sinks=sinks)
     full, full_lse = prefix_attention(q, k, v, prefix_k, prefix_v, packed, **flags)
     last = torch.tensor(starts[1:]) - 1
     cache_k, cache_v = (
-        torch.full((3, 2, room, 8), math.nan, dtype=torch.float64) for _ in range(2)
+        torch.full((3, 2, room, width), math.nan, dtype=torch.float64) for width in (8, 6)
     )  # unused keys: NaN
     for b, (start, length) in enumerate(zip(starts, lengths)):
         cache_k[b, :, :length], cache_v[b, :, :length] = (x[start : start + length].transpose(0, 1) for x in (k, v))
@@ -239,7 +235,7 @@ def test_decode_equals_the_last_row_of_a_prefill(flags):
 
 def test_gradcheck():
     seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
-    inputs = [t.requires_grad_() for t in tensors(seq.rows, 2, 1, 4, 2, 3, sinks=True)]
+    inputs = [t.requires_grad_() for t in tensors(seq.rows, 2, 1, 4, 2, 3, sinks=True, value_dim=3)]
     for backend, flags in (
         ("reference", dict(window=4, softcap=2.0)),
         ("reference", dict(causal=False)),
@@ -257,7 +253,7 @@ def test_gradcheck():
 def test_opcheck(backend, with_prefix):
     seq, _ = layout([3, 1, 4], "packed", 2 if with_prefix else 0, 3, seed=0, mixed=with_prefix)
     q, k, v, prefix_k, prefix_v, sinks = tensors(
-        seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True
+        seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True, value_dim=6
     )
     options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, 0.0, backend)
     arguments = (q, k, v, prefix_k, prefix_v, sinks, None)
@@ -327,8 +323,8 @@ def test_same_bits_from_run_to_run(backend):
 
 def test_compiles_without_a_graph_break():
     seq, described = layout([4, 6, 2], "packed", 1, 3, seed=0, mixed=False)
-    inputs = tensors(seq.rows, 4, 2, 8, 1, 3)
-    grad = torch.randn_like(inputs[0])
+    inputs = tensors(seq.rows, 4, 2, 8, 1, 3, value_dim=5)
+    grad = torch.randn(seq.rows, 4, 5, dtype=torch.float64)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
     expected = run(lambda *a, **f: dense(*a[:5], described, **f), inputs, grad)
     for x, y in zip(run(compiled, inputs, grad, seq), expected):
@@ -351,10 +347,13 @@ def test_auto_takes_what_can_run_and_an_explicit_backend_says_why_not():
     [
         (dict(q=torch.zeros(3, 4, 8)), ValueError, r"q must have shape \[10, H, Dh\], got \[3, 4, 8\]"),
         (dict(q=torch.zeros(10, 3, 8)), ValueError, "q must have a multiple of k's 2 heads, got 3"),
-        (dict(v=torch.zeros(10, 2, 9)), ValueError, r"v must have shape \[10, 2, 8\]"),
+        (dict(q=torch.zeros(10, 4, 0)), ValueError, "q must have heads of at least one number"),
+        (dict(v=torch.zeros(10, 3, 8)), ValueError, r"v must have shape \[10, 2, Dv\]"),
+        (dict(v=torch.zeros(10, 2, 0)), ValueError, "v must have values of at least one number"),
         (dict(k=torch.zeros(10, 2, 8, dtype=torch.float16)), TypeError, "k must have dtype torch.float32 like q"),
         (dict(prefix_k=None), ValueError, "prefix_k and prefix_v must both be given"),
         (dict(prefix_v=torch.zeros(1, 4, 2, 8)), ValueError, r"prefix_v must have shape \[1, 3, 2, 8\]"),
+        (dict(v=torch.zeros(10, 2, 5)), ValueError, r"prefix_v must have shape \[1, 3, 2, 5\]"),
         (dict(seq=[0, 4, 10]), TypeError, "seq must be a fastprompt.Sequences, got list"),
         (dict(seq=Sequences.packed([0, 4, 10], [0, 1])), ValueError, r"seq.prefix_ids must lie in \[-1, 1\)"),
         (dict(seq=Sequences.packed([0, 4, 10], None, [4])), ValueError, r"seq.prefix_lens must lie in \[0, 4\)"),

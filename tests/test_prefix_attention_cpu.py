@@ -10,7 +10,7 @@ from budget import assert_within
 from faults import assert_found, attention_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prefix_attention import FLAGS, dense, largest_in_backward, layout, run, tensors
+from test_prefix_attention import FLAGS, SIZES, dense, largest_in_backward, layout, run, tensors
 
 from benchmarks import prefix_attention as benchmark
 from benchmarks.budget import attention_budget
@@ -55,7 +55,7 @@ def check(every_isa, inputs, grad, seq, **flags):
 
 def compare_with_dense(every_isa, seq, described, inputs, **flags):
     """Also the exact results against attention over an explicit concatenation."""
-    grad = random_grad(seq, *inputs[0].shape[1:], inputs[0].dtype)
+    grad = random_grad(seq, inputs[0].shape[1], inputs[2].shape[-1], inputs[0].dtype)
     budget = check(every_isa, inputs, grad, seq, **flags)
     exact = [t if t is None else t.double() for t in inputs]
     expected = run(lambda *a, **f: dense(*a[:5], described, **f), exact, grad.double(), **flags)
@@ -69,27 +69,32 @@ def compare_with_dense(every_isa, seq, described, inputs, **flags):
 def test_the_budget_finds_planted_faults(flags, dtype):
     """In a batch of the size that the tests below have."""
     seq, _ = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, 20, 2, 140, dtype)
-    case = inputs, random_grad(seq, 6, 20, dtype), seq
+    inputs = tensors(seq.rows, 6, 2, 20, 2, 140, dtype, value_dim=12)
+    case = inputs, random_grad(seq, 6, 12, dtype), seq
     assert_found(attention_budget(*case, **flags), attention_faults(*case, **flags))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 3), (3, 3, 1), (6, 1, 2), (2, 2, 0)])
-def test_equals_dense_attention(every_isa, flags, kind, mixed, heads, kv_heads, prefixes):
+@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", SIZES)
+def test_equals_dense_attention(every_isa, flags, kind, mixed, heads, kv_heads, prefixes, widths):
     seq, described = layout([5, 0, 9, 1, 5, 2], kind, prefixes, 7, seed=heads, mixed=mixed)
     flags = dict(FLAGS[flags])
-    inputs = tensors(seq.rows, heads, kv_heads, 8, prefixes, 7, torch.float32, sinks=flags.pop("sinks", False))
+    options = dict(sinks=flags.pop("sinks", False), value_dim=widths[1])
+    inputs = tensors(seq.rows, heads, kv_heads, widths[0], prefixes, 7, torch.float32, **options)
     compare_with_dense(every_isa, seq, described, inputs, **flags)
 
 
-@pytest.mark.parametrize("head_dim", [1, 7, 20, 64, 80, 96, 112, 128, 256])
+WIDTHS = [*((n, n) for n in (1, 7, 20, 64, 80, 96, 112, 128, 256)), (192, 128), (24, 12), (12, 24), (1, 300)]
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_head_dim_and_dtype(every_isa, head_dim, dtype):
+def test_every_width_and_dtype(every_isa, widths, dtype):
     seq, described = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
-    compare_with_dense(every_isa, seq, described, tensors(seq.rows, 6, 2, head_dim, 2, 140, dtype))
+    inputs = tensors(seq.rows, 6, 2, widths[0], 2, 140, dtype, value_dim=widths[1])
+    compare_with_dense(every_isa, seq, described, inputs)
 
 
 @pytest.mark.parametrize("flags", ["plain", "bidirectional", "all"])
@@ -98,8 +103,8 @@ def test_sequences_longer_than_a_tile_or_a_chunk(every_isa, flags, heads, length
     """Slices in one chunk share sums of gradients; slices in several leave parts. 300 heads: one query fills a tile."""
     seq, _ = layout(lengths, "packed", 1, 40, seed=0, mixed=False)
     flags = dict(FLAGS[flags])
-    inputs = tensors(seq.rows, heads, 1, 16, 1, 40, torch.float32, sinks=flags.pop("sinks", False))
-    check(every_isa, inputs, random_grad(seq, heads, 16), seq, **flags)
+    inputs = tensors(seq.rows, heads, 1, 16, 1, 40, torch.float32, sinks=flags.pop("sinks", False), value_dim=20)
+    check(every_isa, inputs, random_grad(seq, heads, 20), seq, **flags)
 
 
 @given(
@@ -107,6 +112,7 @@ def test_sequences_longer_than_a_tile_or_a_chunk(every_isa, flags, heads, length
     prefix_length=st.integers(0, 140),
     prefixes=st.integers(1, 3),
     head_dim=st.integers(1, 40),
+    value_dim=st.integers(1, 40),
     group=st.integers(1, 5),
     kv_heads=st.integers(1, 3),
     mixed=st.booleans(),
@@ -124,6 +130,7 @@ def test_any_shape(
     prefix_length,
     prefixes,
     head_dim,
+    value_dim,
     group,
     kv_heads,
     mixed,
@@ -136,7 +143,7 @@ def test_any_shape(
 ):
     seq, described = layout(lengths, kind, prefixes, prefix_length, seed, mixed)
     inputs = tensors(
-        seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks
+        seq.rows, group * kv_heads, kv_heads, head_dim, prefixes, prefix_length, torch.float32, seed, sinks, value_dim
     )
     compare_with_dense(every_isa, seq, described, inputs, causal=causal, window=window, softcap=softcap)
 
@@ -147,11 +154,11 @@ def test_decode(every_isa, dtype, flags):
     """Forward and gradients, those of the cache too; what stands in the cache behind a sequence is never read."""
     lengths, ids, used = [40, 0, 1, 170, 7], torch.tensor([1, 0, -1, 0, 0]), torch.tensor([50, 33])
     flags = dict(flags)
-    _, _, _, *inputs = tensors(5, 6, 2, 20, 2, 50, dtype, sinks=flags.pop("sinks", False))
+    _, _, _, *inputs = tensors(5, 6, 2, 20, 2, 50, dtype, sinks=flags.pop("sinks", False), value_dim=36)
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(5, 6, 20, generator=generator).to(dtype)
-    cache = torch.randn(2, 5, 2, 180, 20, generator=generator).to(dtype)
-    inputs, grad = [q, *cache, *inputs], torch.randn(q.shape, generator=generator).to(dtype)
+    cache = [torch.randn(5, 2, 180, width, generator=generator).to(dtype) for width in (20, 36)]
+    inputs, grad = [q, *cache, *inputs], torch.randn(5, 6, 36, generator=generator).to(dtype)
     seq = Sequences.decode(lengths, ids, used)
     budget = attention_budget(inputs, grad, seq, **flags)
     for x in cache:
@@ -170,8 +177,8 @@ def guarded(x):
 
 def test_nothing_beside_the_inputs_is_read_and_every_result_is_written(cpu_isa, poisoned):
     seq, _ = layout([5, 40, 9, 1], "packed", 2, 35, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, 20, 2, 35, torch.float32, sinks=True)
-    grad = random_grad(seq, 6, 20)
+    inputs = tensors(seq.rows, 6, 2, 20, 2, 35, torch.float32, sinks=True, value_dim=12)
+    grad = random_grad(seq, 6, 12)
     expected = run(ours, inputs, grad, seq)
     leaves = [guarded(t) if t.dim() > 1 else t.clone() for t in inputs]
     leaves = [t.requires_grad_() for t in leaves]
@@ -223,8 +230,8 @@ def test_nan_stays_in_its_sequence(cpu_isa):
 
 def test_same_bits_with_any_number_of_threads(cpu_isa):
     seq, _ = layout([40, 6, 500, 6, 64, 30, 1], "packed", 2, 130, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, 16, 2, 130, torch.float32, sinks=True)
-    grad, before, results = random_grad(seq, 6, 16), torch.get_num_threads(), []
+    inputs = tensors(seq.rows, 6, 2, 16, 2, 130, torch.float32, sinks=True, value_dim=12)
+    grad, before, results = random_grad(seq, 6, 12), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2, 5):
             torch.set_num_threads(threads)
@@ -238,8 +245,8 @@ def test_same_bits_with_any_number_of_threads(cpu_isa):
 def test_only_wanted_gradients(threads):
     """Any subset of inputs may want a gradient, and gets the same bits as if all did."""
     seq, _ = layout([40, 6, 9], "packed", 1, 30, seed=0, mixed=False)
-    inputs = tensors(seq.rows, 4, 2, 16, 1, 30, torch.float32, sinks=True)
-    grad = random_grad(seq, 4, 16)
+    inputs = tensors(seq.rows, 4, 2, 16, 1, 30, torch.float32, sinks=True, value_dim=20)
+    grad = random_grad(seq, 4, 20)
     every = dict(zip(NAMES, run(ours, inputs, grad, seq)))
     for wanted in itertools.product([False, True], repeat=6):
         if not any(wanted):
@@ -253,8 +260,8 @@ def test_only_wanted_gradients(threads):
 
 def test_strided_inputs_and_expanded_gradients(cpu_isa):
     seq, _ = layout([4, 36, 2], "packed", 1, 33, seed=0, mixed=False)
-    inputs = tensors(seq.rows, 4, 2, 20, 1, 33, torch.float32)
-    one = torch.ones(1, 1, 1).expand_as(inputs[0])
+    inputs = tensors(seq.rows, 4, 2, 20, 1, 33, torch.float32, value_dim=12)
+    one = torch.ones(1, 1, 1).expand(seq.rows, 4, 12)
     expected = run(ours, inputs, one, seq)
     strided = [t if t is None else t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
     strided[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)  # as Hugging Face hands queries over
@@ -274,14 +281,14 @@ def test_strided_inputs_and_expanded_gradients(cpu_isa):
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_no_rows(lengths, prefixes):
     seq, _ = layout(lengths, "packed", prefixes, 5, seed=0, mixed=False)
-    inputs = tensors(0, 4, 2, 8, prefixes, 5, torch.float32, sinks=True)
-    out, lse, *grads = run(ours, inputs, torch.zeros(0, 4, 8), seq)
-    assert out.shape == (0, 4, 8) and lse.shape == (4, 0) and all(not g.any() for g in grads)
+    inputs = tensors(0, 4, 2, 8, prefixes, 5, torch.float32, sinks=True, value_dim=6)
+    out, lse, *grads = run(ours, inputs, torch.zeros(0, 4, 6), seq)
+    assert out.shape == (0, 4, 6) and lse.shape == (4, 0) and all(not g.any() for g in grads)
 
 
 def test_opcheck():
     seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
-    *arguments, sinks = tensors(seq.rows, 2, 1, 4, 2, 3, torch.float32, sinks=True)
+    *arguments, sinks = tensors(seq.rows, 2, 1, 4, 2, 3, torch.float32, sinks=True, value_dim=6)
     options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, 0.0, "cpu")
     arguments = (*arguments, sinks, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
@@ -294,8 +301,8 @@ def test_opcheck():
 
 def test_compiles_without_a_graph_break():
     seq, _ = layout([4, 6, 2], "packed", 1, 3, seed=0, mixed=False)
-    inputs = tensors(seq.rows, 4, 2, 8, 1, 3, torch.float32)
-    grad = random_grad(seq, 4, 8)
+    inputs = tensors(seq.rows, 4, 2, 8, 1, 3, torch.float32, value_dim=5)
+    grad = random_grad(seq, 4, 5)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for x, y in zip(run(compiled, inputs, grad, seq), run(ours, inputs, grad, seq)):
         assert torch.equal(x, y)

@@ -137,7 +137,11 @@ def build(name, dtype=torch.float32, seed=0, **changes):
     config_class, arguments, _ = MODELS[name]
     config = config_class(**{**arguments, **changes})
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(config)
+    return drawn(hf.AutoModelForCausalLM.from_config(config), seed).to(dtype).train()
+
+
+def drawn(model, seed=0):
+    """The model with weights large enough that a mistake shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -145,4 +149,4 @@ def build(name, dtype=torch.float32, seed=0, **changes):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype).train()
+    return model

@@ -54,6 +54,8 @@ def sample():
     cases += _attention("bf16", 256, 8, 4)
     cases += _attention("bf16", 112, 7, 7, prefix=0)
     cases += _attention("bf16", 100, 4, 2)
+    cases += _attention("bf16", 192, 16, 16, everywhere=True, native=True, value_dim=128)  # as DeepSeek V3
+    cases += _attention("bf16", 24, 4, 2, value_dim=12, **flags)
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
     cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
@@ -67,6 +69,8 @@ def complete():
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             cases += _attention(dtype, head_dim, 8, 2)
+        for head_dim, value_dim in ((192, 128), (96, 64), (24, 12), (64, 256)):
+            cases += _attention(dtype, head_dim, 8, 8, value_dim=value_dim)
     flags = [dict(window=48), dict(softcap=30.0), dict(sinks=True), dict(causal=False), dict(causal=False, window=48),
              dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True), dict(dropout=0.1),
              dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3),
@@ -106,7 +110,8 @@ def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=Fal
     cases = []
     for direction in ("forward", "backward", "decode") if needs == "all" else ("backward",):
         run = partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags)
-        enough_rows = direction != "decode"  # for the chip's own matrix instructions
+        # Whether tiles have rows enough for the chip's own matrix instructions.
+        enough_rows = direction == "forward" or direction == "backward" and head_dim <= 128
         cases.append(Case("prefix_attention", direction, label, run, everywhere, native and enough_rows))
     return cases
 
@@ -129,6 +134,7 @@ def _run_attention(
     strided=False,
     even=False,
     dropout=0.0,
+    value_dim=None,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
     from fastprompt.ops.prefix_attention.dropout import Dropout
@@ -148,12 +154,15 @@ def _run_attention(
     else:
         seq = Sequences.packed([sum(lengths[:b]) for b in range(batch + 1)], **(bank if prefixes > 1 else {}))
 
-    def rows(heads):  # [Rq, heads, Dh], strided: a column too many in memory
-        return new(seq.rows, heads * head_dim + strided)[:, : heads * head_dim].unflatten(1, (heads, head_dim))
+    def rows(heads, width):  # [Rq, heads, width], strided: a column too many in memory
+        return new(seq.rows, heads * width + strided)[:, : heads * width].unflatten(1, (heads, width))
 
-    q = rows(heads)
-    k, v = (new(batch, kv_heads, max(lengths), head_dim) if direction == "decode" else rows(kv_heads) for _ in range(2))
-    prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, head_dim) if prefix else None for _ in range(2))
+    def keys(width):
+        return new(batch, kv_heads, max(lengths), width) if direction == "decode" else rows(kv_heads, width)
+
+    widths = head_dim, value_dim or head_dim
+    q, k, v = rows(heads, head_dim), *map(keys, widths)
+    prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, width) if prefix else None for width in widths)
     options = dict(
         causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5,
         dropout=Dropout(dropout, seed=0) if dropout else None,
@@ -162,7 +171,8 @@ def _run_attention(
         launcher.forward(q, k, v, prefix_k, prefix_v, seq, **options)
         return
     lse = torch.empty(heads, seq.rows, device="meta")
-    launcher.backward(new(q.shape), q, k, v, prefix_k, prefix_v, new(q.shape), lse, seq, **options, needs=needs)
+    grad, out = (new(seq.rows, heads, widths[1]) for _ in range(2))
+    launcher.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options, needs=needs)
 
 
 def _concat(dtype, width, everywhere=False):

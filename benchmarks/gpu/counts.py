@@ -20,7 +20,10 @@ ROWS = 16  # a block of memory in the cache's model: this many rows of one head
 
 @dataclass(frozen=True)
 class Workload:
-    """Sequences of these lengths (decode: keys in their caches) behind one prefix of ``prefix`` keys."""
+    """Sequences of these lengths (decode: keys in their caches) behind one prefix of ``prefix`` keys.
+
+    ``value_dim``: the width of values, None: that of keys.
+    """
 
     name: str
     heads: int
@@ -28,6 +31,12 @@ class Workload:
     head_dim: int
     prefix: int
     lengths: tuple
+    value_dim: int | None = None
+
+    @property
+    def widths(self):
+        """Of keys and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def rows(self):
@@ -43,12 +52,12 @@ class Workload:
 
     def floor(self, direction):
         """Bytes of inputs, saved tensors and outputs, each once."""
-        row = self.head_dim * BYTES
+        both = sum(self.widths) * BYTES
         queries = (len(self.lengths) if direction == "decode" else self.rows) * self.heads
-        keys = 2 * (self.rows + self.prefix) * self.kv_heads * row
-        if direction == "backward":  # q, out, dout, dq; keys and their gradients; lse
-            return 4 * queries * row + 2 * keys + 4 * queries
-        return 2 * queries * row + keys + 4 * queries
+        keys = (self.rows + self.prefix) * self.kv_heads * both
+        if direction == "backward":  # q and dq, out and dout; keys, values and their gradients; lse
+            return 2 * queries * both + 2 * keys + 4 * queries
+        return queries * both + keys + 4 * queries
 
     def useful_flops(self, direction):
         """Two products of visible pairs forward, five backward."""
@@ -56,7 +65,9 @@ class Workload:
             pairs = sum(self.prefix + n for n in self.lengths)
         else:
             pairs = sum(n * self.prefix + n * (n + 1) // 2 for n in self.lengths)
-        return (10 if direction == "backward" else 4) * pairs * self.heads * self.head_dim
+        keys, values = self.widths
+        products = 3 * keys + 2 * values if direction == "backward" else keys + values
+        return 2 * products * pairs * self.heads
 
 
 @contextmanager
@@ -85,15 +96,16 @@ def ours(workload, direction, chip):
     w, batch = workload, len(workload.lengths)
     new = partial(torch.empty, dtype=torch.bfloat16)  # on the CPU, where tables can be read; never touched
     if direction == "decode":
-        seq, keys = Sequences.decode(w.lengths), (batch, w.kv_heads, max(w.lengths), w.head_dim)
+        seq, keys = Sequences.decode(w.lengths), (batch, w.kv_heads, max(w.lengths))
     else:
-        seq, keys = Sequences.packed([sum(w.lengths[:b]) for b in range(batch + 1)]), (w.rows, w.kv_heads, w.head_dim)
-    q, k, v = new(seq.rows, w.heads, w.head_dim), new(*keys), new(*keys)
-    inputs = q, k, v, *(new(1, w.prefix, w.kv_heads, w.head_dim) for _ in range(2))
+        seq, keys = Sequences.packed([sum(w.lengths[:b]) for b in range(batch + 1)]), (w.rows, w.kv_heads)
+    q, k, v = new(seq.rows, w.heads, w.head_dim), *(new(*keys, width) for width in w.widths)
+    inputs = q, k, v, *(new(1, w.prefix, w.kv_heads, width) for width in w.widths)
+    out = new(seq.rows, w.heads, w.widths[1])
     options = dict(causal=True, window=None, softcap=None, sinks=None, scale=w.head_dim**-0.5)
     with _recorded(CHIPS[chip].target) as calls:
         if direction == "backward":
-            launcher.backward(new(*q.shape), *inputs, new(*q.shape), torch.empty(w.heads, seq.rows), seq, **options)
+            launcher.backward(torch.empty_like(out), *inputs, out, torch.empty(w.heads, seq.rows), seq, **options)
         else:
             launcher.forward(*inputs, seq, **options)
     launches = []
@@ -110,12 +122,15 @@ class _Counter:
     """
 
     def __init__(self, workload, values):
-        self.w, self.values, self.row = workload, values, workload.head_dim * BYTES
+        self.w, self.values = workload, values
+        k, v = (width * BYTES for width in workload.widths)
+        self.row = dict(q=k, dq=k, k=k, dk=k, out=v, dout=v, v=v, dv=v)  # bytes of a row
         self.fold = values.get("FOLD")
 
     def rows(self, name, head, start, stop, heads=1, write=False, size=None):
-        """Touches of rows ``[start, stop)`` of some neighbouring heads of a tensor."""
-        size = size or self.row * heads
+        """Touches of rows ``[start, stop)`` of some neighbouring heads of a tensor; ``size`` of one, unless its name
+        says it."""
+        size = size or self.row[name.split("prefix_")[-1]] * heads
         return [
             Touch(
                 (name, head, block),
@@ -138,8 +153,10 @@ class _Counter:
         return [touch for at in range(start, stop, block) for name in "kv"
                 for touch in self.rows(prefix + name, head, at, min(at + block, stop))]  # fmt: skip
 
-    def product(self, m, n):
-        return 2.0 * self.values[m] * self.values[n] * self.values["BD"]
+    def products(self, m, n, over_keys, over_values):
+        """Operations of so many products of a tile that are as wide as keys, and as values."""
+        width = over_keys * self.values["BD"] + over_values * self.values["BV"]
+        return 2.0 * self.values[m] * self.values[n] * width
 
     def table(self, name):
         return self.values[name].tolist()
@@ -154,7 +171,7 @@ class _Counter:
                 touches += self.keys("prefix_", head, p0, p1, block) + self.keys("", head, k0, k1, block)
                 touches += self.rows("out", group, q0, q1, self.fold, write=True)
                 blocks = -(-(p1 - p0) // block) + -(-(k1 - k0) // block)
-                programs.append(Program(touches, 2 * self.product("BM", "BN") * blocks))
+                programs.append(Program(touches, self.products("BM", "BN", 1, 1) * blocks))
         return programs
 
     def backward(self, grid):
@@ -170,7 +187,7 @@ class _Counter:
             touches += self.keys("prefix_", head, p0, p1, block) + self.keys("", head, k0, k1, block)
             touches += self.rows("dq", group, q0, q1, self.fold, write=True)
             blocks = -(-(p1 - p0) // block) + -(-(k1 - k0) // block)
-            return Program(touches, 3 * self.product("BM", "BN") * blocks)
+            return Program(touches, self.products("BM", "BN", 2, 1) * blocks)
         if group >= self.w.kv_heads:
             return Program(touches)
         own, parts, step = role == 1, self.w.group // self.fold, self.values["KEYS_BM"] // self.fold
@@ -182,8 +199,8 @@ class _Counter:
             if own:
                 touches += self.rows("d" + name, group, k0, k1, write=True)
             else:  # fp32 partial sums; the slot stands where a query item has p0
-                touches += self.rows(f"partial_{name}", (p0, group), 0, k1 - k0, write=True, size=2 * self.row)
-        return Program(touches, 4 * self.product("KEYS_BM", "KEYS_BN") * parts * -(-(q1 - q0) // step))
+                touches += self.rows(f"partial_{name}", (p0, group), 0, k1 - k0, write=True, size=2 * self.row[name])
+        return Program(touches, self.products("KEYS_BM", "KEYS_BN", 2, 2) * parts * -(-(q1 - q0) // step))
 
     def reduce(self, grid):
         (blocks,), rows, block = self.table("slots"), self.values["ROWS"], self.values["KEYS_BN"]
@@ -196,7 +213,9 @@ class _Counter:
                     touch
                     for slot in range(first, last)
                     for name in "kv"
-                    for touch in self.rows(f"partial_{name}", (slot, head), at, at + stop - start, size=2 * self.row)
+                    for touch in self.rows(
+                        f"partial_{name}", (slot, head), at, at + stop - start, size=2 * self.row[name]
+                    )
                 ]
                 for name in "kv":
                     touches += self.rows(f"dprefix_{name}", head, start, stop, write=True)
@@ -217,7 +236,8 @@ class _Counter:
                     touches += self.keys("", head, k0 + shift, k1 + shift, self.values["BN"])
                 for query in range(q0, q1):
                     touches.append(self._part(parts[query] + number, group, write=True))
-                programs.append(Program(touches, 2 * self.product("BM", "BN") * -(-(k1 - k0) // self.values["BN"])))
+                blocks = -(-(k1 - k0) // self.values["BN"])
+                programs.append(Program(touches, self.products("BM", "BN", 1, 1) * blocks))
         return programs
 
     def merge(self, grid):
@@ -231,5 +251,5 @@ class _Counter:
         ]  # fmt: skip
 
     def _part(self, number, group, write=False):
-        size = (self.w.head_dim + 1) * 4 * self.fold
+        size = (self.w.widths[1] + 1) * 4 * self.fold
         return Touch(("part", number, group), size, size, write)

@@ -59,6 +59,8 @@ def workloads(direction):
 def predict(name, workload, direction, device_name):
     """One row of the table."""
     device = DEVICES[device_name]
+    if name != OURS and len(set(workload.widths)) > 1:
+        raise ValueError(f"{name} is counted with values as wide as keys, got widths {workload.widths}")
     launches = IMPLEMENTATIONS[name](workload, direction, device.chip)
     found = costs(launches, device, LAUNCH_SECONDS)
     memory, floor = sum(c.memory_bytes for c in found), workload.floor(direction)

@@ -57,6 +57,7 @@ def _attention_problems(device):
         small,
         replace(small, dtype=torch.float16),
         replace(small, dtype=torch.float32, lengths=uneven(2048)),
+        replace(base, heads=16, kv_heads=16, head_dim=192, value_dim=128),  # as DeepSeek V3
     ]
 
 
@@ -198,7 +199,7 @@ def small(device, chosen=providers):
     timing = dict(rounds=1, calls=1)
     problem = Attention(4, 2, 16, 5, (7, 3, 12), torch.float32, device)
     return [
-        *attention(device, [problem], chosen, **timing),
+        *attention(device, [problem, replace(problem, value_dim=8)], chosen, **timing),
         *decoding(device, 4, 16, 4, 2, 16, 5, torch.float32, **timing),
         *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing),
         *lstm(device, (8,), (5,), **timing),

@@ -1,6 +1,6 @@
 """Prefix attention of packed rows by other means, with the same inputs and gradients: what ``check`` compares with.
 
-Every provider takes an :class:`Attention` and returns a function of its tensors that gives ``out [T, H, Dh]``. What
+Every provider takes an :class:`Attention` and returns a function of its tensors that gives ``out [T, H, Dv]``. What
 depends on the lengths alone (masks, indices) is made outside that function, once a batch, as a careful user would.
 """
 
@@ -24,7 +24,7 @@ def uneven(rows, low=10, high=64):
 
 @dataclass(eq=False)
 class Attention:
-    """Causal sequences of these lengths, packed, behind one shared prefix."""
+    """Causal sequences of these lengths, packed, behind one shared prefix. ``value_dim`` None: that of keys."""
 
     heads: int
     kv_heads: int
@@ -33,6 +33,12 @@ class Attention:
     lengths: tuple
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
+    value_dim: int | None = None
+
+    @property
+    def widths(self):
+        """Of keys and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def rows(self):
@@ -40,8 +46,9 @@ class Attention:
 
     @property
     def name(self):
+        values = f", values of {self.value_dim}" if self.value_dim else ""
         return (
-            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, P = {self.prefix}, "
+            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}{values}, P = {self.prefix}, "
             f"{len(self.lengths)} sequences, {self.rows} rows"
         )
 
@@ -63,7 +70,9 @@ class Attention:
         generator = torch.Generator(self.device).manual_seed(0)
         new = partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
         queries, own, shared = (self.rows, self.heads), (self.rows, self.kv_heads), (self.prefix, self.kv_heads)
-        *inputs, grad = (new(*shape, self.head_dim) for shape in (queries, own, own, shared, shared, queries))
+        keys, values = self.widths
+        shapes = (queries, keys), (own, keys), (own, values), (shared, keys), (shared, values), (queries, values)
+        *inputs, grad = (new(*shape, width) for shape, width in shapes)
         return [x.requires_grad_() for x in inputs], grad
 
 
@@ -138,8 +147,9 @@ def flash(problem):
 
 
 def providers(problem):
-    """Name -> function of the five tensors; flash-attn where it is installed and there is a GPU."""
+    """Name -> function of the five tensors; flash-attn where it is installed, there is a GPU, and widths are equal."""
     found = {"fastprompt": ours(problem), "SDPA": sdpa(problem), "FlexAttention": flex(problem)}
-    if problem.device != "cpu" and problem.dtype != torch.float32 and find_spec("flash_attn"):
+    fits_flash = problem.dtype != torch.float32 and len(set(problem.widths)) == 1
+    if problem.device != "cpu" and fits_flash and find_spec("flash_attn"):
         found["flash-attn"] = flash(problem)
     return found

@@ -43,17 +43,17 @@ void check_columns(const Tensor& x) {
   STD_TORCH_CHECK(x.size(last) <= 1 || x.stride(last) == 1, "columns must stand side by side");
 }
 
-Strided rows_of(const Tensor& x) {  // [R, heads, Dh]
+Strided rows_of(const Tensor& x) {  // [R, heads, width]
   check_columns(x);
   return {data_of(x), x.stride(0), x.stride(0), x.stride(1)};
 }
 
-Strided bank_of(const Tensor& x) {  // [N, P, Hkv, Dh]
+Strided bank_of(const Tensor& x) {  // [N, P, Hkv, width]
   check_columns(x);
   return {data_of(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Strided keys_of(const Tensor& x) {  // [R, Hkv, Dh], or the cache [B, Hkv, Lmax, Dh]
+Strided keys_of(const Tensor& x) {  // [R, Hkv, width], or the cache [B, Hkv, Lmax, width]
   if (x.dim() == 3) return rows_of(x);
   check_columns(x);
   return {data_of(x), x.stride(0), x.stride(2), x.stride(1)};
@@ -77,7 +77,8 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   Call call{};
   call.schedule = read_schedule(schedule);
   call.dtype = dtype_of(q);
-  call.query_rows = q.size(0), call.heads = q.size(1), call.kv_heads = k.size(1), call.head_dim = q.size(2);
+  call.query_rows = q.size(0), call.heads = q.size(1), call.kv_heads = k.size(1);
+  call.head_dim = q.size(2), call.value_dim = v.size(v.dim() - 1);
   call.causal = causal;
   call.window = window.value_or(int64_t(1) << 40);
   call.softcap = float(softcap.value_or(0));
@@ -92,7 +93,8 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
 
 constexpr int64_t FLOATS_PER_THREAD = 1 << 15;  // less to move is not worth one
 
-// Multiplications in one product of all queries with all keys, hidden ones included.
+// Multiplications in one product of all queries with all keys, hidden ones included, and rows as wide as those of keys
+// and values on average.
 int64_t products(const Call& call) {
   int64_t pairs = 0;
   for (auto const& chunk : call.schedule.chunks) {
@@ -104,7 +106,7 @@ int64_t products(const Call& call) {
       }
     }
   }
-  return pairs * call.heads * call.head_dim;
+  return pairs * call.heads * (call.head_dim + call.value_dim) / 2;
 }
 
 // Threads take items in order, the most expensive first, until none is left; what an item computes depends on no other.
@@ -133,8 +135,8 @@ void for_each(const Call& call, int64_t count, int64_t floats, const Body& body)
 }
 
 // Floats of a packed prefix, or of its sums, on average.
-int64_t prefix_floats(const Call& call, int64_t keys) {
-  return keys * call.head_dim / std::max<int64_t>(call.schedule.prefixes.size, 1);
+int64_t prefix_floats(const Call& call, int64_t keys, int64_t width) {
+  return keys * width / std::max<int64_t>(call.schedule.prefixes.size, 1);
 }
 
 void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
@@ -146,9 +148,10 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
       read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
-  const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.head_dim));
+  const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.value_dim));
   call.prefix_kt = panels.get(), call.prefix_vrows = rows.get();
-  for_each(call, call.schedule.prefixes.size, 2 * prefix_floats(call, call.schedule.prefix_slots),
+  for_each(call, call.schedule.prefixes.size,
+           prefix_floats(call, call.schedule.prefix_slots, call.head_dim + call.value_dim),
            [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
   share_out(call, kernels.forward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.forward(call, head, chunk, workspace); });
@@ -168,23 +171,27 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
   call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
   call.dprefix_k = optional(dprefix_k, bank_of), call.dprefix_v = optional(dprefix_v, bank_of);
   call.sink_parts = sink_parts ? static_cast<float*>(data_of(*sink_parts)) : nullptr;
-  auto const stride = row_stride(call.head_dim), slots = call.kv_heads * call.schedule.prefix_slots;
-  auto const prefix_parts = call.kv_heads * call.schedule.prefix_parts * stride;
-  auto const split_parts = call.kv_heads * call.schedule.split_parts * stride;
-  const Floats kt(slots * call.head_dim), vt(slots * call.head_dim), krows(slots * stride);
-  const Floats prefix_dk(dprefix_k ? prefix_parts : 0), prefix_dv(dprefix_v ? prefix_parts : 0);
-  const Floats split_dk(dk ? split_parts : 0), split_dv(dv ? split_parts : 0);
+  auto const key_stride = row_stride(call.head_dim), value_stride = row_stride(call.value_dim);
+  auto const slots = call.kv_heads * call.schedule.prefix_slots;
+  auto const prefix_parts = call.kv_heads * call.schedule.prefix_parts;
+  auto const split_parts = call.kv_heads * call.schedule.split_parts;
+  const Floats kt(slots * call.head_dim), vt(slots * call.value_dim), krows(slots * key_stride);
+  const Floats prefix_dk(dprefix_k ? prefix_parts * key_stride : 0);
+  const Floats prefix_dv(dprefix_v ? prefix_parts * value_stride : 0);
+  const Floats split_dk(dk ? split_parts * key_stride : 0), split_dv(dv ? split_parts * value_stride : 0);
   call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
   call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get();
   call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
-  for_each(call, call.schedule.prefixes.size, 3 * prefix_floats(call, call.schedule.prefix_slots),
+  auto const both = call.head_dim + call.value_dim;
+  for_each(call, call.schedule.prefixes.size,
+           prefix_floats(call, call.schedule.prefix_slots, call.head_dim + both),
            [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
   share_out(call, kernels.backward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.backward(call, head, chunk, workspace); });
-  for_each(call, call.schedule.prefixes.size, 2 * prefix_floats(call, call.schedule.prefix_parts),
+  for_each(call, call.schedule.prefixes.size, prefix_floats(call, call.schedule.prefix_parts, both),
            [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
   auto const splits = call.schedule.splits.size;
-  for_each(call, splits, 2 * call.schedule.split_parts * call.head_dim / std::max<int64_t>(splits, 1),
+  for_each(call, splits, call.schedule.split_parts * both / std::max<int64_t>(splits, 1),
            [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
 }
 

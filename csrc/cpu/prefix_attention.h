@@ -63,7 +63,7 @@ struct Strided {  // columns stand side by side
 struct Call {
   Schedule schedule;
   Dtype dtype;
-  int64_t query_rows, heads, kv_heads, head_dim;
+  int64_t query_rows, heads, kv_heads, head_dim, value_dim;
   bool causal;
   int64_t window;  // very large: none
   float softcap;   // 0: none
@@ -82,7 +82,7 @@ struct Call {
 };
 
 // Floats between two rows of packed rows: an odd number of cache lines, or a column's rows would fall into few sets.
-constexpr int64_t row_stride(int64_t head_dim) { return ((head_dim + 15) / 16 | 1) * 16; }
+constexpr int64_t row_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
 
 struct AttentionKernels {
   int64_t (*forward_floats)(const Call&);   // of a thread's workspace

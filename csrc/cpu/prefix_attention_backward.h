@@ -18,7 +18,7 @@ struct Keys {
 
 struct Backward {
   const Call& call;
-  int64_t head_dim, stride;
+  int64_t head_dim, value_dim, key_stride, value_stride;
   bool need_scores, need_keys, need_values, need_prefix_keys, need_prefix_values;
   Operand q, grad;
   float *dq, *weights, *dscores, *lse, *delta, *queries;
@@ -26,7 +26,9 @@ struct Backward {
   float *kt, *vt, *k, *dk, *dv;  // of the sequences at hand
   float* end;
 
-  Backward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
+  Backward(const Call& c, float* memory)
+      : call(c), head_dim(c.head_dim), value_dim(c.value_dim), key_stride(row_stride(c.head_dim)),
+        value_stride(row_stride(c.value_dim)) {
     need_keys = c.dk.data, need_values = c.dv.data;
     need_prefix_keys = c.dprefix_k.data, need_prefix_values = c.dprefix_v.data;
     need_scores = c.dq.data || need_keys || need_prefix_keys;
@@ -37,8 +39,8 @@ struct Backward {
       return p;
     };
     q = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
-    grad = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
-    dq = take(rows * stride);
+    grad = {take(Operand::floats_needed(rows, value_dim)), rows * WIDTH};
+    dq = take(rows * key_stride);
     weights = take(rows * WIDTH);
     dscores = take(rows * WIDTH);
     lse = take(rows);
@@ -46,10 +48,10 @@ struct Backward {
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
     kt = take(slots * head_dim);
-    vt = take(slots * head_dim);
-    k = take(slots * stride);
-    dk = take(slots * stride);
-    dv = take(slots * stride);
+    vt = take(slots * value_dim);
+    k = take(slots * key_stride);
+    dk = take(slots * key_stride);
+    dv = take(slots * value_stride);
     end = memory;
   }
 
@@ -62,12 +64,12 @@ struct Backward {
     auto const sinks = call.sink_parts ? call.sink_parts + number * call.heads : nullptr;
     Keys prefix{};
     if (chunk.prefix >= 0) prefix = prefix_keys(kv_head, chunk);
-    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, call.q, call.grad, call.out);
+    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, true);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
       load_queries<T>(rows, sinks);
-      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q, call.grad, call.out);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, true);
       if (chunk.prefix >= 0) {
         rows.see_prefix(prefix.count);
         differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin, 0);
@@ -85,7 +87,7 @@ struct Backward {
       }
       if (call.dq.data) {
         rows.each([&](int64_t m, int64_t row, int64_t head) {
-          unpack_row(dq + m * stride, head_dim, call.scale, at<T>(call.dq, 0, row, head));
+          unpack_row(dq + m * key_stride, head_dim, call.scale, at<T>(call.dq, 0, row, head));
         });
       }
     }
@@ -94,14 +96,16 @@ struct Backward {
   Keys prefix_keys(int64_t kv_head, const Chunk& chunk) const {
     auto const& prefix = call.schedule.prefixes[chunk.prefix];
     auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
-    auto const part = (kv_head * call.schedule.prefix_parts + chunk.part) * stride;
-    return {prefix.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * head_dim,
-            call.prefix_krows + slot * stride, call.prefix_dk + part, call.prefix_dv + part};
+    auto const part = kv_head * call.schedule.prefix_parts + chunk.part;
+    return {prefix.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * value_dim,
+            call.prefix_krows + slot * key_stride, call.prefix_dk + part * key_stride,
+            call.prefix_dv + part * value_stride};
   }
 
   Keys own_keys(const Segment& segment) const {
-    auto const panels = segment.slot * head_dim, rows = segment.slot * stride;
-    return {segment.end - segment.begin, kt + panels, vt + panels, k + rows, dk + rows, dv + rows};
+    auto const slot = segment.slot, rows = slot * key_stride;
+    return {segment.end - segment.begin, kt + slot * head_dim, vt + slot * value_dim, k + rows, dk + rows,
+            dv + slot * value_stride};
   }
 
   template <typename T>
@@ -110,13 +114,17 @@ struct Backward {
       auto const from = at<T>(call.q, 0, row, head), out = at<T>(call.out, 0, row, head);
       auto const slope = at<T>(call.grad, 0, row, head);
       floats products{};
-      for (int64_t d = 0; d < head_dim; d += LANES) {
-        auto const columns = smaller(LANES, head_dim - d);
-        auto const x = load(slope + d, columns);
-        products += x * load(out + d, columns);
-        store(grad.at(m, d), x);
-        store(q.at(m, d), load(from + d, columns));
-        store(dq + m * stride + d, floats{});
+      for (int64_t d = 0; d < larger(head_dim, value_dim); d += LANES) {
+        if (d < value_dim) {
+          auto const columns = smaller(LANES, value_dim - d);
+          auto const x = load(slope + d, columns);
+          products += x * load(out + d, columns);
+          store(grad.at(m, d), x);
+        }
+        if (d < head_dim) {
+          store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
+          store(dq + m * key_stride + d, floats{});
+        }
       }
       delta[m] = total(products);
       if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
@@ -130,26 +138,27 @@ struct Backward {
   void load_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
     auto const keys = at<T>(call.k, segment.base, segment.begin, kv_head);
     auto const values = at<T>(call.v, segment.base, segment.begin, kv_head);
-    auto const panels = segment.slot * head_dim, rows = segment.slot * stride;
-    pack_panels(keys, call.k.row, own.count, head_dim, kt + panels);
-    if (need_scores) pack_panels(values, call.v.row, own.count, head_dim, vt + panels);
-    if (call.dq.data) pack_rows(keys, call.k.row, own.count, head_dim, k + rows, stride);
+    auto const slot = segment.slot;
+    pack_panels(keys, call.k.row, own.count, head_dim, kt + slot * head_dim);
+    if (need_scores) pack_panels(values, call.v.row, own.count, value_dim, vt + slot * value_dim);
+    if (call.dq.data) pack_rows(keys, call.k.row, own.count, head_dim, k + slot * key_stride, key_stride);
   }
 
   template <typename T>
   void store_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
-    auto const part = (kv_head * call.schedule.split_parts + segment.part) * stride;
-    auto const write = [&](const float* sums, float factor, float* parts, const Strided& to) {
+    auto const part = kv_head * call.schedule.split_parts + segment.part;
+    auto const write = [&](const float* sums, int64_t width, float factor, float* parts, const Strided& to) {
+      auto const stride = row_stride(width);
       for (int64_t n = 0; n < own.count; ++n) {
         if (segment.part >= 0) {
-          unpack_row(sums + n * stride, head_dim, factor, parts + part + n * stride);
+          unpack_row(sums + n * stride, width, factor, parts + (part + n) * stride);
         } else {
-          unpack_row(sums + n * stride, head_dim, factor, at<T>(to, segment.base, segment.begin + n, kv_head));
+          unpack_row(sums + n * stride, width, factor, at<T>(to, segment.base, segment.begin + n, kv_head));
         }
       }
     };
-    if (need_keys) write(own.dk, call.scale, call.split_dk, call.dk);
-    if (need_values) write(own.dv, 1, call.split_dv, call.dv);
+    if (need_keys) write(own.dk, head_dim, call.scale, call.split_dk, call.dk);
+    if (need_values) write(own.dv, value_dim, 1, call.split_dv, call.dv);
   }
 
   // `position` is that of the first key in its sequence.
@@ -158,7 +167,7 @@ struct Backward {
     for (int64_t from = 0; from < keys.count; from += KEYS) {
       auto const to = smaller(from + KEYS, keys.count);
       multiply_panels(rows, q, keys.kt, head_dim, from, to, weights);
-      if (need_scores) multiply_panels(rows, grad, keys.vt, head_dim, from, to, dscores);
+      if (need_scores) multiply_panels(rows, grad, keys.vt, value_dim, from, to, dscores);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
           auto const low = larger(rows.low(m), from) - from, high = smaller(rows.high(m), to) - from;
@@ -169,7 +178,7 @@ struct Backward {
           }
         }
       });
-      if (with_values) add_queries(rows, weights, grad, head_dim, from, to, fresh, keys.dv);
+      if (with_values) add_queries(rows, weights, grad, value_dim, from, to, fresh, keys.dv);
       if (with_keys) add_queries(rows, dscores, q, head_dim, from, to, fresh, keys.dk);
       if (call.dq.data) add_keys(rows, dscores, keys.k, head_dim, from, to, dq);
     }

@@ -8,12 +8,13 @@ namespace FASTPROMPT_SIMD {
 
 struct Forward {
   const Call& call;
-  int64_t head_dim, stride;
+  int64_t head_dim, value_dim, value_stride;
   Operand q;
   float *sums, *weights, *largest, *totals, *queries, *panels, *values;
   uint64_t* dropout_keys;  // of the rows
 
-  Forward(const Call& c, float* memory) : call(c), head_dim(c.head_dim), stride(row_stride(c.head_dim)) {
+  Forward(const Call& c, float* memory)
+      : call(c), head_dim(c.head_dim), value_dim(c.value_dim), value_stride(row_stride(c.value_dim)) {
     auto const rows = most_rows(c);
     auto const take = [&](int64_t floats) {
       auto const p = memory;
@@ -21,14 +22,14 @@ struct Forward {
       return p;
     };
     q = {take(Operand::floats_needed(rows, head_dim)), rows * WIDTH};
-    sums = take(rows * stride);
+    sums = take(rows * value_stride);
     weights = take(rows * WIDTH);
     largest = take(rows);
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
     panels = take(c.schedule.slots * head_dim);
-    values = take(c.schedule.slots * stride);
+    values = take(c.schedule.slots * value_stride);
     end = memory;
   }
   float* end;
@@ -39,19 +40,19 @@ struct Forward {
   template <typename T>
   void run(int64_t kv_head, const Chunk& chunk) {
     auto const& schedule = call.schedule;
-    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, call.q);
+    prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, false);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
       load_queries<T>(rows);
       int64_t prefix_length = 0;
-      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, call.q);
+      if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, false);
       if (chunk.prefix >= 0) {
         auto const& prefix = schedule.prefixes[chunk.prefix];
         auto const slot = kv_head * schedule.prefix_slots + prefix.slot;
         prefix_length = prefix.length;
         rows.see_prefix(prefix_length);
-        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * stride, prefix_length, 0);
+        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * value_stride, prefix_length, 0);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
@@ -61,11 +62,11 @@ struct Forward {
           auto const k = at<T>(call.k, segment.base, segment.begin, kv_head);
           auto const v = at<T>(call.v, segment.base, segment.begin, kv_head);
           pack_panels(k, call.k.row, count, head_dim, panels + segment.slot * head_dim);
-          pack_rows(v, call.v.row, count, head_dim, values + segment.slot * stride, stride);
+          pack_rows(v, call.v.row, count, value_dim, values + segment.slot * value_stride, value_stride);
         }
         rows.see_own(segment, first);
         auto const position = prefix_length + segment.gap + segment.begin;
-        attend(rows, panels + segment.slot * head_dim, values + segment.slot * stride, count, position);
+        attend(rows, panels + segment.slot * head_dim, values + segment.slot * value_stride, count, position);
         first += segment.rows * rows.group();
       }
       finish<T>(rows);
@@ -81,8 +82,8 @@ struct Forward {
       if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
       for (int64_t d = 0; d < head_dim; d += LANES) {
         store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
-        store(sums + m * stride + d, floats{});
       }
+      for (int64_t d = 0; d < value_dim; d += LANES) store(sums + m * value_stride + d, floats{});
     });
   }
 
@@ -97,7 +98,7 @@ struct Forward {
           if (call.dropout.active) drop(m, first - from, end - from, position + from);
         }
       });
-      add_keys(rows, weights, values, head_dim, from, to, sums);
+      add_keys(rows, weights, values, value_dim, from, to, sums);
     }
   }
 
@@ -127,8 +128,8 @@ struct Forward {
       if (before != -__builtin_inff()) {
         auto const shrink = exp(before - now);
         totals[m] *= shrink;
-        auto const sum = sums + m * stride;
-        for (int64_t d = 0; d < head_dim; d += LANES) store(sum + d, load(sum + d) * shrink);
+        auto const sum = sums + m * value_stride;
+        for (int64_t d = 0; d < value_dim; d += LANES) store(sum + d, load(sum + d) * shrink);
       }
     }
     floats added{};
@@ -160,7 +161,7 @@ struct Forward {
         top = now;
       }
       factor = weight > 0 ? factor / weight : weight;  // nan stays
-      unpack_row(sums + m * stride, head_dim, factor, at<T>(call.out, 0, row, head));
+      unpack_row(sums + m * value_stride, value_dim, factor, at<T>(call.out, 0, row, head));
       call.lse[head * call.query_rows + row] = weight == 0 ? -__builtin_inff() : __builtin_logf(weight) + top;
     });
   }

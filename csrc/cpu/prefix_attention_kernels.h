@@ -12,14 +12,15 @@ struct Attention {
   static void pack_prefix(const Call& call, int64_t kv_head, int64_t number, bool backward) {
     auto const& prefix = call.schedule.prefixes[number];
     auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
-    auto const width = call.head_dim, stride = row_stride(width);
+    auto const head_dim = call.head_dim, value_dim = call.value_dim;
+    auto const key_stride = row_stride(head_dim), value_stride = row_stride(value_dim);
     auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
-    pack_panels(k, call.prefix_k.row, prefix.length, width, call.prefix_kt + slot * width);
+    pack_panels(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_kt + slot * head_dim);
     if (backward) {
-      pack_panels(v, call.prefix_v.row, prefix.length, width, call.prefix_vt + slot * width);
-      pack_rows(k, call.prefix_k.row, prefix.length, width, call.prefix_krows + slot * stride, stride);
+      pack_panels(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vt + slot * value_dim);
+      pack_rows(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
     } else {
-      pack_rows(v, call.prefix_v.row, prefix.length, width, call.prefix_vrows + slot * stride, stride);
+      pack_rows(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
     }
   }
 
@@ -34,43 +35,43 @@ struct Attention {
   // Parts are added in the order of the chunks, whichever thread made them.
   static void add_prefix_parts(const Call& call, int64_t kv_head, int64_t number) {
     auto const& prefix = call.schedule.prefixes[number];
-    auto const add = [&](const float* parts, float factor, const Strided& to) {
-      auto const stride = row_stride(call.head_dim);
+    auto const add = [&](const float* parts, int64_t width, float factor, const Strided& to) {
+      auto const stride = row_stride(width);
       for (int64_t n = 0; to.data && n < prefix.length; ++n) {
         auto const row = at<T>(to, prefix.id, n, kv_head);
-        for (int64_t d = 0; d < call.head_dim; d += LANES) {
+        for (int64_t d = 0; d < width; d += LANES) {
           floats sum{};
           for (auto const& chunk : call.schedule.chunks) {
             auto const slot = kv_head * call.schedule.prefix_parts + chunk.part + n;
             if (chunk.prefix == number) sum += load(parts + slot * stride + d);
           }
-          store(row + d, sum * factor, smaller(LANES, call.head_dim - d));
+          store(row + d, sum * factor, smaller(LANES, width - d));
         }
       }
     };
-    add(call.prefix_dk, call.scale, call.dprefix_k);
-    add(call.prefix_dv, 1, call.dprefix_v);
+    add(call.prefix_dk, call.head_dim, call.scale, call.dprefix_k);
+    add(call.prefix_dv, call.value_dim, 1, call.dprefix_v);
   }
 
   static void add_split_parts(const Call& call, int64_t kv_head, int64_t number) {
     auto const& split = call.schedule.splits[number];
-    auto const add = [&](const float* parts, const Strided& to) {
-      auto const stride = row_stride(call.head_dim);
+    auto const add = [&](const float* parts, int64_t width, const Strided& to) {
+      auto const stride = row_stride(width);
       for (int64_t n = 0; to.data && n < split.length; ++n) {
         auto const row = at<T>(to, split.base, n, kv_head);
-        for (int64_t d = 0; d < call.head_dim; d += LANES) {
+        for (int64_t d = 0; d < width; d += LANES) {
           floats sum{};
           for (auto i = split.begin; i < split.end; ++i) {
             auto const& part = call.schedule.parts[i];
             auto const slot = kv_head * call.schedule.split_parts + part.slot + n - part.begin;
             if (part.begin <= n && n < part.end) sum += load(parts + slot * stride + d);
           }
-          store(row + d, sum, smaller(LANES, call.head_dim - d));
+          store(row + d, sum, smaller(LANES, width - d));
         }
       }
     };
-    add(call.split_dk, call.dk);
-    add(call.split_dv, call.dv);
+    add(call.split_dk, call.head_dim, call.dk);
+    add(call.split_dv, call.value_dim, call.dv);
   }
 
   static AttentionKernels kernels() {

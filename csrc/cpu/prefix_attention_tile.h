@@ -1,9 +1,9 @@
 // What forward and backward share: packing of operands, which keys a query sees, products of a tile with a block of
 // keys.
 //
-// In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. Keys come as
-// transposed panels [keys / PANEL, Dh, PANEL] where they are multiplied over Dh, and as rows `stride` floats apart
-// where they are summed over.
+// In a tile the queries of all heads of a group are rows, row by row: row (r, g) is query r of head g. Keys and values,
+// head_dim and value_dim wide, come as transposed panels [keys / PANEL, width, PANEL] where they are multiplied over
+// their width, and as rows `stride` floats apart where they are summed over.
 #pragma once
 
 #include "prefix_attention.h"
@@ -166,16 +166,20 @@ class Queries {
   Rows* rows_;
 };
 
-// What the tile reads: its rows of the tensors in `of_queries`, and the keys it packs.
-template <typename T, typename... X>
-inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, const X&... of_queries) {
+// What the tile reads: its rows of q, in the backward of out and its gradient too, and the keys it packs.
+template <typename T>
+inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, bool backward) {
   auto const group = call.heads / call.kv_heads;
   for (auto s = tile.begin; s < tile.end; ++s) {
     auto const& segment = call.schedule.segments[s];
-    (prefetch<T>(of_queries, 0, segment.row, segment.rows, kv_head * group, group, call.head_dim), ...);
+    prefetch<T>(call.q, 0, segment.row, segment.rows, kv_head * group, group, call.head_dim);
+    if (backward) {
+      prefetch<T>(call.grad, 0, segment.row, segment.rows, kv_head * group, group, call.value_dim);
+      prefetch<T>(call.out, 0, segment.row, segment.rows, kv_head * group, group, call.value_dim);
+    }
     if (segment.load && segment.end - segment.begin <= KEYS) {  // more would push others out of the cache
       prefetch<T>(call.k, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);
-      prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);
+      prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.value_dim);
     }
   }
 }

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
-from .shared_state import layers_with_keys
+from .shared_state import head_width, layers_with_keys, why_not_learned
 
 Method = PromptTuning | PTuning | MultitaskPromptTuning | PrefixTuning
 
@@ -45,6 +45,8 @@ def check_method(base: Any, method: Method) -> None:
     if base.config.is_encoder_decoder:
         raise ValueError("method must be one at the input for an encoder-decoder, got a PrefixTuning")
     config, last = base.config.get_text_config(), method.layers[-1]
+    if (reason := why_not_learned(config)) is not None:
+        raise ValueError(f"method must be one at the input for a {type(base).__name__}, got a PrefixTuning: {reason}")
     if last >= config.num_hidden_layers:
         raise ValueError(
             f"method must have a prefix for the model's {config.num_hidden_layers} layers, got one for layer {last}"
@@ -56,8 +58,7 @@ def check_method(base: Any, method: Method) -> None:
     if hasattr(config, "global_head_dim"):  # heads differ from layer to layer
         return
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = method.num_kv_heads, method.head_dim
-    if found != (heads, width):
-        expected = f"{heads} key heads of width {width} like the model"
+    if found != (heads, head_width(config)):
+        expected = f"{heads} key heads of width {head_width(config)} like the model"
         raise ValueError(f"method must have {expected}, got {found[0]} of width {found[1]}")

@@ -84,7 +84,7 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
         return _original(before, module)(module, query, key, value, attention_mask, **arguments)
     mask = attention_mask
     if isinstance(mask, PackedMask):
-        learned = _learned(module, mask.shared, key)
+        learned = _learned(module, mask.shared, key, value)
         reason = _why_not(before, module, mask, arguments.get("is_causal"))
         if reason is None:
             if mask.recorded is not None:
@@ -93,7 +93,7 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)
         mask = mask.dense
-    learned = _learned(module, mask.of_each_row, key)
+    learned = _learned(module, mask.of_each_row, key, value)
     if learned is None:
         return _original(before, module)(module, query, key, value, mask.behind_nothing, **arguments)
     in_front = [x.transpose(1, 2).expand(len(key), -1, -1, -1) for x in learned]
@@ -123,7 +123,7 @@ def _takes_other_states(attention_class):
     return not named <= _OF_SELF_ATTENTION
 
 
-def _learned(module, shared, key):
+def _learned(module, shared, key, value):
     """What ``shared`` holds for the layer of ``module``, in the dtype and on the device of its own keys; or None."""
     if not shared.layers:
         return None
@@ -135,9 +135,10 @@ def _learned(module, shared, key):
     learned = shared.layers[layer]
     if learned is None:
         return None
-    found, expected = list(learned.keys.shape[2:]), [key.shape[1], key.shape[3]]
-    if found != expected:
-        raise UnsupportedAttention(f"layer {layer} has keys of (heads, width) {expected}, its prefix {found}")
+    for name, own, front in (("keys", key, learned.keys), ("values", value, learned.values)):
+        found, expected = list(front.shape[2:]), [own.shape[1], own.shape[3]]
+        if found != expected:
+            raise UnsupportedAttention(f"layer {layer} has {name} of (heads, width) {expected}, its prefix {found}")
     return tuple(x.to(key.device, key.dtype) for x in learned)
 
 

@@ -19,7 +19,7 @@ from .head import LanguageHead, label_rows_of
 from .masks import Recorded
 from .request import Request
 from .runner import Inputs, gathered
-from .shared_state import SharedState
+from .shared_state import SharedState, why_not_learned
 from .stats import Stats
 from .structure import why_drawn_otherwise
 
@@ -206,8 +206,9 @@ class Engine:
             key: by which the answer is remembered.
             forward: takes ``input_ids`` and ``attention_mask`` and returns the model's output behind the prefix.
         """
-        if self.refusal is not None:
-            return self.refusal
+        reason = self.refusal or why_not_learned(self.base.config)
+        if reason is not None:
+            return reason
         if key not in self._prefixes:
             self._prefixes[key] = self._probe_prefix(shared, forward)
         return self._prefixes[key]

@@ -11,7 +11,7 @@ from ..checks import INTS, check_range, check_tensor
 from .attachment import evaluation_mode
 from .cache_names import CACHE_NAMES, cache_argument
 from .masks import AsBefore, running
-from .shared_state import layers_with_keys, layers_with_own_keys, text_config
+from .shared_state import layers_with_keys, layers_with_own_keys, text_config, why_not_learned
 
 
 @torch.no_grad()
@@ -75,6 +75,8 @@ def _why_no_keys(model):
     config = model.config
     if config.is_encoder_decoder:
         return "an encoder-decoder has no place in front of its text"
+    if (reason := why_not_learned(config)) is not None:
+        return reason
     layers, with_keys = DynamicCache(config=text_config(config)).layers, layers_with_keys(config)
     for index, layer in enumerate(layers[: layers_with_own_keys(config)]):
         if hasattr(layer, "update_conv_state"):

@@ -103,14 +103,14 @@ class SharedState:
         return replace(self.with_tensors(x[ids] for x in self.tensors()), ids=None)
 
     def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
-        """What stands in front of the sequences, ``[N, length, Hkv, Dh]``, of a layer's keys or of its values; or None.
+        """What stands in front of the sequences, of a layer's keys or its values, ``[N, length, Hkv, width]``; or None.
 
         Learned ones, shared rows, or both: then every prompt stands there twice, the learned ones alone for the shared
         rows behind them, and both for the rest; ``Sequences.prefix_lens`` tells the two apart.
 
         Args:
-            learned: ``[N, P, Hkv, Dh]`` or None.
-            own: ``[R, Hkv, Dh]``, those of the batch's rows.
+            learned: ``[N, P, Hkv, width]`` or None.
+            own: ``[R, Hkv, width]``, those of the batch's rows.
         """
         if not self.rows:
             return learned
@@ -149,6 +149,26 @@ def layers_with_keys(config: PreTrainedConfig) -> list[int]:
     """The indices of the layers that have keys and values of their own; recurrent layers, for example, have none."""
     layers = DynamicCache(config=text_config(config)).layers[: layers_with_own_keys(config)]
     return [index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
+
+
+def why_not_learned(config: PreTrainedConfig) -> str | None:
+    """Why learned keys and values, one tensor of one width, cannot stand in front of a model's own; None: they can.
+
+    Models with latent attention (DeepSeek) make keys of one width and values of another out of what their cache holds,
+    so it has no place for either.
+    """
+    text = text_config(config)
+    if getattr(text, "kv_lora_rank", None):
+        return "its cache holds latents, out of which it makes keys of one width and values of another"
+    values = getattr(text, "v_head_dim", None)
+    if values is not None and values != head_width(text):
+        return f"its keys are {head_width(text)} wide and its values {values}"
+    return None
+
+
+def head_width(text: PreTrainedConfig) -> int:
+    """The width of a head's keys in a text decoder whose heads are all alike."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _with_borrowed(layers, config):

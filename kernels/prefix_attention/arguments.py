@@ -28,7 +28,7 @@ class Keys(NamedTuple):
 
 
 class Output(NamedTuple):
-    """``out [Rq, H, Dh]``, whose heads stand side by side, and ``lse [H, Rq]``."""
+    """``out [Rq, H, Dv]``, whose heads stand side by side, and ``lse [H, Rq]``."""
 
     out: Any
     lse: Any
@@ -45,14 +45,19 @@ class Gradient(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the inputs, None where nobody asks. Own keys: as :class:`Keys`, prefixes: partial sums of key blocks."""
+    """Of the inputs, None where nobody asks; heads of dq stand side by side. Own keys: as :class:`Keys`, prefixes:
+    partial sums of key blocks."""
 
     dq: Any
     dk: Any
     dv: Any
+    stride_row: Any
     stride_kb: Any
     stride_kr: Any
     stride_kh: Any
+    stride_vb: Any
+    stride_vr: Any
+    stride_vh: Any
     partial_k: Any
     partial_v: Any
 
@@ -88,8 +93,10 @@ class Dropout(NamedTuple):
 class Static(NamedTuple):
     """What a variant is compiled for."""
 
-    DH: int  # head dim
-    BD: int  # of a block, a power of two
+    DH: int  # width of queries and keys
+    BD: int  # of their block, a power of two
+    DV: int  # width of values
+    BV: int  # of their block
     GROUP: int = 1  # query heads of a key head
     FOLD: int = 1  # of them in one tile
     CAUSAL: bool = False

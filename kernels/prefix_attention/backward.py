@@ -32,10 +32,11 @@ QUERIES, KEYS, PREFIX = tl.constexpr(schedule.QUERIES), tl.constexpr(schedule.KE
 
 @triton.jit
 def load_queries(queries, output, gradient, row, head, live, static: tl.constexpr):
-    """Queries and the gradient of their output ``[BM, BD]``, lse and delta ``[BM]``. Dead rows weigh nothing."""
-    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static)
-    b_do = load_rows(gradient.dout, row * gradient.stride_row + head * gradient.stride_head, live, static)
-    b_out = load_rows(output.out, row * output.stride_row + head * static.DH, live, static)
+    """``[BM, BD]`` queries, ``[BM, BV]`` gradient of their output, ``[BM]`` lse and delta. Dead rows weigh nothing."""
+    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static.DH, static.BD)
+    do_at = row * gradient.stride_row + head * gradient.stride_head
+    b_do = load_rows(gradient.dout, do_at, live, static.DV, static.BV)
+    b_out = load_rows(output.out, row * output.stride_row + head * static.DV, live, static.DV, static.BV)
     b_lse = tl.load(output.lse + head.to(tl.int64) * output.lse_rows + row, mask=live, other=float("inf"))
     return b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
 
@@ -82,8 +83,10 @@ def dq_of_queries(
         prefix_k, prefix_v = prefix.k + kv_head * prefix.stride_kh, prefix.v + kv_head * prefix.stride_vh
         for start in range(p0, p1, BN):
             key = start + n  # [BN]
-            b_k = load_rows(prefix_k, number * prefix.stride_kb + key * prefix.stride_kr, key < p1, static)  # [BN, BD]
-            b_v = load_rows(prefix_v, number * prefix.stride_vb + key * prefix.stride_vr, key < p1, static)
+            k_at = number * prefix.stride_kb + key * prefix.stride_kr
+            v_at = number * prefix.stride_vb + key * prefix.stride_vr
+            b_k = load_rows(prefix_k, k_at, key < p1, static.DH, static.BD)  # [BN, BD]
+            b_v = load_rows(prefix_v, v_at, key < p1, static.DV, static.BV)  # [BN, BV]
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
@@ -95,17 +98,18 @@ def dq_of_queries(
         at = rows_of(key, key < k1, batch.key_rows, static.GATHER or static.CACHE)
         k_at = key_offsets(at, batch.room, own.stride_kb, own.stride_kr, static.CACHE)
         v_at = key_offsets(at, batch.room, own.stride_vb, own.stride_vr, static.CACHE)
-        b_k, b_v = load_rows(own_k, k_at, key < k1, static), load_rows(own_v, v_at, key < k1, static)
+        b_k = load_rows(own_k, k_at, key < k1, static.DH, static.BD)
+        b_v = load_rows(own_v, v_at, key < k1, static.DV, static.BV)
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, own_start, salt, scores, dropout, static)
     if gradients.dq is not None:
-        to = row * output.stride_row + head * static.DH
-        store_rows(gradients.dq, to, live, b_dq * scores.scale, static)
+        to = row * gradients.stride_row + head * static.DH
+        store_rows(gradients.dq, to, live, b_dq * scores.scale, static.DH, static.BD)
 
 
 @triton.jit
 def dkv_of_block(sums, loaded, b_k, b_v, seen, key, start, salt, scores, dropout, static: tl.constexpr):
-    """``(dk, dv) [BN, BD]`` with what one tile of queries adds; ``loaded``: what load_queries gives."""
+    """``dk [BN, BD]`` and ``dv [BN, BV]`` with what one tile of queries adds; ``loaded``: what load_queries gives."""
     b_dk, b_dv = sums
     b_q, b_do, b_lse, delta = loaded
     score, capped = cap(product(b_k, tl.trans(b_q), static.UPCAST), scores, static)  # [BN, BM]
@@ -143,8 +147,9 @@ def dkv_of_keys(
             keys_of = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
             values_of = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
             k_at, v_at = key * prefix.stride_kr, key * prefix.stride_vr
-    b_k, b_v = load_rows(keys_of, k_at, real, static), load_rows(values_of, v_at, real, static)  # [BN, BD]
-    sums = tl.zeros([BN, static.BD], tl.float32), tl.zeros([BN, static.BD], tl.float32)
+    b_k = load_rows(keys_of, k_at, real, static.DH, static.BD)  # [BN, BD]
+    b_v = load_rows(values_of, v_at, real, static.DV, static.BV)  # [BN, BV]
+    sums = tl.zeros([BN, static.BD], tl.float32), tl.zeros([BN, static.BV], tl.float32)
 
     for part in range(static.GROUP // static.FOLD):
         for start in range(q0, q1, BM // static.FOLD):
@@ -163,15 +168,17 @@ def dkv_of_keys(
     b_dk, b_dv = sums
     if role == PREFIX:
         if gradients.partial_k is not None:
-            # [slots, BN, Hkv, DH]
+            # [slots, BN, Hkv, DH] and [slots, BN, Hkv, DV]
             place = (slot.to(tl.int64) * BN + tl.arange(0, BN)) * kv_heads + kv_head
-            store_rows(gradients.partial_k, place * static.DH, real, b_dk * scores.scale, static)
-            store_rows(gradients.partial_v, place * static.DH, real, b_dv, static)
+            store_rows(gradients.partial_k, place * static.DH, real, b_dk * scores.scale, static.DH, static.BD)
+            store_rows(gradients.partial_v, place * static.DV, real, b_dv, static.DV, static.BV)
     elif gradients.dk is not None:
-        to = key_offsets(at, batch.room, gradients.stride_kb, gradients.stride_kr, static.CACHE)
-        to += kv_head * gradients.stride_kh
-        store_rows(gradients.dk, to, real, b_dk * scores.scale, static)
-        store_rows(gradients.dv, to, real, b_dv, static)
+        dk_at = key_offsets(at, batch.room, gradients.stride_kb, gradients.stride_kr, static.CACHE)
+        dv_at = key_offsets(at, batch.room, gradients.stride_vb, gradients.stride_vr, static.CACHE)
+        dk_at += kv_head * gradients.stride_kh
+        dv_at += kv_head * gradients.stride_vh
+        store_rows(gradients.dk, dk_at, real, b_dk * scores.scale, static.DH, static.BD)
+        store_rows(gradients.dv, dv_at, real, b_dv, static.DV, static.BV)
 
 
 def _backward(
@@ -208,14 +215,14 @@ def _reduce(
     key = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     entry = slots + (prefix * blocks + (tl.program_id(0) % tiles) * ROWS // KEYS_BN) * 3
     first, last, used = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    b_dk, b_dv = tl.zeros([ROWS, static.BD], tl.float32), tl.zeros([ROWS, static.BD], tl.float32)
+    b_dk, b_dv = tl.zeros([ROWS, static.BD], tl.float32), tl.zeros([ROWS, static.BV], tl.float32)
     for slot in range(first, last):
-        place = ((slot * KEYS_BN + (key % KEYS_BN).to(tl.int64)) * kv_heads + kv_head) * static.DH
-        b_dk += load_rows(partial_k, place, key < used, static)
-        b_dv += load_rows(partial_v, place, key < used, static)
-    to = ((prefix.to(tl.int64) * length + key) * kv_heads + kv_head) * static.DH
-    store_rows(dprefix_k, to, key < length, b_dk, static)
-    store_rows(dprefix_v, to, key < length, b_dv, static)
+        place = (slot * KEYS_BN + (key % KEYS_BN).to(tl.int64)) * kv_heads + kv_head
+        b_dk += load_rows(partial_k, place * static.DH, key < used, static.DH, static.BD)
+        b_dv += load_rows(partial_v, place * static.DV, key < used, static.DV, static.BV)
+    to = (prefix.to(tl.int64) * length + key) * kv_heads + kv_head
+    store_rows(dprefix_k, to * static.DH, key < length, b_dk, static.DH, static.BD)
+    store_rows(dprefix_v, to * static.DV, key < length, b_dv, static.DV, static.BV)
 
 
 backward = Kernel(_backward)

@@ -36,21 +36,21 @@ def key_offsets(row, room, stride_batch, stride_row, CACHE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, offsets, live, static: tl.constexpr):
-    """``[n, BD]`` from ``n`` rows of DH elements; zero in dead rows and beyond DH."""
-    d = tl.arange(0, static.BD)
+def load_rows(base, offsets, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[n, BLOCK]`` from ``n`` rows of WIDTH elements; zero in dead rows and beyond WIDTH."""
+    d = tl.arange(0, BLOCK)
     mask = live[:, None]
-    if static.DH != static.BD:
-        mask = mask & (d < static.DH)[None, :]
+    if WIDTH != BLOCK:
+        mask = mask & (d < WIDTH)[None, :]
     return tl.load(base + offsets[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(base, offsets, live, values, static: tl.constexpr):
-    d = tl.arange(0, static.BD)
+def store_rows(base, offsets, live, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
     mask = live[:, None]
-    if static.DH != static.BD:
-        mask = mask & (d < static.DH)[None, :]
+    if WIDTH != BLOCK:
+        mask = mask & (d < WIDTH)[None, :]
     tl.store(base + offsets[:, None] + d[None, :], values.to(base.dtype.element_ty), mask=mask)
 
 

@@ -25,9 +25,9 @@ class Tiles:
     key_keys: int = 0
 
 
-def block_width(head_dim):
-    """Head dims are padded to a power of two, at least what a matrix instruction takes."""
-    return max(16, power_of_two(head_dim))
+def block_width(width):
+    """Rows of keys and of values are padded to a power of two, at least what a matrix instruction takes."""
+    return max(16, power_of_two(width))
 
 
 def fold(group, *tiles):
@@ -35,34 +35,38 @@ def fold(group, *tiles):
     return max(n for n in range(1, group + 1) if group % n == 0 and n <= min(tiles))
 
 
-def _wide(head_dim):
+def _wide(*widths):
     """Whether rows consist of 16-byte loads (of halves); if not, every element is loaded from an address of its own."""
-    return head_dim % DIVISOR == 0
+    return all(width % DIVISOR == 0 for width in widths)
 
 
-def _unless_tuned(rule):
-    """The rule, and what the table of a device overrides; ``device`` is its name, or None for the rule alone."""
+def _for_widths(rule):
+    """The rule for a width of keys and one of values (None: the same), by the wider of the two.
+
+    Where they are equal the table of a device overrides it; ``device`` is its name, or None for the rule alone.
+    """
     role = rule.__name__.removesuffix("_tiles")
 
     @wraps(rule)
-    def tiles(head_dim, element_size, target, device=None, **options):
-        chosen = rule(head_dim, element_size, target, **options)
-        found = device and tuned.entry(device, role, element_size, head_dim)
+    def tiles(head_dim, element_size, target, device=None, *, value_dim=None, **options):
+        value_dim = value_dim or head_dim
+        width, wide = block_width(max(head_dim, value_dim)), _wide(head_dim, value_dim)
+        chosen = rule(width, wide, element_size, target, **options)
+        found = device and head_dim == value_dim and tuned.entry(device, role, element_size, head_dim)
         return replace(chosen, **found) if found else chosen
 
     return tiles
 
 
-@_unless_tuned
-def forward_tiles(head_dim, element_size, target, *, group=1, gather=False):
-    """Per thread live: the output and the scores with their half-precision copy, ``BM (BD + 1.5 BN)`` fp32 values, and
+@_for_widths
+def forward_tiles(width, wide, element_size, target, *, group=1, gather=False):
+    """Per thread live: the output and the scores with their half-precision copy, ``BM (BV + 1.5 BN)`` fp32 values, and
     where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there,
     and fewer still where rows are read from a table or a group's heads are found by a division, or it would spill."""
-    width = block_width(head_dim)
     if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
         rows = 32 if width <= 64 else 16
         return Tiles(rows, rows, Options(num_warps=8))
-    if not _wide(head_dim):
+    if not wide:
         return Tiles(64, 32 if width <= 128 else 16, Options(num_warps=8))
     if width > 128:
         return Tiles(64, 32, Options(num_warps=8))
@@ -73,8 +77,8 @@ def forward_tiles(head_dim, element_size, target, *, group=1, gather=False):
     return Tiles(128, 16 if gather or _uneven(group) else 32, Options(num_warps=8, num_stages=3))
 
 
-@_unless_tuned
-def backward_tiles(head_dim, element_size, target, *, group=1, dropout=False):
+@_for_widths
+def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100
     keeps sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second
     program on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
@@ -82,12 +86,11 @@ def backward_tiles(head_dim, element_size, target, *, group=1, dropout=False):
     With wide heads two kinds of groups take more registers than are left: those whose heads are found by a division,
     and those folded in parts, over which key items run one more loop. Fewer queries, or on sm_100, where they are the
     wrong end to save at, no loads ahead. Dropout takes registers, too: too many with wide heads on sm_90."""
-    width = block_width(head_dim)
     in_parts = width > 64 and fold(group, 32) < group
     if element_size == 4:
         rows = 32 if width <= 64 else 16
         return Tiles(rows, rows, Options(num_warps=8), key_queries=16, key_keys=rows)
-    if not _wide(head_dim):
+    if not wide:
         keys = 32 if width <= 128 else 16
         return Tiles(32, keys, Options(num_warps=8), key_queries=16, key_keys=keys)
     if width > 128:  # eight warps share the sums; on AMD they would have half the registers that four have
@@ -108,13 +111,19 @@ def backward_tiles(head_dim, element_size, target, *, group=1, dropout=False):
 DECODE_ROWS = 64
 
 
-@_unless_tuned
-def decode_tiles(head_dim, element_size, target, *, fold, sharing):
+@_for_widths
+def decode_tiles(width, wide, element_size, target, *, fold, sharing):
     """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a
     time. The compiler for sm_100 has to be told not to spill, as in the backward."""
     registers = 255 if target.backend == "cuda" and target.arch // 10 == 10 else None
     options = Options(num_warps=4, num_stages=3, registers=registers)
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, options)
+
+
+def reduce_options(width):
+    """For rows of a block ``width`` wide; threads that have little to hold are made to spill by sm_80's compiler, so
+    that more programs fit."""
+    return Options(num_warps=4 if width > 32 else 2)
 
 
 def _uneven(group):

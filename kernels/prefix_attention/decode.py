@@ -42,16 +42,17 @@ def _decode(
         shift_v = number * prefix.stride_vb + k0 * prefix.stride_vr
         low, high = tl.where(live, prefix_low, 0), tl.where(live, k1, 0)
 
-    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static)  # [BM, BD]
+    q_at = row * queries.stride_row + head * queries.stride_head
+    b_q = load_rows(queries.q, q_at, live, static.DH, static.BD)  # [BM, BD]
     state = (
-        tl.zeros([BM, static.BD], tl.float32),
+        tl.zeros([BM, static.BV], tl.float32),
         tl.full([BM], float("-inf"), tl.float32),
         tl.zeros([BM], tl.float32),
     )
     for start in range(0, k1 - k0, BN):
         key = k0 + start + n  # [BN]
-        b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, static)  # [BN, BD]
-        b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, static)
+        b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, static.DH, static.BD)  # [BN, BD]
+        b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, static.DV, static.BV)  # [BN, BV]
         seen = (key < k1)[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         state = attend(state, b_q, b_k, b_v, seen, key, start_of, salt, scores, dropout, static)
 
@@ -60,15 +61,16 @@ def _decode(
         total *= dropout.scale
     place = (tl.load(parts + query, mask=live, other=0) + part).to(tl.int64) * heads + head  # [parts, H]
     some = weights > 0
-    store_rows(part_out, place * static.DH, live, total / tl.where(some, weights, 1.0)[:, None], static)
+    result = total / tl.where(some, weights, 1.0)[:, None]
+    store_rows(part_out, place * static.DV, live, result, static.DV, static.BV)
     tl.store(part_lse + place, tl.where(some, maximum + tl.log(tl.where(some, weights, 1.0)), float("-inf")), mask=live)
 
 
 def _merge(part_out, part_lse, sinks, output, parts, batch, heads, static: tl.constexpr):
     """The parts of one query and head, in order, and the sink."""
     query, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, static.BD)
-    total = tl.zeros([static.BD], tl.float32)
+    d = tl.arange(0, static.BV)
+    total = tl.zeros([static.BV], tl.float32)
     maximum, weights = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     if sinks is not None:
         maximum, weights = tl.load(sinks + head).to(tl.float32), weights + 1.0
@@ -79,14 +81,14 @@ def _merge(part_out, part_lse, sinks, output, parts, batch, heads, static: tl.co
         highest = tl.maximum(maximum, part_weight)
         base = tl.where(highest == float("-inf"), 0.0, highest)
         fade, weight = tl.exp2((maximum - base) * LOG2_E), tl.exp2((part_weight - base) * LOG2_E)
-        values = tl.load(part_out + place * static.DH + d, mask=d < static.DH, other=0.0)  # [BD]
+        values = tl.load(part_out + place * static.DV + d, mask=d < static.DV, other=0.0)  # [BV]
         total = total * fade + weight * values
         maximum, weights = highest, weights * fade + weight
     row = query.to(tl.int64)
     if static.GATHER:
         row = tl.load(batch.query_rows + query).to(tl.int64)
-    to = output.out + row * output.stride_row + head * static.DH + d
-    tl.store(to, (total / weights).to(output.out.dtype.element_ty), mask=d < static.DH)
+    to = output.out + row * output.stride_row + head * static.DV + d
+    tl.store(to, (total / weights).to(output.out.dtype.element_ty), mask=d < static.DV)
     tl.store(output.lse + head.to(tl.int64) * output.lse_rows + row, maximum + tl.log(weights))
 
 

@@ -21,7 +21,7 @@ from .common import (
 
 @triton.jit
 def attend(state, query, keys, values, seen, key, start, salt, scores, dropout, static: tl.constexpr):
-    """One block of keys into the running ``(sum of values [BM, BD], maximum [BM], sum of weights [BM])``.
+    """One block of keys into the running ``(sum of values [BM, BV], maximum [BM], sum of weights [BM])``.
 
     Dropout takes weights from their values and not from the sum; ``key [BN]`` and what dropout_keys gives say which.
     The exponential is exp2, the cheaper one; its factor waits until the maximum is subtracted, where it rounds least.
@@ -57,9 +57,10 @@ def _forward(
     query, head, row, live = tile_of_queries(q0, q1, first_head, batch, BM, static)
     low, high, prefix_low = visible(query, live, batch, scores.window, static)
     prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
-    b_q = load_rows(queries.q, row * queries.stride_row + head * queries.stride_head, live, static)  # [BM, BD]
+    q_at = row * queries.stride_row + head * queries.stride_head
+    b_q = load_rows(queries.q, q_at, live, static.DH, static.BD)  # [BM, BD]
     state = (
-        tl.zeros([BM, static.BD], tl.float32),
+        tl.zeros([BM, static.BV], tl.float32),
         tl.full([BM], float("-inf"), tl.float32),
         tl.zeros([BM], tl.float32),
     )
@@ -70,8 +71,8 @@ def _forward(
         prefix_v = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
         for start in range(p0, p1, BN):
             key = start + n  # [BN]
-            b_k = load_rows(prefix_k, key.to(tl.int64) * prefix.stride_kr, key < p1, static)  # [BN, BD]
-            b_v = load_rows(prefix_v, key.to(tl.int64) * prefix.stride_vr, key < p1, static)
+            b_k = load_rows(prefix_k, key.to(tl.int64) * prefix.stride_kr, key < p1, static.DH, static.BD)
+            b_v = load_rows(prefix_v, key.to(tl.int64) * prefix.stride_vr, key < p1, static.DV, static.BV)
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
@@ -83,7 +84,8 @@ def _forward(
         at = rows_of(key, key < k1, batch.key_rows, static.GATHER or static.CACHE)
         k_at = key_offsets(at, batch.room, own.stride_kb, own.stride_kr, static.CACHE)
         v_at = key_offsets(at, batch.room, own.stride_vb, own.stride_vr, static.CACHE)
-        b_k, b_v = load_rows(own_k, k_at, key < k1, static), load_rows(own_v, v_at, key < k1, static)  # [BN, BD]
+        b_k = load_rows(own_k, k_at, key < k1, static.DH, static.BD)  # [BN, BD]
+        b_v = load_rows(own_v, v_at, key < k1, static.DV, static.BV)  # [BN, BV]
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         state = attend(state, b_q, b_k, b_v, seen, key, own_start, salt, scores, dropout, static)
 
@@ -97,7 +99,8 @@ def _forward(
     if dropout is not None:
         total *= dropout.scale
     weights = tl.where(live, weights, 1.0)
-    store_rows(output.out, row * output.stride_row + head * static.DH, live, total / weights[:, None], static)
+    to = row * output.stride_row + head * static.DV
+    store_rows(output.out, to, live, total / weights[:, None], static.DV, static.BV)
     tl.store(output.lse + head.to(tl.int64) * output.lse_rows + row, maximum + tl.log(weights), mask=live)
 
 

@@ -58,18 +58,20 @@ def sequences(kind, lengths, prefixes=0, prefix_length=0, mixed=True, seed=0):
     return Sequences.decode(lengths, **options)
 
 
-def draw(seq, dtype, heads=4, kv_heads=2, head_dim=16, prefixes=0, prefix_length=0, sinks=False, seed=1):
+def draw(
+    seq, dtype, heads=4, kv_heads=2, head_dim=16, prefixes=0, prefix_length=0, sinks=False, seed=1, value_dim=None
+):
     """q, k, v, prefix_k, prefix_v, sinks and the gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, widths = torch.Generator().manual_seed(seed), (head_dim, value_dim or head_dim)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     room = int(seq.host.lengths.max(initial=0)) + 2
-    own = (seq.rows, kv_heads, room, head_dim) if seq.kind == "decode" else (seq.rows, kv_heads, head_dim)
-    bank = [normal(prefixes, prefix_length, kv_heads, head_dim) for _ in range(2)] if prefixes else [None, None]
-    q = normal(seq.rows, heads, head_dim)
-    return [q, normal(*own), normal(*own), *bank, normal(heads) if sinks else None, normal(*q.shape)]
+    own = (seq.rows, kv_heads, room) if seq.kind == "decode" else (seq.rows, kv_heads)
+    bank = [normal(prefixes, prefix_length, kv_heads, width) if prefixes else None for width in widths]
+    q, k, v = normal(seq.rows, heads, head_dim), *(normal(*own, width) for width in widths)
+    return [q, k, v, *bank, normal(heads) if sinks else None, normal(seq.rows, heads, widths[1])]
 
 
 def run(tensors, seq, backend, needs=(True,) * 6, **flags):
@@ -100,7 +102,7 @@ def check(tensors, seq, needs=(True,) * 6, put=guarded, dropout_p=0.0, **flags):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_finds_planted_faults(kind, dtype, flags):
     seq = sequences(kind, LENGTHS, 2, 19)
-    *inputs, grad = draw(seq, dtype, 2, 1, prefixes=2, prefix_length=19)
+    *inputs, grad = draw(seq, dtype, 2, 1, prefixes=2, prefix_length=19, value_dim=12)
     assert_found(attention_budget(inputs, grad, seq, **flags), attention_faults(inputs, grad, seq, **flags))
 
 
@@ -116,15 +118,18 @@ FLAGS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags(kind, flags, sinks, dtype):
     seq = sequences(kind, LENGTHS, 2, 19)
-    check(draw(seq, dtype, 2, 1, prefixes=2, prefix_length=19, sinks=sinks), seq, **flags)
+    value_dim = 12 if sinks else 16
+    check(draw(seq, dtype, 2, 1, prefixes=2, prefix_length=19, sinks=sinks, value_dim=value_dim), seq, **flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [7, 16, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize(
+    "widths", [*((n, n) for n in (7, 16, 80, 96, 112, 128, 256)), (192, 128), (24, 12), (12, 40)], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_head_dims(kind, head_dim, dtype):
+def test_widths(kind, widths, dtype):
     seq = sequences(kind, [3, 20, 1], 2, 5)
-    check(draw(seq, dtype, 2, 1, head_dim, prefixes=2, prefix_length=5), seq)
+    check(draw(seq, dtype, 2, 1, widths[0], prefixes=2, prefix_length=5, value_dim=widths[1]), seq)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (9, 3), (5, 1), (16, 1), (17, 1)])
@@ -157,11 +162,11 @@ def test_runs_in_any_order():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(9, 3, 64), (4, 1, 128)])
+@pytest.mark.parametrize("heads, kv_heads, widths", [(9, 3, (64, 64)), (4, 1, (128, 128)), (4, 4, (192, 128))])
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_tiles(kind, heads, kv_heads, head_dim, dtype):
+def test_real_tiles(kind, heads, kv_heads, widths, dtype):
     seq = sequences(kind, [40, 3, 90], 2, 70)
-    check(draw(seq, dtype, heads, kv_heads, head_dim, prefixes=2, prefix_length=70), seq)
+    check(draw(seq, dtype, heads, kv_heads, widths[0], prefixes=2, prefix_length=70, value_dim=widths[1]), seq)
 
 
 @pytest.mark.parametrize("queries, keys", [(16, 64), (64, 16), (32, 32)])
@@ -175,7 +180,7 @@ def test_other_tiles(monkeypatch, kind, queries, keys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_result_depends_on_the_order_of_programs(monkeypatch, kind):
     seq = sequences(kind, LENGTHS, 3, 21)
-    tensors = draw(seq, torch.float32, prefixes=3, prefix_length=21, sinks=True)
+    tensors = draw(seq, torch.float32, prefixes=3, prefix_length=21, sinks=True, value_dim=20)
     results = [check(tensors, seq)]
     for seed in range(3):
         with monkeypatch.context() as patch:
@@ -207,7 +212,7 @@ def _shuffle_first(generator, results):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_asked_for(kind, needs):
     seq = sequences(kind, [3, 20, 1], 2, 5)
-    check(draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True), seq, needs)
+    check(draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True, value_dim=24), seq, needs)
 
 
 def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory():
@@ -252,7 +257,7 @@ def gapped_rows(x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_strides(kind, put):
     seq = sequences(kind, [3, 20, 1], 2, 5)
-    check(draw(seq, torch.float16, prefixes=2, prefix_length=5, sinks=True), seq, put=put)
+    check(draw(seq, torch.float16, prefixes=2, prefix_length=5, sinks=True, value_dim=24), seq, put=put)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,7 +271,7 @@ def test_expanded_gradient(kind):
 def test_offsets_beyond_two_to_the_31():
     """Two rows of queries, keys and gradients 2**31 elements apart."""
     seq = Sequences.packed([0, 2])
-    tensors = draw(seq, torch.float16, prefixes=1, prefix_length=3)
+    tensors = draw(seq, torch.float16, prefixes=1, prefix_length=3, value_dim=24)
     far = []
     for x in tensors:
         if x is not None and x.dim() == 3:  # q, k, v, grad
@@ -291,7 +296,7 @@ def test_second_backward_raises(kind):
 def test_opcheck():
     seq = sequences("packed", [3, 20, 1], 2, 5)
     q, k, v, prefix_k, prefix_v, sinks, _ = (
-        x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True)
+        x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True, value_dim=24)
     )
     arguments = (
         q,
@@ -320,15 +325,16 @@ def test_opcheck():
     kind=st.sampled_from(KINDS),
     groups=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
     head_dim=st.integers(1, 40),
+    value_dim=st.integers(1, 40),
     prefixes=st.integers(0, 3),
     prefix_length=st.integers(0, 40),
     window=st.one_of(st.none(), st.integers(1, 60)),
     causal=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(lengths, kind, groups, head_dim, prefixes, prefix_length, window, causal, seed):
+def test_any_shape(lengths, kind, groups, head_dim, value_dim, prefixes, prefix_length, window, causal, seed):
     seq = sequences(kind, lengths, prefixes, prefix_length, seed=seed)
-    tensors = draw(seq, torch.float32, *groups, head_dim, prefixes, prefix_length, seed=seed)
+    tensors = draw(seq, torch.float32, *groups, head_dim, prefixes, prefix_length, seed=seed, value_dim=value_dim)
     check(tensors, seq, window=window, causal=causal)
 
 
@@ -337,6 +343,9 @@ def test_refusals():
     wide = torch.zeros(2, 1, 264, device=DEVICE)
     with pytest.raises(RuntimeError, match="at most 256, q has 264"):
         prefix_attention(wide, wide, wide, None, None, seq, backend="triton")
+    narrow = torch.zeros(2, 1, 64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="values of at most 256, v has 264"):
+        prefix_attention(narrow, narrow, wide, None, None, seq, backend="triton")
     double = torch.zeros(2, 1, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="no float64"):
         prefix_attention(double, double, double, None, None, seq, backend="triton")
@@ -364,7 +373,7 @@ def test_dropout_draws_the_same_mask_in_other_tiles(monkeypatch, kind, queries, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_with_every_flag(kind, flags):
     seq = sequences(kind, LENGTHS, 2, 19)
-    tensors = draw(seq, torch.float32, 2, 1, prefixes=2, prefix_length=19, sinks=True)
+    tensors = draw(seq, torch.float32, 2, 1, prefixes=2, prefix_length=19, sinks=True, value_dim=12)
     check(tensors, seq, dropout_p=0.3, **flags)
 
 

@@ -34,14 +34,15 @@ def prefix_attention(
 
     Args:
         q: ``[Rq, H, Dh]`` queries. ``seq`` says which rows form a sequence.
-        k, v: ``[Rq, Hkv, Dh]`` own keys and values, H a multiple of Hkv; for decode ``[B, Hkv, Lmax, Dh]``, the cache.
-        prefix_k, prefix_v: ``[N, P, Hkv, Dh]``, N prefixes of at most P keys; None: no prefix.
+        k, v: ``[Rq, Hkv, Dh]`` own keys and ``[Rq, Hkv, Dv]`` own values, H a multiple of Hkv; for decode
+            ``[B, Hkv, Lmax, Dh]`` and ``[B, Hkv, Lmax, Dv]``, the cache. Values may be narrower or wider than keys.
+        prefix_k, prefix_v: ``[N, P, Hkv, Dh]`` and ``[N, P, Hkv, Dv]``, N prefixes of at most P keys; None: no prefix.
         seq: :class:`fastprompt.Sequences`, made once a batch.
         causal: own keys behind the query are hidden.
         window: a key is visible only if it stands less than ``window`` positions from the query, prefix included.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[H]`` logits that join the softmax's denominator and carry no value.
-        scale: factor on the scores, ``Dh ** -0.5`` by default.
+        scale: factor on the scores, ``Dh ** -0.5`` by default, whatever Dv.
         dropout_p: probability, in [0, 1), with which each weight of the softmax becomes 0; the others are multiplied
             by ``1 / (1 - dropout_p)``, as in torch's scaled_dot_product_attention. lse is that without dropout.
         dropout_seed: an int64, or a tensor that holds one (a tensor on a GPU is waited for). It, the query's row of q,
@@ -51,11 +52,11 @@ def prefix_attention(
         backend: "auto", "reference", "composed", "cpu" or "triton". On a CPU "auto" takes "cpu", the C++ library. For
             float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
             for softcap, dropout, a window shorter than a sequence, and decode, which "composed" does not have. On a
-            GPU it takes "triton", and "reference" for float64, for heads wider than 256 and where Triton is not
-            installed.
+            GPU it takes "triton", and "reference" for float64, for keys or values wider than 256 and where Triton is
+            not installed.
 
     Returns:
-        out: ``[Rq, H, Dh]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
+        out: ``[Rq, H, Dv]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
             sinks; the gradients of a prefix are summed over the sequences that read it, in a fixed order.
         lse: ``[H, Rq]`` log-sum-exp of the scores, natural log, fp32 (float64 for float64), not differentiable.
 
@@ -144,19 +145,23 @@ def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
         raise TypeError(f"seq must be a fastprompt.Sequences, got {type(seq).__name__}")
     check_tensor("q", q, [seq.rows, "H", "Dh"], dtypes=FLOATS)
     rows, heads, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError("q must have heads of at least one number, got none")
     if seq.kind == "decode":
         check_tensor("k", k, [rows, "Hkv", "Lmax", head_dim], like=("q", q))
     else:
         check_tensor("k", k, [rows, "Hkv", head_dim], like=("q", q))
-    check_tensor("v", v, list(k.shape), like=("q", q))
-    kv_heads = k.shape[1]
+    check_tensor("v", v, [*k.shape[:-1], "Dv"], like=("q", q))
+    kv_heads, value_dim = k.shape[1], v.shape[-1]
+    if value_dim == 0:
+        raise ValueError("v must have values of at least one number, got none")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
     if (prefix_k is None) != (prefix_v is None):
         raise ValueError("prefix_k and prefix_v must both be given or both be None")
     if prefix_k is not None:
         check_tensor("prefix_k", prefix_k, ["N", "P", kv_heads, head_dim], like=("q", q))
-        check_tensor("prefix_v", prefix_v, list(prefix_k.shape), like=("q", q))
+        check_tensor("prefix_v", prefix_v, [*prefix_k.shape[:-1], value_dim], like=("q", q))
         if seq.prefix_lens is not None:
             check_tensor("seq.prefix_lens", seq.prefix_lens, [prefix_k.shape[0]])
     if sinks is not None:
@@ -188,7 +193,7 @@ def _seed(p, seed):
     return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
-def _implementation(q, prefix_k, seq, window, softcap, dropout_p, requested):
+def _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
     short_window, on_cpu = None, q.device.type == "cpu"
     if window is not None and on_cpu:  # a backend of the CPU alone asks for it
@@ -201,6 +206,7 @@ def _implementation(q, prefix_k, seq, window, softcap, dropout_p, requested):
         q.device.type,
         q.dtype,
         head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
         decode=seq.kind == "decode",
         softcap=softcap is not None,
         dropout=dropout_p > 0,
@@ -225,7 +231,7 @@ def _check_ranges(k, prefix_k, seq):
 def _forward(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, causal, window, softcap, scale, dropout_p, backend):
     room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
     seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
-    runner = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
+    runner = _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, backend)
     dropout = _dropout(dropout_p, dropout_seed)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout=dropout)
     with without_autocast(q.device.type):
@@ -237,7 +243,7 @@ def _backward(
     seq, causal, window, softcap, scale, dropout_p, backend, needs,
 ):  # fmt: skip
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
-    runner = _implementation(q, prefix_k, seq, window, softcap, dropout_p, backend)
+    runner = _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, backend)
     dropout = _dropout(dropout_p, dropout_seed)
     inputs = (q, k, v, prefix_k, prefix_v, sinks)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
@@ -276,8 +282,8 @@ def _forward_op(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, kind, row
 
 @torch.library.register_fake("fastprompt::prefix_attention", lib=_library)
 def _forward_fake(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, kind, rows, *options):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
+    return q.new_empty(*q.shape[:2], v.shape[-1]), lse
 
 
 @torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")

@@ -7,10 +7,14 @@ ones share tiles, several in one, kept apart by a mask. The halves are merged by
 The backward of each half is torch's flash backward given the *merged* out and lse: p = exp(score - lse) and dscore = p
 (dout v^T - rowsum(dout out)) hold for any part of the keys, once lse and out are those of the whole. Autograd through
 two flash calls would be wrong, it takes lse for a constant.
+
+torch's kernel wants keys and values of one width: the narrower of the two are filled up with zeros, which add nothing
+to a score, and give columns of the output that nobody reads.
 """
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ...checks import accumulator
 from ..columns import columns_together
@@ -24,7 +28,25 @@ _PAIRS_PER_CALL = 2000
 _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
+def forward(q, k, v, prefix_k, prefix_v, seq, **options):
+    widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, prefix_k, prefix_v)
+    out, lse = _forward(*(_filled_up(x, max(widths)) for x in inputs), seq, **options)
+    return out[..., : widths[1]], lse
+
+
+def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options):
+    widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, prefix_k, prefix_v)
+    grad, *filled_up, out = (_filled_up(x, max(widths)) for x in (grad, *inputs, out))
+    *grads, dsinks = _backward(grad, *filled_up, out, lse, seq, **options)
+    return *(None if g is None else g[..., : x.shape[-1]] for g, x in zip(grads, inputs)), dsinks
+
+
+def _filled_up(x, width):
+    """``x [..., n]`` with zeros up to ``[..., width]``; None stays None."""
+    return x if x is None or x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def _forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     heads, kv_heads = q.shape[1], k.shape[1]
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written below
     out = (torch.empty_like if whole else torch.zeros_like)(q, memory_format=torch.contiguous_format)
@@ -58,7 +80,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     return out, lse.t()
 
 
-def backward(
+def _backward(
     grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, needs, dropout=None
 ):
     heads, kv_heads = q.shape[1], k.shape[1]

@@ -10,7 +10,8 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
     """``out`` and ``lse`` as the reference returns them."""
     q, k, v, prefix_k, prefix_v = (columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
     whole = seq.kind == "packed"  # every row belongs to a sequence and is written
-    out, lse = _empty_like(q, whole), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    out = (torch.empty if whole else torch.zeros)(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if not whole:
         lse.fill_(-torch.inf)
     torch.ops.fastprompt.prefix_attention_cpu.default(

@@ -7,7 +7,7 @@ from ...checks import accumulator
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
     """Softmax attention of every query over its prefix and its own visible keys. Returns ``out`` and ``lse``."""
-    out = torch.zeros_like(q)  # [Rq, H, Dh]; rows outside every sequence stay zero
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])  # [Rq, H, Dv]; rows outside every sequence stay zero
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
     for part in _parts(seq, q, k, v, prefix_k, prefix_v):
         score, _ = part.scores(causal, window, softcap, scale)
@@ -39,12 +39,12 @@ def backward(
         torch.zeros(t.shape, dtype=acc, device=t.device) if t is not None and need else None
         for t, need in zip((prefix_k, prefix_v), needs[3:])
     )
-    groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, Dh] and the decode cache [B, Hkv, Lmax, Dh] alike
+    groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, width] and the decode cache [B, Hkv, Lmax, width] alike
     delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
     for part in _parts(seq, q, k, v, prefix_k, prefix_v):
         score, slope = part.scores(causal, window, softcap, scale)
         weight = torch.exp(score - lse[:, part.rows, None].to(acc)).nan_to_num(0.0)  # [H, n, keys]
-        dout = grad[part.rows].to(acc)  # [n, H, Dh]
+        dout = grad[part.rows].to(acc)  # [n, H, Dv]
         used, dweight = weight, torch.einsum("qhd,khd->hqk", dout, part.v)
         if dropout is not None:
             factor = part.kept(dropout)
@@ -85,13 +85,13 @@ class _Part:
         groups = q.shape[1] // keys.shape[1]
         self.q = q[self.rows].to(acc)  # [n, H, Dh]
         self.k = keys.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dh]
-        self.v = values.to(acc).repeat_interleave(groups, 1)
+        self.v = values.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dv]
         own = self.prefix + gap + torch.arange(length, device=q.device)
         self.key_positions = torch.cat([torch.arange(self.prefix, device=q.device), own])
         self.query_positions = own[length - queries :]
 
     def own(self, tensor):
-        """The view of k, v or their gradients that belongs to this sequence: ``[length, Hkv, Dh]``."""
+        """The view of k, v or their gradients that belongs to this sequence: ``[length, Hkv, width]``."""
         if self.decode:
             return tensor[self.index, :, : self.length].transpose(0, 1)
         return tensor[self.rows]
@@ -121,5 +121,5 @@ def _parts(seq, q, k, v, prefix_k, prefix_v):
 
 
 def _sum_heads(x, groups):
-    """Sum the query heads that share a key head: ``[keys, H, Dh]`` -> ``[keys, Hkv, Dh]``."""
+    """Sum the query heads that share a key head: ``[keys, H, width]`` -> ``[keys, Hkv, width]``."""
     return x.view(x.shape[0], -1, groups, x.shape[2]).sum(2)

@@ -41,7 +41,7 @@ def backward(
 
 
 def _in_wide_loads(x):
-    """``x [..., Dh]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these
+    """``x [..., width]`` itself, or a copy where its rows could consist of 16-byte loads and do not start where these
     must: the copy costs less than loads of single elements. None stays None."""
     if x is None:
         return None
@@ -60,7 +60,7 @@ def _dropout_arguments(dropout):
 
 
 def _keys(k, v, cache=False):
-    """Keys and values of rows ``[Rk, Hkv, Dh]``, of a cache ``[B, Hkv, Lmax, Dh]``, of prefixes ``[N, P, Hkv, Dh]``."""
+    """Keys and values of rows ``[Rk, Hkv, n]``, of a cache ``[B, Hkv, Lmax, n]``, of prefixes ``[N, P, Hkv, n]``."""
     strides = []
     for x in (k, v):
         batch, row, head = x.stride()[:-1] if x.dim() == 4 else (0, *x.stride()[:-1])
@@ -81,10 +81,11 @@ class _Call:
         self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
         self.seq, self.cache = seq, seq.kind == "decode"
         self.rows, self.heads, self.head_dim = q.shape
+        self.value_dim = v.shape[-1]
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.room = k.shape[2] if self.cache else 0
-        self.width = config.block_width(self.head_dim)
-        self.tiled_by = self.head_dim, q.element_size(), launch.target_of(q.device), launch.name_of(q.device)
+        device = launch.target_of(q.device), launch.name_of(q.device)
+        self._tiled_by = self.head_dim, q.element_size(), *device
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
 
@@ -101,18 +102,27 @@ class _Call:
         )  # fmt: skip
 
     def static(self, fold):
-        return arguments.Static(self.head_dim, self.width, self.group, fold, **self.flags)
+        return arguments.Static(*self.widths, self.group, fold, **self.flags)
+
+    def _tiles(self, rule, **options):
+        return rule(*self._tiled_by, value_dim=self.value_dim, **options)
+
+    @property
+    def widths(self):
+        """Of keys and of values, each with that of its block."""
+        return tuple(n for width in (self.head_dim, self.value_dim) for n in (width, config.block_width(width)))
 
     def new_outputs(self):
         """``out`` and ``lse``: rows outside every sequence are written here, all others by a kernel."""
         whole = self.schedule.batch.queries == self.rows
-        out = (torch.empty if whole else torch.zeros)(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        shape = self.rows, self.heads, self.value_dim
+        out = (torch.empty if whole else torch.zeros)(shape, dtype=self.q.dtype, device=self.q.device)
         if whole:
             return out, self.q.new_empty(self.heads, self.rows, dtype=torch.float32)
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = config.forward_tiles(*self.tiled_by, group=self.group, gather=self.flags["GATHER"])
+        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"])
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -126,10 +136,10 @@ class _Call:
         fold = config.fold(self.group, config.DECODE_ROWS)
         groups = batch.groups
         sharing = int((groups.last - groups.first)[groups.prefix >= 0].max(initial=1))
-        tiles = config.decode_tiles(*self.tiled_by, fold=fold, sharing=sharing)
+        tiles = self._tiles(config.decode_tiles, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.schedule.decode_items(tiles.queries // fold, split)
-        part_out = self.q.new_empty(total, self.heads, self.head_dim, dtype=torch.float32)
+        part_out = self.q.new_empty(total, self.heads, self.value_dim, dtype=torch.float32)
         part_lse = self.q.new_empty(total, self.heads, dtype=torch.float32)
         decode_kernel(
             (len(items), self.heads // fold), tiles.options, self.queries, self.own, self.prefix, part_out, part_lse,
@@ -139,18 +149,18 @@ class _Call:
         merge_kernel(
             (batch.queries, self.heads), launch.Options(num_warps=1, num_stages=2), part_out, part_lse, sinks,
             _output(out, lse), parts, self.batch, self.heads,
-            static=arguments.Static(self.head_dim, self.width, GATHER=self.flags["GATHER"]),
+            static=arguments.Static(*self.widths, GATHER=self.flags["GATHER"]),
         )  # fmt: skip
 
     def backward(self, grad, out, lse, needs):
-        q, k, kv_heads = self.q, self.k, self.kv_heads
+        q, kv_heads = self.q, self.kv_heads
         need_q, need_kv, need_prefix = (
             needs[0],
             needs[1] or needs[2],
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = config.backward_tiles(*self.tiled_by, group=self.group, dropout=self.dropout is not None)
+        tiles = self._tiles(config.backward_tiles, group=self.group, dropout=self.dropout is not None)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
@@ -160,32 +170,38 @@ class _Call:
         whole = self.schedule.batch.queries == self.rows and not self.cache
         new = torch.empty if whole else torch.zeros
         dq = new(q.shape, dtype=q.dtype, device=q.device) if need_q else None
-        dk, dv = (new(k.shape, dtype=k.dtype, device=k.device) if need_kv else None for _ in range(2))
+        dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) if need_kv else None for x in (self.k, self.v))
         partial_k, partial_v = (
-            q.new_empty(count, tiles.key_keys, kv_heads, self.head_dim, dtype=torch.float32) if need_prefix else None
-            for _ in range(2)
+            q.new_empty(count, tiles.key_keys, kv_heads, width, dtype=torch.float32) if need_prefix else None
+            for width in (self.head_dim, self.value_dim)
         )
-        stride_dk = (0, kv_heads * self.head_dim, self.head_dim)  # batch, row, head
-        if self.cache:
-            stride_dk = kv_heads * self.room * self.head_dim, self.head_dim, self.room * self.head_dim
         backward_kernel(
             (len(items), self.heads // fold), tiles.options, self.queries, self.own, self.prefix, _output(out, lse),
             arguments.Gradient(grad, *grad.stride()[:-1]),
-            arguments.Gradients(dq, dk, dv, *stride_dk, partial_k, partial_v),
+            arguments.Gradients(
+                dq, dk, dv, self.heads * self.head_dim, *self._strides(self.head_dim), *self._strides(self.value_dim),
+                partial_k, partial_v,
+            ),
             items, self.batch, self.scores, self.dropout, kv_heads, BM=tiles.queries, BN=tiles.keys,
             KEYS_BM=tiles.key_queries, KEYS_BN=tiles.key_keys, static=self.static(fold),
         )  # fmt: skip
         dprefix_k = dprefix_v = None
         if need_prefix:
-            dprefix_k, dprefix_v = (q.new_empty(self.prefix_k.shape) for _ in range(2))
+            dprefix_k, dprefix_v = (q.new_empty(x.shape) for x in (self.prefix_k, self.prefix_v))
             rows = 16
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), launch.Options(num_warps=4),
+                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), config.reduce_options(max(self.widths)),
                 partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
                 -(-self.prefix_room // tiles.key_keys),
-                KEYS_BN=tiles.key_keys, ROWS=rows, static=arguments.Static(self.head_dim, self.width),
+                KEYS_BN=tiles.key_keys, ROWS=rows, static=arguments.Static(*self.widths),
             )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
+
+    def _strides(self, width):
+        """Of batch, row and head in the gradient of own keys, or of values."""
+        if self.cache:
+            return self.kv_heads * self.room * width, width, self.room * width
+        return 0, self.kv_heads * width, width
 
 
 class _Schedule:
