@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
 from . import resuming
 from .forward import disable_adapter, forward
-from .renamed_cache import PREFIXES, former_name, generates_wrongly
+from .renamed_cache import PREFIXES, former_name, generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
 
 _STATE = "_fastprompt"
@@ -44,9 +43,9 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
-    ``generate`` is PEFT's own, with a warning where that is wrong. One forward at a time: as PEFT itself, not for
-    several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too. ``torch.export`` sees PEFT's own
-    forward.
+    ``generate`` is PEFT's own, put right where PEFT does not find the cache (transformers 5.24). One forward at a time:
+    as PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
+    ``torch.export`` sees PEFT's own forward.
 
     Args:
         peft_model: a ``PeftModel`` with a prompt-learning adapter.
@@ -78,12 +77,6 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     smooth_by_text()
     if engine.refusal is not None:
         state.warn(engine.refusal)
-    if generates_wrongly(peft_model):
-        state.tell(
-            f"PEFT {peft.__version__}'s own generate gives wrong tokens on transformers {transformers.__version__}, "
-            "whose renamed cache it does not find; loss, gradients and logits are right, and so are the tokens of "
-            "SoftPromptModel.generate and of `fastprompt generate`"
-        )
     return peft_model
 
 
@@ -145,8 +138,8 @@ class _State:
         self.engine = Engine(base)
         if self.config_is_base_s:
             model.config = base.config
-        for name in _REPLACED:
-            model.__dict__[name] = _Method(model, name)
+        replaced = set(_REPLACED) - (set() if generates_wrongly(model) else {"prepare_inputs_for_generation"})
+        model.__dict__.update({name: _Method(model, name) for name in replaced})
         model.__dict__[REPLICATE] = refuse_replicas
         return self.engine
 
@@ -235,6 +228,7 @@ def _method_like(peft_class, name):
 # The methods of a PeftModel that an accelerated one replaces.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "forward": forward,
+    "prepare_inputs_for_generation": prepare_inputs_for_generation,
     "disable_adapter": disable_adapter,
     "save_pretrained": resuming.save_pretrained,
     "load_adapter": resuming.load_adapter,

@@ -1,7 +1,8 @@
 """PEFT 0.21 knows a cache as ``past_key_values`` alone, and transformers 5.24 calls it ``cache``.
 
 What PEFT does there: its ``generate`` does not find the cache, so a prompt is put in front of every new token and a
-prefix is dropped; Prefix-Tuning before a classifier raises. A PEFT that knows the new name is left alone.
+prefix is dropped; Prefix-Tuning before a classifier raises. Accelerated models do neither. A PEFT that knows the new
+name is left alone.
 """
 
 import functools
@@ -41,19 +42,30 @@ def generates_wrongly(model: PeftModel) -> bool:
     return cache_in(given) is cache if is_prefix else given.get("inputs_embeds") is not None
 
 
+def prepare_inputs_for_generation(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """PEFT's own, which finds the cache.
+
+    Args:
+        model: the model.
+        state: what it remembers; the other arguments are passed on.
+    """
+    with _former_name_of_base_s(model):
+        given = state.original(model, "prepare_inputs_for_generation")(*args, **kwargs)
+    return _renamed(given, _FORMER, CACHE_NAME)
+
+
 @contextmanager
 def right_generation(model: PeftModel) -> Iterator[None]:
-    """While the block runs, PEFT's ``generate`` finds the cache."""
+    """While the block runs, ``generate`` of a model that is not accelerated finds the cache."""
     if not model.active_peft_config.is_prompt_learning or not generates_wrongly(model):
         yield
         return
-    of_base, of_peft = model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation
-    before = vars(model).get("prepare_inputs_for_generation")
+    original, before = model.prepare_inputs_for_generation, vars(model).get("prepare_inputs_for_generation")
 
-    @functools.wraps(of_peft)  # generate looks at its arguments
+    @functools.wraps(original)  # generate looks at its arguments
     def prepare(*args, **kwargs):
-        with _prepared_by(model, lambda *args, **kwargs: _renamed(of_base(*args, **kwargs), CACHE_NAME, _FORMER)):
-            given = of_peft(*args, **kwargs)
+        with _former_name_of_base_s(model):
+            given = original(*args, **kwargs)
         return _renamed(given, _FORMER, CACHE_NAME)
 
     model.__dict__["prepare_inputs_for_generation"] = prepare
@@ -61,6 +73,12 @@ def right_generation(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         _put_back(model, "prepare_inputs_for_generation", before)
+
+
+def _former_name_of_base_s(model):
+    """The block in which PEFT is given the base model's arguments with the cache under its former name."""
+    of_base = model.base_model_prepare_inputs_for_generation
+    return _prepared_by(model, lambda *args, **kwargs: _renamed(of_base(*args, **kwargs), CACHE_NAME, _FORMER))
 
 
 @contextmanager
