@@ -60,6 +60,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "dots3_note_text": dict(num_key_value_heads=HEADS),
     "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0),
+    "gemma4_text": dict(hidden_size_per_layer_input=0),  # before the E models, PEFT searches for virtual tokens' ids
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),

@@ -21,7 +21,7 @@ import fastprompt
 
 from . import report
 
-ROWS, PROMPT, STEPS = 16, 20, 10
+ROWS, PROMPT, STEPS = 16, 20, 20
 TOLERANCE = 1e-4  # of a step's loss, relative
 METHODS = {"Prompt Tuning": PromptTuningConfig, "Prefix-Tuning": PrefixTuningConfig}
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
@@ -44,7 +44,7 @@ def read(steps):
 def arguments(kind, folder, steps, **changes):
     """What both trainers are told beside their defaults."""
     return kind(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=ROWS, logging_steps=1, learning_rate=0.02,
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=ROWS, logging_steps=1, learning_rate=0.002,
         report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, **changes,
     )  # fmt: skip
 
