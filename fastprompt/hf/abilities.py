@@ -14,10 +14,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from .attachment import evaluation_mode
-from .cache import PackedCache
+from .cache import PackedCache, content
 from .expectations import ITEMS, Expectations, column_read, first_output
 from .runner import Runner
-from .shared_state import layers_with_own_keys
+from .states import Recorded
 from .structure import is_plain_linear, rope_limit, why_never_packed
 
 
@@ -39,7 +39,8 @@ class Abilities:
         packs_own_loss: if its loss is different, is it right when its own forward runs around the packed backbone?
         needs_ids: does it look more up by token id than embeddings?
         returns_cache: does it return a cache when asked?
-        makes_cache: are the keys and values of attention what that cache holds?
+        makes_cache: are the keys and values of attention, and the states of other layers, what that cache holds?
+        cache_name: the name that it has in an output.
         pooled_column: the column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
@@ -60,6 +61,7 @@ class Abilities:
     needs_ids: bool = False
     returns_cache: bool = False
     makes_cache: bool = False
+    cache_name: str = "past_key_values"
     pooled_column: int | None = None
     rope_limit: int | None = None
 
@@ -107,6 +109,7 @@ class Probe:
                 found,
                 returns_cache=self.expected.cache is not None,
                 makes_cache=self._cache_is_the_same(found),
+                cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
             )
             if not self.is_lm:
@@ -180,28 +183,29 @@ class Probe:
                 return plan, first_output(sample.run(self.base, mask))
 
     def _cache_is_the_same(self, found):
-        """Are the recorded keys and values those in the cache that the untouched model returned?"""
-        expected, sample = self.expected.cache, self.expected.sample
-        if expected is None:
+        """Do packed rows leave the cache that the untouched model returned?"""
+        expected = self.expected
+        if expected.cache is None:
             return False
-        name = "right" if found.right_padding else "full"
-        recorded = {}
+        name, recorded = "right" if found.right_padding else "full", Recorded()
         try:
-            plan, _ = self._packed(found, name, recorded)
+            with expected.arithmetic():
+                plan, _ = self._packed(found, name, recorded)
+                got = content(PackedCache(plan, recorded, None, None, self.base.config))
         except Exception:  # attention modules without the index of their layer
             return False
-        got, mask = PackedCache(plan, recorded, None, None, self.base.config), sample.masks["right"]
-        own = layers_with_own_keys(self.base.config)
-        if len(got.layers) < own or sorted(recorded)[:own] != list(range(own)) or len(expected.layers) < own:
+        if not got or got.keys() != content(expected.cache).keys():
             return False
-        for ours, theirs in zip(got.layers[:own], expected.layers):
-            for x, y in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-                real = sample.real(mask)[:, -y.shape[2] :]
-                if x.shape != y.shape:
-                    return False
-                x, y = x.transpose(1, 2)[real], y.transpose(1, 2)[real]
-                if self.expected.difference(x.flatten(1), y.flatten(1), None) is not None:
-                    return False
+        mask = expected.sample.real(expected.sample.masks["right"])
+        for (layer, kind, index), theirs in content(expected.cache).items():
+            ours = got[layer, kind, index]
+            if ours.shape != theirs.shape:
+                return False
+            if kind in ("keys", "values"):  # at padding nobody reads them
+                real = mask[:, -theirs.shape[2] :]
+                ours, theirs = ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
+            if expected.difference(ours.flatten(1), theirs.flatten(1), None) is not None:
+                return False
         return True
 
     def _own_loss(self, items):

@@ -14,11 +14,13 @@ from transformers.modeling_outputs import ModelOutput
 from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
-from .checkpointing import checkpoints_reentrantly, through_reentrant_checkpoints
+from .cache import CACHE_NAMES
+from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, running
+from .recurrent import mixers
 from .shared_state import SharedState
+from .states import Recorded
 
-Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 
@@ -46,6 +48,8 @@ class Runner:
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
+        self._takes_positions = "position_ids" in parameters
+        self._has_mixers = bool(mixers(self.backbone))
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -72,7 +76,7 @@ class Runner:
     ) -> torch.Tensor:
         """Logits ``[R, V]`` of all rows, or ``[M, V]`` of the rows ``keep``. A causal LM only.
 
-        ``recorded`` is a dictionary that is given each layer's keys and values, see PackedMask; or None.
+        ``recorded`` is given what a cache holds; or None.
         """
         extra = {} if keep is None else {"logits_to_keep": keep}
         return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
@@ -143,7 +147,7 @@ class Runner:
             given = dict(signature.bind(*args, **kwargs).arguments)
             given.update(given.pop("kwargs", {}))
             rows = inputs(given) if callable(inputs) else inputs
-            for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values"):
+            for name in ("input_ids", "inputs_embeds", "attention_mask", *CACHE_NAMES):
                 given.pop(name, None)
             block = ExitStack()
             blocks.append(block)
@@ -201,11 +205,14 @@ class Runner:
                     hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
             inputs = {name: x[None] for name, x in rows.items()}
-            inputs["position_ids"] = self._positions(plan)[None]
+            if self._takes_positions:
+                inputs["position_ids"] = self._positions(plan)[None]
             inputs["return_dict"] = True
             if self._takes_use_cache:
                 inputs["use_cache"] = False
-            block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            if self._has_mixers:
+                block.enter_context(recomputing(self.base, batch))
             yield inputs
 
     def _positions(self, plan):
