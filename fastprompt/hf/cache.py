@@ -71,7 +71,7 @@ def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:
     found = {}
     for layer, holder in enumerate(cache.layers):
         for kind in ("keys", "values"):
-            if getattr(holder, "is_initialized", False):
+            if getattr(holder, kind, None) is not None:
                 found[layer, kind, 0] = getattr(holder, kind)
         for kind in ("conv_states", "recurrent_states"):
             states = getattr(holder, kind, {})

@@ -7,7 +7,7 @@ from functools import cache
 from torch import nn
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
-_PACKS = {"full_attention", "sliding_attention", "attention", "moe", "dense", "sparse"}
+_PACKS = {"full_attention", "sliding_attention", "attention", "moe", "mlp", "dense", "sparse"}
 # Packed or refused by what its masks say.
 _KNOWN_ELSEWHERE = {"chunked_attention"}
 # Packed if the state that they keep is one of those below.
