@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..layout import IGNORE, CannotPack, plan_padded_input
+from ..layout import IGNORE, CannotPack, plan_padded_input, recurrent_schedule
 from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .expectations import ITEMS, Expectations, column_read, first_output
@@ -151,7 +151,19 @@ class Probe:
                     if found is None:
                         return tried
                     reason = reason or found
-        return Abilities(reason, self.is_lm)
+        return Abilities(self._why_not_continued() or reason, self.is_lm)
+
+    def _why_not_continued(self):
+        """The first layer that takes no notice of the state of its prompt, or None."""
+        recorded = Recorded()
+        try:
+            with self.expected.arithmetic():
+                plan, _ = self._packed(Abilities(is_lm=self.is_lm), "right", recorded)
+                schedule = recurrent_schedule(plan.sequences, len(plan.shared))
+                reasons = (mixer.why_not_continued(schedule, shared) for mixer, shared in recorded.mixers)
+                return next(filter(None, reasons), None)
+        except Exception:  # it does not run packed rows at all
+            return None
 
     def _find_left_padding(self, found):
         for compact in (False, True):

@@ -53,29 +53,35 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
 
     Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state is given no mask.
     """
-    again = copy.copy(batch)
-    again.differentiable = False  # a reentrant checkpoint runs its layers without gradients first
+    checkpoints = {module: vars(module).get("_gradient_checkpointing_func") for module in _checkpointing(model)}
+
+    @contextmanager
+    def told():
+        before = {module: vars(module).get("_gradient_checkpointing_func") for module in checkpoints}
+        try:
+            for module, checkpoint in checkpoints.items():
+                if checkpoint is not None:
+                    vars(module)["_gradient_checkpointing_func"] = knowing(checkpoint)
+            yield
+        finally:
+            for module, checkpoint in before.items():
+                if checkpoint is not None:
+                    vars(module)["_gradient_checkpointing_func"] = checkpoint
 
     def knowing(checkpoint):
         def checkpoint_in_batch(function, *args, **kwargs):
             def run(*args, **kwargs):
-                with running(again):
+                again = copy.copy(batch)
+                again.differentiable = torch.is_grad_enabled()  # not when a reentrant checkpoint runs for the first time
+                with running(again), told():  # a checkpoint may hold others
                     return function(*args, **kwargs)
 
             return checkpoint(run, *args, **kwargs)
 
         return checkpoint_in_batch
 
-    before = {module: vars(module).get("_gradient_checkpointing_func") for module in _checkpointing(model)}
-    try:
-        for module, checkpoint in before.items():
-            if checkpoint is not None:
-                module._gradient_checkpointing_func = knowing(checkpoint)
+    with told():
         yield
-    finally:
-        for module, checkpoint in before.items():
-            if checkpoint is not None:
-                module._gradient_checkpointing_func = checkpoint
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -129,11 +129,28 @@ class Mixer:
             output = type(self._module).forward(self._module, **given, **chunks)
         return output, states.now
 
+    def why_not_continued(self, schedule: RecurrentSchedule, shared: States) -> str | None:
+        """None if the sequences depend on the states that their prompts left, else what does not reach them."""
+        for bucket in schedule.own:
+            before = gathered_states(shared, bucket)
+            output, _ = self.run(bucket, before)
+            for key in before:
+                changed, _ = self.run(bucket, {**before, key: before[key] + 1})
+                if _same(output, changed):
+                    return f"{type(self._module).__name__} does not start from the {key.kind} state that it is given"
+        return None
+
     def _name_of(self, what, names):
         found = next((name for name in names if name in self._takes), None)
         if found is None:
             raise UnsupportedAttention(f"{type(self._module).__name__} takes no {what}")
         return found
+
+
+def _same(output, other):
+    if isinstance(output, torch.Tensor):
+        return torch.equal(output, other)
+    return all(map(_same, output, other))
 
 
 @cache
