@@ -85,9 +85,7 @@ def _final_states(plan, recorded):
     for mixer, shared in recorded.mixers:
         members, buckets = final_buckets(plan)
         states = [gathered_states(shared, bucket) for bucket in buckets]
-        ran = [
-            mixer.run(bucket, state)[1] if bucket.rows.shape[1] else state for bucket, state in zip(buckets, states)
-        ]
+        ran = [mixer.run(bucket, state)[1] if bucket.rows.shape[1] else state for bucket, state in zip(buckets, states)]
         order = torch.cat(members).argsort() if order is None else order
         for key in ran[0]:
             final[key] = torch.cat([x[key] for x in ran])[order.to(ran[0][key].device)]

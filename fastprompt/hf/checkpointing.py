@@ -72,7 +72,9 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
         def checkpoint_in_batch(function, *args, **kwargs):
             def run(*args, **kwargs):
                 again = copy.copy(batch)
-                again.differentiable = torch.is_grad_enabled()  # not when a reentrant checkpoint runs for the first time
+                again.differentiable = (
+                    torch.is_grad_enabled()
+                )  # not when a reentrant checkpoint runs for the first time
                 with running(again), told():  # a checkpoint may hold others
                     return function(*args, **kwargs)
 
@@ -92,4 +94,6 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
 
 def _checkpointing(model):
     """The modules that recompute, as the model stands."""
-    return [module for module in model.modules() if module.training and getattr(module, "gradient_checkpointing", False)]
+    return [
+        module for module in model.modules() if module.training and getattr(module, "gradient_checkpointing", False)
+    ]

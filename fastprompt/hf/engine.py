@@ -29,8 +29,8 @@ class Engine:
     """A model that can run packed rows beside its ordinary forward.
 
     Building one asks the untouched model what it gives for a few short rows, attaches to it (its attention is switched,
-    its gated MLPs keep less, its layers with a state run sequences; its ordinary forward gives what it gave) and compares what packed rows give. If that is
-    another output, or anything is raised, the model is left as it was.
+    its gated MLPs keep less, its layers with a state run sequences; its ordinary forward gives what it gave) and
+    compares what packed rows give. If that is another output, or anything is raised, the model is left as it was.
 
     Attributes:
         base: the model: a causal LM, or any other head on a decoder or an encoder.

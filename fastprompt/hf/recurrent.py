@@ -1,10 +1,10 @@
 """Layers with a recurrent or convolution state on packed rows.
 
-A mixer of this kind (Mamba 2, gated delta rule, short convolution) reads the state of earlier tokens from the cache that
-it is handed, and leaves its own there. So it runs the shared rows of every prompt with an empty state, and then the
-sequences, padded on the right where it does not see, each from the state that its prompt left: autograd adds up the
-gradient of that state over the sequences. The results go back to where the rows came from; the layers around it see
-packed rows.
+A mixer of this kind (Mamba 2, gated delta rule, short convolution) reads the state of earlier tokens from the cache
+that it is handed, and leaves its own there. So it runs the shared rows of every prompt with an empty state, and then
+the sequences, padded on the right where it does not see, each from the state that its prompt left: autograd adds up
+the gradient of that state over the sequences. The results go back to where the rows came from; the layers around it
+see packed rows.
 """
 
 import inspect
