@@ -54,7 +54,7 @@ class PackedCache(DynamicCache):
             for key, state in _final_states(plan, recorded).items():
                 layer = self._layers[key.layer]
                 update = layer.update_conv_state if key.kind == "conv" else layer.update_recurrent_state
-                update(state, key.index)
+                update(state, key.number)
         return self._layers
 
     @layers.setter

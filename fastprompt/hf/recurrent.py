@@ -71,6 +71,8 @@ def _run_packed(module, batch, args, kwargs):
         raise UnsupportedAttention(f"a checkpoint that is not the model's own recomputes {type(module).__name__}")
     mixer = Mixer(module, args, kwargs)
     schedule = schedule_of(batch)
+    if not len(schedule.places):
+        raise UnsupportedAttention("the batch has no rows")
     outputs, shared = mixer.run_shared(schedule)
     outputs += [mixer.run(bucket, gathered_states(shared, bucket))[0] for bucket in schedule.own]
     if batch.recorded is not None:
@@ -97,7 +99,8 @@ class Mixer:
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._module = module
-        self._takes = _parameters(type(module))
+        kind: Any = type(module)
+        self._takes = _parameters(kind)
         given = dict(zip(self._takes, args)) | kwargs
         self._first = next(iter(self._takes))
         self.rows: torch.Tensor = given.pop(self._first)[0]

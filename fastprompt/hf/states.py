@@ -15,11 +15,11 @@ from ..ops import prompt_concat
 
 
 class StateKey(NamedTuple):
-    """Which state: its kind ("conv" or "recurrent"), its layer, and which of those of that layer."""
+    """Which state: its kind ("conv" or "recurrent"), its layer, and its number among those of that layer."""
 
     kind: str
     layer: int
-    index: int
+    number: int
 
 
 # The states [n, ...] of n sequences.
@@ -77,7 +77,7 @@ class ForkedStates:
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Is there a state of this layer, or of any?"""
         return any(
-            layer_idx in (None, key.layer) and state_idx in (None, key.index) for key in self.now if key.kind == "conv"
+            layer_idx in (None, key.layer) and state_idx in (None, key.number) for key in self.now if key.kind == "conv"
         )
 
     def is_recording_past(self, layer_idx: int) -> bool:

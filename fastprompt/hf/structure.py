@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,8 @@ def why_never_packed(base: nn.Module, backbone: nn.Module) -> str | None:
 
 def keeps_state(module: nn.Module) -> bool:
     """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
-    return bool(_STATE_METHODS & _names_used(type(module)))
+    kind: Any = type(module)
+    return bool(_STATE_METHODS & _names_used(kind))
 
 
 def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:

@@ -5,6 +5,7 @@ as a row does, so sequences of like length stand in a bucket of their own.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,9 @@ def final_buckets(plan: RowPlan) -> tuple[list[torch.Tensor], list[Bucket]]:
     Returns:
         For each bucket the rows of the batch in it, and the bucket: of the columns behind the shared rows, maybe none.
     """
-    host, shared, grid = plan.sequences.host, len(plan.shared), plan.grid
-    prompts = host.prefix_ids[shared:] % shared if shared else np.zeros(len(grid), np.int64)
+    sequences: Any = plan.sequences
+    shared, grid = len(plan.shared), plan.grid
+    prompts = sequences.host.prefix_ids[shared:] % shared if shared else np.zeros(len(grid), np.int64)
     lengths = np.array([length for _, length in plan.shared] or [0])
     states = _state_numbers(lengths)
     members, buckets = [], []
