@@ -1,5 +1,7 @@
 """Models with recurrent or convolution layers: a prompt's state is computed once, and every sequence starts from it."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -247,6 +249,25 @@ def test_a_checkpoint_that_nobody_told_is_no_silent_error(reentrant):
     else:
         with pytest.raises(torch.utils.checkpoint.CheckpointError):
             model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_run_packed(copied):
+    model, inputs = accelerated(hybrid("lfm2")), batch("right")
+    plain, twin = step(model, inputs), copied(model)
+    assert_identical(plain, step(twin, inputs))
+    assert fastprompt.stats(twin).padded == {}
+
+
+def test_a_layer_that_is_given_another_forward_runs_padded():
+    """It would take the packed rows for one sequence, and nothing else would show it."""
+    model, inputs = hybrid("lfm2"), batch("right")
+    plain = step(model, inputs)
+    accelerated(model)
+    layer = model.base_model.model.layers[0].conv
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    with pytest.warns(UserWarning, match="Lfm2ShortConv was given another forward"):
+        assert_identical(plain, step(model, inputs))
 
 
 def test_compile_gives_the_same():

@@ -101,6 +101,7 @@ class PackedRows:
 
     Attributes:
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
+        ran: the layers with a state that ran these rows as sequences.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class PackedRows:
         self.sequences: Any = plan.sequences
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
+        self.ran: set[Any] = set()
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
     def mask(

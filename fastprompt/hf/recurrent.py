@@ -23,7 +23,7 @@ from ..ops import prompt_concat
 from .attention import WITHOUT_EFFECT
 from .masks import PackedRows, UnsupportedAttention, active
 from .states import ForkedStates, States, gathered_states
-from .structure import keeps_state, outermost
+from .structure import has_own_forward, keeps_state, outermost
 
 _CACHES = ("cache_params", "past_key_values", "cache")
 _MASKS = ("attention_mask", "conv_mask")
@@ -42,7 +42,7 @@ def patch_mixers(model: nn.Module) -> None:
     Modules with a forward of their own are left alone: what that computes is not known.
     """
     for module in mixers(model):
-        if "forward" not in vars(module):
+        if not has_own_forward(module):
             module.forward = types.MethodType(_forward, module)
 
 
@@ -69,6 +69,7 @@ def _run_packed(module, batch, args, kwargs):
     """The output ``[1, R, ...]`` of a mixer for the packed rows ``[1, R, D]`` of ``batch``."""
     if batch.differentiable and not torch.is_grad_enabled():
         raise UnsupportedAttention(f"a checkpoint that is not the model's own recomputes {type(module).__name__}")
+    batch.ran.add(module)
     mixer = Mixer(module, args, kwargs)
     schedule = schedule_of(batch)
     if not len(schedule.places):

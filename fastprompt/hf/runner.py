@@ -16,7 +16,7 @@ from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache import CACHE_NAMES
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
-from .masks import PackedRows, running
+from .masks import PackedRows, UnsupportedAttention, active, running
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
@@ -49,7 +49,7 @@ class Runner:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
         self._takes_positions = "position_ids" in parameters
-        self._has_mixers = bool(mixers(self.backbone))
+        self._mixers = mixers(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -155,6 +155,8 @@ class Runner:
             return (), given
 
         def leave(module, args, kwargs, output):
+            if output is not None:
+                self._check_mixers(active())
             if blocks:
                 blocks.pop().close()
             if output is None:
@@ -187,7 +189,15 @@ class Runner:
     def _call(self, model, plan, rows, shared, recorded=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
         with self._running(plan, {name: rows}, shared, recorded) as inputs:
-            return model(**inputs, **extra)
+            output = model(**inputs, **extra)
+            self._check_mixers(active())
+            return output
+
+    def _check_mixers(self, batch):
+        """A layer with a state that runs in another way than it was taught would take all rows for one sequence."""
+        replaced = [module for module in self._mixers if module not in batch.ran]
+        if replaced:
+            raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
     def _running(self, plan, rows, shared, recorded):
@@ -211,7 +221,7 @@ class Runner:
             if self._takes_use_cache:
                 inputs["use_cache"] = False
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
-            if self._has_mixers:
+            if self._mixers:
                 block.enter_context(recomputing(self.base, batch))
             yield inputs
 

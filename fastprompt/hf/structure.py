@@ -134,6 +134,12 @@ def _lengths(value):
     return ([own] if own else []) + [n for x in value.values() if isinstance(x, dict) for n in _lengths(x)]
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Has this one module another forward than its class? A pickle writes down that of the class."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Is it a frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook?"""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
