@@ -93,11 +93,18 @@ def test_bf16_within_the_rounding_of_peft(name, changes):
     assert_within(budget, results(fast))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "zaya"])
+_SHARED_MODULES = dict(num_hidden_layers=3, hybrid_layer_ids=[0, 2], layers_block_type=["hybrid", "mamba", "hybrid"])
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [(name, {}) for name in ("qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "zaya")]
+    + [("zamba2", _SHARED_MODULES)],
+)
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_a_cache_that_is_asked_for_is_peft_s(name, padding):
+def test_a_cache_that_is_asked_for_is_peft_s(name, changes, padding):
     """The states of a padded row are those behind its padding, as the model's own forward leaves them."""
-    model = peft_model(None, base=build_hybrid(name)).eval()
+    model = peft_model(None, base=build_hybrid(name, **changes)).eval()
     inputs = {k: x for k, x in batch(padding).items() if k != "labels"}
     real = torch.cat([torch.ones(B, P), inputs["attention_mask"]], 1).bool()
 
@@ -116,15 +123,9 @@ def test_a_cache_that_is_asked_for_is_peft_s(name, padding):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(
-    "name, changes",
-    [
-        ("kimi_linear", {}),  # latents in place of keys and values
-        ("zamba2", dict(num_hidden_layers=2, hybrid_layer_ids=[0, 1], layers_block_type=["hybrid"] * 2)),  # one module
-    ],
-)
-def test_a_cache_of_another_kind_takes_peft_s_forward(name, changes):
-    model = accelerated(peft_model(None, base=build_hybrid(name, **changes))).eval()
+def test_a_cache_of_another_kind_takes_peft_s_forward():
+    """Latent attention keeps no keys and values."""
+    model = accelerated(peft_model(None, base=build_hybrid("kimi_linear"))).eval()
     with torch.no_grad(), pytest.warns(UserWarning, match="its cache holds other values"):
         model(**batch("right"), use_cache=True)
 

@@ -87,7 +87,7 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
         reason = _why_not(before, module, mask, arguments.get("is_causal"))
         if reason is None:
             if mask.recorded is not None:
-                mask.recorded.keys_values[module.layer_idx] = key[0], value[0]
+                mask.recorded.keys_values.append((module.layer_idx, key[0], value[0]))
             return _run(module, query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)

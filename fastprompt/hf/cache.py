@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from ..layout import RowPlan, final_buckets
 from .shared_state import SharedState, layers_with_own_keys, text_config
@@ -47,7 +48,7 @@ class PackedCache(DynamicCache):
         if self._pending is not None:
             plan, recorded, shared, prompt_ids, own = self._pending
             self._pending = None
-            for index, packed in sorted(recorded.keys_values.items()):
+            for index, packed in self._by_layer(recorded.keys_values):
                 if index < own:
                     learned = shared.layers[index] if shared.layers else None
                     self._layers[index].update(*_padded(plan, packed, learned, prompt_ids))
@@ -60,6 +61,13 @@ class PackedCache(DynamicCache):
     @layers.setter
     def layers(self, layers: list[Any]) -> None:
         self._layers = layers
+
+    def _by_layer(self, keys_values):
+        """Keys and values with the index of their layer, which its module says unless layers share one (Zamba 2)."""
+        indices = [index for index, *_ in keys_values]
+        if len(set(indices)) < len(indices):
+            indices = [index for index, layer in enumerate(self._layers) if isinstance(layer, DynamicLayer)]
+        return zip(indices, (packed for _, *packed in keys_values))
 
     def __getstate__(self):
         self.layers  # noqa: B018 - a copy or a file holds keys and values

@@ -53,29 +53,27 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
 
     Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state is given no mask.
     """
-    checkpoints = {module: vars(module).get("_gradient_checkpointing_func") for module in _checkpointing(model)}
+    name = "_gradient_checkpointing_func"
+    checkpoints = {module: vars(module)[name] for module in _checkpointing(model) if name in vars(module)}
 
     @contextmanager
     def told():
-        before = {module: vars(module).get("_gradient_checkpointing_func") for module in checkpoints}
+        before = {module: vars(module)[name] for module in checkpoints}
         try:
             for module, checkpoint in checkpoints.items():
-                if checkpoint is not None:
-                    vars(module)["_gradient_checkpointing_func"] = knowing(checkpoint)
+                vars(module)[name] = knowing(checkpoint)
             yield
         finally:
             for module, checkpoint in before.items():
-                if checkpoint is not None:
-                    vars(module)["_gradient_checkpointing_func"] = checkpoint
+                vars(module)[name] = checkpoint
 
     def knowing(checkpoint):
         def checkpoint_in_batch(function, *args, **kwargs):
             def run(*args, **kwargs):
                 again = copy.copy(batch)
-                again.differentiable = (
-                    torch.is_grad_enabled()
-                )  # not when a reentrant checkpoint runs for the first time
-                with running(again), told():  # a checkpoint may hold others
+                # A reentrant checkpoint runs its layers without gradients first; it may hold other checkpoints.
+                again.differentiable = torch.is_grad_enabled()
+                with running(again), told():
                     return function(*args, **kwargs)
 
             return checkpoint(run, *args, **kwargs)

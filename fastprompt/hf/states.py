@@ -31,11 +31,11 @@ class Recorded:
     """What layers leave behind while packed rows run, for a cache.
 
     Attributes:
-        keys_values: each layer's keys and values ``[Hkv, R, Dh]``, by its index.
+        keys_values: the index of an attention module's layer, its keys and its values ``[Hkv, R, Dh]``, as they ran.
         mixers: for each layer with a state what ran it (a ``Mixer``), and the states that the N prompts left.
     """
 
-    keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    keys_values: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     mixers: list[tuple[Any, States]] = field(default_factory=list)
 
 
