@@ -16,6 +16,7 @@ from ..layout import IGNORE, CannotPack, plan_padded_input, recurrent_schedule
 from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .expectations import ITEMS, Expectations, column_read, first_output
+from .masks import UnsupportedAttention
 from .runner import Runner
 from .states import Recorded
 from .structure import is_plain_linear, rope_limit, why_never_packed
@@ -171,7 +172,7 @@ class Probe:
             try:
                 if self._differs(tried, "left") is None:
                     return tried
-            except CannotPack:
+            except (CannotPack, UnsupportedAttention):
                 break
         return replace(found, left_padding=False)
 
