@@ -38,11 +38,13 @@ METHODS = {
 PREFIXES = ("prefix", "prefix_mlp", "cartridge")
 
 
-def peft_model(name, method="prompt_tuning", dtype=torch.float32, *, task_type="CAUSAL_LM", base=None, **changes):
+def peft_model(
+    name, method="prompt_tuning", dtype=torch.float32, *, task_type="CAUSAL_LM", base=None, length=P, **changes
+):
     """A PEFT model whose adapter was drawn large enough that a mistake in it shows."""
     config_class, arguments = METHODS[method]
     if method != "cpt":
-        arguments = dict(arguments, num_virtual_tokens=P)
+        arguments = dict(arguments, num_virtual_tokens=length)
     base = build(name, dtype, **changes) if base is None else base
     torch.manual_seed(1)
     model = peft.get_peft_model(base, config_class(task_type=task_type, **arguments))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import P, assert_equal, assert_identical, batch, peft_model, step
+from tiny_hybrids import build_hybrid
 from tiny_models import VOCABULARY, build
 
 import fastprompt
@@ -127,41 +128,17 @@ def test_the_untouched_model_is_asked():
 
 _SIZES = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_attention_heads=6, pad_token_id=0)
 _GQA = dict(_SIZES, num_key_value_heads=2, head_dim=8)
-STATEFUL = {
-    "qwen3_next": (
-        hf.Qwen3NextConfig,
-        dict(_GQA, num_hidden_layers=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-             linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-             shared_expert_intermediate_size=16),
-        "linear_attention",
-    ),
-    "lfm2": (
-        hf.Lfm2Config,
-        dict(_SIZES, num_key_value_heads=2, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]),
-        "conv",
-    ),
-    "recurrent_gemma": (
-        hf.RecurrentGemmaConfig,
-        dict(_GQA, num_hidden_layers=3, lru_width=48, attention_window_size=8),
-        "linear_attention",
-    ),
-    "bamba": (
-        hf.BambaConfig,
-        dict(_SIZES, num_hidden_layers=2, num_key_value_heads=2, mamba_n_heads=8, attn_layer_indices=[1]),
-        "linear_attention|mamba|state",
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", STATEFUL)
-def test_a_state_between_tokens_is_refused_by_structure(name, dtype):
-    config, arguments, reason = STATEFUL[name]
+def test_a_state_that_no_cache_holds_is_refused_by_structure(dtype):
+    """RecurrentGemma keeps its states in its modules."""
+    config = hf.RecurrentGemmaConfig(**_GQA, num_hidden_layers=3, lru_width=48, attention_window_size=8)
     torch.manual_seed(0)
-    base = hf.AutoModelForCausalLM.from_config(config(**arguments)).to(dtype).eval()
+    base = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     model, inputs = peft_model(None, base=base, dtype=dtype), batch("right")
     plain = model(**inputs).loss
-    with pytest.warns(UserWarning, match=PADDED + f".*({reason})"):
+    with pytest.warns(UserWarning, match=PADDED + "RecurrentGemmaModel has layers of type linear_attention"):
         fastprompt.accelerate(model)
     assert torch.equal(model(**inputs).loss, plain)
 
@@ -269,6 +246,7 @@ def interrupted(call, at):
 
 
 ATTACH = {
+    "states": (lambda: peft_model(None, base=build_hybrid("lfm2")), fastprompt.accelerate),
     "accelerate": (lambda: peft_model("llama"), fastprompt.accelerate),
     "soft prompt": (
         lambda: build("llama"),
@@ -326,8 +304,9 @@ def test_release_gives_the_model_back():
         torch.testing.assert_close(model(**inputs).loss, loss)
 
 
-def test_restore_gives_every_object_back():
-    model = peft_model("llama")
+@pytest.mark.parametrize("make", [lambda: build("llama"), lambda: build_hybrid("lfm2")])
+def test_restore_gives_every_object_back(make):
+    model = peft_model(None, base=make())
     before = snapshot(model)
     fastprompt.restore(fastprompt.accelerate(model))
     assert snapshot(model) == before

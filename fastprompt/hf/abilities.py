@@ -12,12 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..layout import IGNORE, CannotPack, plan_padded_input
+from ..layout import IGNORE, CannotPack, plan_padded_input, recurrent_schedule
 from .attachment import evaluation_mode
-from .cache import PackedCache
+from .cache import PackedCache, content
+from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
+from .masks import UnsupportedAttention
 from .runner import Runner
-from .shared_state import layers_with_own_keys
+from .states import Recorded
 from .structure import backbone_of, is_plain_linear, rope_limit, row_limit, why_never_packed
 
 
@@ -39,7 +41,8 @@ class Abilities:
         packs_own_loss: if its loss is different, is it right when its own forward runs around the packed backbone?
         needs_ids: does it look more up by token id than embeddings?
         returns_cache: does it return a cache when asked?
-        makes_cache: are the keys and values of attention what that cache holds?
+        makes_cache: are the keys and values of attention, and the states of other layers, what that cache holds?
+        cache_name: the name that it has in an output.
         pooled_column: the column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
@@ -61,6 +64,7 @@ class Abilities:
     needs_ids: bool = False
     returns_cache: bool = False
     makes_cache: bool = False
+    cache_name: str = CACHE_NAME
     pooled_column: int | None = None
     rope_limit: int | None = None
     row_limit: int | None = None
@@ -109,6 +113,7 @@ class Probe:
                 found,
                 returns_cache=self.expected.cache is not None,
                 makes_cache=self._cache_is_the_same(found),
+                cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
                 row_limit=row_limit(self.backbone),
             )
@@ -151,7 +156,19 @@ class Probe:
                     if found is None:
                         return tried
                     reason = reason or found
-        return Abilities(reason, self.is_lm)
+        return Abilities(self._why_not_continued() or reason, self.is_lm)
+
+    def _why_not_continued(self):
+        """The first layer that takes no notice of the state of its prompt, or None."""
+        recorded = Recorded()
+        try:
+            with self.expected.arithmetic():
+                plan, _ = self._packed(Abilities(is_lm=self.is_lm), "right", recorded)
+                schedule = recurrent_schedule(plan.sequences, len(plan.shared))
+                reasons = (mixer.why_not_continued(schedule, shared) for mixer, shared in recorded.mixers)
+                return next(filter(None, reasons), None)
+        except Exception:  # it does not run packed rows at all
+            return None
 
     def _find_left_padding(self, found):
         for compact in (False, True):
@@ -159,7 +176,7 @@ class Probe:
             try:
                 if self._differs(tried, "left") is None:
                     return tried
-            except CannotPack:
+            except (CannotPack, UnsupportedAttention):
                 break
         return replace(found, left_padding=False)
 
@@ -183,28 +200,29 @@ class Probe:
                 return plan, first_output(sample.run(self.base, mask))
 
     def _cache_is_the_same(self, found):
-        """Are the recorded keys and values those in the cache that the untouched model returned?"""
-        expected, sample = self.expected.cache, self.expected.sample
-        if expected is None:
+        """Do packed rows leave the cache that the untouched model returned?"""
+        expected = self.expected
+        if expected.cache is None:
             return False
-        name = "right" if found.right_padding else "full"
-        recorded = {}
+        recorded = Recorded()
         try:
-            plan, _ = self._packed(found, name, recorded)
+            with expected.arithmetic():
+                plan, _ = self._packed(found, "right", recorded)
+                got = content(PackedCache(plan, recorded, None, None, self.base.config))
         except Exception:  # attention modules without the index of their layer
             return False
-        got, mask = PackedCache(plan, recorded, None, None, self.base.config), sample.masks["right"]
-        own = layers_with_own_keys(self.base.config)
-        if len(got.layers) < own or sorted(recorded)[:own] != list(range(own)) or len(expected.layers) < own:
+        if not got or got.keys() != content(expected.cache).keys():
             return False
-        for ours, theirs in zip(got.layers[:own], expected.layers):
-            for x, y in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-                real = sample.real(mask)[:, -y.shape[2] :]
-                if x.shape != y.shape:
-                    return False
-                x, y = x.transpose(1, 2)[real], y.transpose(1, 2)[real]
-                if self.expected.difference(x.flatten(1), y.flatten(1), None) is not None:
-                    return False
+        mask = expected.sample.real(expected.sample.masks["right"])
+        for (layer, kind, index), theirs in content(expected.cache).items():
+            ours = got[layer, kind, index]
+            if ours.shape != theirs.shape:
+                return False
+            if kind in ("keys", "values"):  # at padding nobody reads them
+                real = mask[:, -theirs.shape[2] :]
+                ours, theirs = ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
+            if expected.difference(ours.flatten(1), theirs.flatten(1), None) is not None:
+                return False
         return True
 
     def _own_loss(self, items):

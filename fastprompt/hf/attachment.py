@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .recurrent import patch_mixers, unpatch_mixers
 
 _RECORD = "_fastprompt_attachment"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
@@ -27,23 +28,23 @@ class _Record:
     """The configs of a model before and while its attention is switched."""
 
     def __init__(self) -> None:
-        self.users: dict[object, bool] = {}  # user -> does it want the gated MLPs patched, too?
+        self.users: dict[object, bool] = {}  # user -> does it run packed rows?
         self.replaced: list[tuple[Any, Any, Any]] = []  # (module, its config before, its config meanwhile)
         self.root: Any = None  # the config meanwhile
         self.unchanged: Any = None  # what it would still equal had nobody changed it
         self.complete = False
 
     def __setstate__(self, state):
-        vars(self).update(state, complete=False)  # a pickle brings MLPs back unpatched
+        vars(self).update(state, complete=False)  # a pickle brings layers back unpatched
 
 
-def attach(model: PreTrainedModel, user: object, mlps: bool = False) -> None:
+def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
     """Make ``model`` run on prefix_attention inside of ``running`` blocks; :func:`detach` undoes it.
 
     Args:
         model: a Hugging Face model.
         user: who asks; a plain ``object()`` to name in :func:`detach`.
-        mlps: let gated MLPs keep less for their backward, too.
+        packs: does it run packed rows? Then layers with a state run these, and gated MLPs keep less for their backward.
 
     Raises:
         UnsupportedAttention: the model's present attention is not one that can be handed back to.
@@ -59,7 +60,7 @@ def attach(model: PreTrainedModel, user: object, mlps: bool = False) -> None:
         record.replaced, record.root = found, root
         model.__dict__[_RECORD] = record
         model.__dict__[REPLICATE] = refuse_replicas
-    record.users[user] = mlps
+    record.users[user] = packs
     if record.unchanged is None:
         for module, _, own in record.replaced:
             module.config = own
@@ -82,6 +83,7 @@ def attach_again(model: PreTrainedModel) -> None:
     _switch(model)
     if any(record.users.values()):
         patch_gated_mlps(model)
+        patch_mixers(model)
     record.complete = True
 
 
@@ -97,6 +99,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
     record.users.pop(user, None)
     if not any(record.users.values()):
         unpatch_gated_mlps(model)
+        unpatch_mixers(model)
     if record.users:
         return
     changed = record.unchanged is not None and not _same(record.root, record.unchanged)
@@ -115,6 +118,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     try:
         _switch_back(model)
         unpatch_gated_mlps(model)
+        unpatch_mixers(model)
         yield
     finally:
         attach_again(model)

@@ -51,7 +51,7 @@ _OF_SELF_ATTENTION = {
 
 # Keyword arguments that models hand to every attention function and that do not change what attention computes.
 # sliding_window is among them because the mask already carries the window.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "is_causal",
     "sliding_window",
     "position_ids",
@@ -88,7 +88,7 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
         reason = _why_not(before, module, mask, arguments.get("is_causal"))
         if reason is None:
             if mask.recorded is not None:
-                mask.recorded[module.layer_idx] = key[0], value[0]
+                mask.recorded.keys_values.append((module.layer_idx, key[0], value[0]))
             return _run(module, query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)
@@ -143,7 +143,7 @@ def _learned(module, shared, key, value):
 
 
 def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
-    unknown = sorted(name for name, x in other.items() if name not in _WITHOUT_EFFECT and x is not None)
+    unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does

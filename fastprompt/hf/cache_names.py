@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the last in models without attention
 _OF_OUTPUTS = {field.name for field in fields(BaseModelOutputWithPast)}
 # The name in this transformers.
 CACHE_NAME = next(name for name in CACHE_NAMES if name in _OF_OUTPUTS)

@@ -1,5 +1,6 @@
-"""Learned keys and values inside of reentrant gradient checkpoints, and models without checkpoints for a while."""
+"""Gradient checkpoints: learned keys and values inside of reentrant ones, and what layers need to run a second time."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .masks import PackedRows, running
 from .shared_state import SharedState
 
 
@@ -44,14 +46,54 @@ def through_reentrant_checkpoints(
     return shared.with_tensors(leaves), lambda rows: _Bridge.apply(rows, leaves, *sources)
 
 
+@contextmanager
+def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
+    """While the block runs, the model's own checkpoints are told to recompute their layers as layers of ``batch``.
+
+    Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state is given no mask.
+    """
+    name = "_gradient_checkpointing_func"
+    checkpoints = {module: vars(module)[name] for module in _checkpointing(model) if name in vars(module)}
+
+    @contextmanager
+    def told():
+        before = {module: vars(module)[name] for module in checkpoints}
+        try:
+            for module, checkpoint in checkpoints.items():
+                vars(module)[name] = knowing(checkpoint)
+            yield
+        finally:
+            for module, checkpoint in before.items():
+                vars(module)[name] = checkpoint
+
+    def knowing(checkpoint):
+        def checkpoint_in_batch(function, *args, **kwargs):
+            def run(*args, **kwargs):
+                again = copy.copy(batch)
+                # A reentrant checkpoint runs its layers without gradients first; it may hold other checkpoints.
+                again.differentiable = torch.is_grad_enabled()
+                with running(again), told():
+                    return function(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return checkpoint_in_batch
+
+    with told():
+        yield
+
+
 def checkpoints_reentrantly(model: nn.Module) -> bool:
     """Does the model, as it stands, recompute layers through reentrant checkpoints?"""
-    for module in model.modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(function, "keywords", {}).get("use_reentrant", True):
-                return True
-    return False
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointing(model))
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
+
+
+def _checkpointing(model):
+    """The modules that recompute, as the model stands."""
+    return [
+        module for module in model.modules() if module.training and getattr(module, "gradient_checkpointing", False)
+    ]
 
 
 @contextmanager

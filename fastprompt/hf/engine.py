@@ -13,13 +13,12 @@ from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
-from .cache_names import CACHE_NAME
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
-from .masks import Recorded
 from .request import Request
 from .runner import Inputs, gathered
 from .shared_state import SharedState, why_not_learned
+from .states import Recorded
 from .stats import Stats
 from .structure import why_drawn_otherwise
 
@@ -30,8 +29,8 @@ class Engine:
     """A model that can run packed rows beside its ordinary forward.
 
     Building one asks the untouched model what it gives for a few short rows, attaches to it (its attention is switched,
-    its gated MLPs keep less; its ordinary forward gives what it gave) and compares what packed rows give. If that is
-    another output, or anything is raised, the model is left as it was.
+    its gated MLPs keep less, its layers with a state run sequences; its ordinary forward gives what it gave) and
+    compares what packed rows give. If that is another output, or anything is raised, the model is left as it was.
 
     Attributes:
         base: the model: a causal LM, or any other head on a decoder or an encoder.
@@ -77,7 +76,7 @@ class Engine:
                 refusal = probe.expect()
             if refusal is not None:
                 return Abilities(refusal, probe.is_lm)
-            attach(self.base, self._user, mlps=True)
+            attach(self.base, self._user, packs=True)
             found = probe.abilities()
         except Exception as error:  # a model can fail in any way on rows it was not written for; the reason is kept
             return Abilities(reason_of(self.base, error), probe.is_lm)
@@ -166,14 +165,15 @@ class Engine:
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
             return self._head.step(request, plan, rows)
-        recorded: Recorded | None = {} if self._wants_cache(request) else None
+        recorded = Recorded() if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
             loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
-        cache = None if recorded is None else self._cache(request, plan, recorded)
-        found: dict[str, Any] = {CACHE_NAME: cache}
-        return CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits), **found)
+        output = CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits))
+        if recorded is not None:
+            output[self.abilities.cache_name] = self._cache(request, plan, recorded)
+        return output
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
@@ -186,11 +186,11 @@ class Engine:
     @contextmanager
     def packed_backbone(self, request: Request, plan: RowPlan, inputs: Inputs) -> Iterator[None]:
         """While the block runs, the model's own forward runs its backbone on the plan's rows; see Runner."""
-        recorded: Recorded | None = {} if self._wants_cache(request) else None
+        recorded = Recorded() if self._wants_cache(request) else None
 
         def finish(output):
             if recorded is not None:
-                setattr(output, CACHE_NAME, self._cache(request, plan, recorded))
+                setattr(output, self.abilities.cache_name, self._cache(request, plan, recorded))
 
         with self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded):
             yield
@@ -266,7 +266,7 @@ class Engine:
             if own is not None and not (request.own_forward and found.packs_own_loss):
                 return own
         if found.returns_cache and not found.makes_cache and self._wants_cache(request):
-            return "its cache holds other values than attention's keys and values; pass use_cache=False"
+            return "its cache holds other values than packed rows leave; pass use_cache=False"
         return None
 
     def _why_not_planned(self, request, plan):

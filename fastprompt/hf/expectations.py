@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..layout import IGNORE
-from .cache_names import cache_in
+from .cache_names import CACHE_NAME, CACHE_NAMES
 from .precision import WideArithmetic
 from .runner import pooled_again
 
@@ -68,6 +68,7 @@ class Expectations:
         dtype: the model's own.
         losses: for each ``num_items_in_batch`` the loss of a causal LM, or why there is none.
         cache: what it returns with ``use_cache`` and the mask "right", or None.
+        cache_name: under which name.
         needs_ids, head_is_linear: see Abilities.
         changed: outputs with changed hidden states of the first and of the last column, of another head.
         parameters: the names of its forward's parameters.
@@ -81,7 +82,8 @@ class Expectations:
     outputs: dict = field(default_factory=dict)
     spread: float = 0.0
     losses: dict = field(default_factory=dict)
-    cache: object = None
+    cache: Any = None
+    cache_name: str = CACHE_NAME
     needs_ids: bool = False
     head_is_linear: bool = False
     changed: tuple = ()
@@ -107,7 +109,7 @@ class Expectations:
                     found.outputs[name] = first_output(sample.run(base, mask))
             found.spread = found._spread(first_output(sample.run(base, right[:1])))
             if "use_cache" in inspect.signature(backbone.forward).parameters or is_lm:
-                found.cache = _cache(base, sample, right)
+                found.cache_name, found.cache = _cache(base, sample, right)
             if is_lm:
                 found._ask_language_model(base, backbone)
             else:
@@ -203,9 +205,10 @@ class Expectations:
 
 def _cache(base, sample, mask):
     try:
-        return cache_in(sample.run(base, mask, use_cache=True))
+        output = sample.run(base, mask, use_cache=True)
     except Exception:  # it takes no such argument
-        return None
+        output = {}
+    return next(((name, output[name]) for name in CACHE_NAMES if output.get(name) is not None), (CACHE_NAME, None))
 
 
 def first_output(output: Mapping[str, Any]) -> torch.Tensor:

@@ -17,9 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ..layout import RowPlan, Sequences
 from .mask_patterns import find_pattern, name_unread, read_pattern
 from .shared_state import SharedState
-
-# Each layer's keys and values [Hkv, R, Dh], by its index.
-Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
+from .states import Recorded
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -36,7 +34,7 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        recorded: where attention leaves each layer's keys and values ``[Hkv, R, Dh]``, by its index; None: nowhere.
+        recorded: where attention leaves keys and values; None: nowhere.
     """
 
     seq: Sequences
@@ -99,7 +97,11 @@ class PackedRows:
         plan: a RowPlan.
         causal: is the plan one for causal attention only? (It is if rows are shared.)
         shared: the learned keys and values in front of the sequences; None: there are none.
-        recorded: see :class:`PackedMask`.
+        recorded: where layers leave what a cache holds; None: nowhere.
+
+    Attributes:
+        differentiable: are gradients recorded, so that no layer may run without unless it is run again?
+        ran: the layers with a state that ran these rows as sequences.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class PackedRows:
         self.sequences: Any = plan.sequences
         self.positions = plan.position_ids
         self.causal, self.recorded = causal, recorded
+        self.differentiable = torch.is_grad_enabled()
+        self.ran: set[Any] = set()
         self.shared = (shared or SharedState()).for_rows(plan.shared)
 
     def mask(

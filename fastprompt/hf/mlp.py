@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import activations
 
 from ..ops.gated_activation.api import GatedActivation
+from .structure import has_own_forward
 
 
 def patch_gated_mlps(model: nn.Module) -> None:
@@ -26,7 +27,7 @@ def patch_gated_mlps(model: nn.Module) -> None:
     clamps, sparsity) or whose activation may (in place, parameters, hooks, not elementwise, of an unknown class).
     """
     for module in model.modules():
-        if not _has_own_forward(module) and _parts(module) is not None:
+        if not has_own_forward(module) and _parts(module) is not None:
             module.forward = types.MethodType(_forward, module)
 
 
@@ -51,11 +52,6 @@ def _forward(self, *args, **kwargs):
 
 # What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
 _forward.__name__ = "forward"
-
-
-def _has_own_forward(module):
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _parts(module):

@@ -15,11 +15,12 @@ from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache_names import CACHE_NAMES
-from .checkpointing import checkpoints_reentrantly, through_reentrant_checkpoints
-from .masks import PackedRows, running
+from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
+from .masks import PackedRows, UnsupportedAttention, active, running
+from .recurrent import mixers
 from .shared_state import SharedState
+from .states import Recorded
 
-Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 
@@ -47,6 +48,8 @@ class Runner:
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
+        self._takes_positions = "position_ids" in parameters
+        self._mixers = mixers(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -73,7 +76,7 @@ class Runner:
     ) -> torch.Tensor:
         """Logits ``[R, V]`` of all rows, or ``[M, V]`` of the rows ``keep``. A causal LM only.
 
-        ``recorded`` is a dictionary that is given each layer's keys and values, see PackedMask; or None.
+        ``recorded`` is given what a cache holds; or None.
         """
         extra = {} if keep is None else {"logits_to_keep": keep}
         return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
@@ -152,6 +155,8 @@ class Runner:
             return (), given
 
         def leave(module, args, kwargs, output):
+            if output is not None:
+                self._check_mixers(active())
             if blocks:
                 blocks.pop().close()
             if output is None:
@@ -184,7 +189,15 @@ class Runner:
     def _call(self, model, plan, rows, shared, recorded=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
         with self._running(plan, {name: rows}, shared, recorded) as inputs:
-            return model(**inputs, **extra)
+            output = model(**inputs, **extra)
+            self._check_mixers(active())
+            return output
+
+    def _check_mixers(self, batch):
+        """A layer with a state that runs in another way than it was taught would take all rows for one sequence."""
+        replaced = [module for module in self._mixers if module not in batch.ran]
+        if replaced:
+            raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
     def _running(self, plan, rows, shared, recorded):
@@ -202,11 +215,14 @@ class Runner:
                     hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
             inputs = {name: x[None] for name, x in rows.items()}
-            inputs["position_ids"] = self._positions(plan)[None]
+            if self._takes_positions:
+                inputs["position_ids"] = self._positions(plan)[None]
             inputs["return_dict"] = True
             if self._takes_use_cache:
                 inputs["use_cache"] = False
-            block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            if self._mixers:
+                block.enter_context(recomputing(self.base, batch))
             yield inputs
 
     def _positions(self, plan):

@@ -1,6 +1,7 @@
 """What a model's structure says before anything is run: what is known not to pack, and what is random."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -8,17 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
-_PACKS = {"full_attention", "sliding_attention", "attention", "moe", "dense", "sparse"}
+_PACKS = {"full_attention", "sliding_attention", "attention", "moe", "mlp", "dense", "sparse"}
 # Packed or refused by what its masks say.
 _KNOWN_ELSEWHERE = {"chunked_attention"}
+# Packed if the state that they keep is one of those below.
+_WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"}
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
-_STATE_METHODS = {
-    "get_conv_state",
-    "get_recurrent_state",
-    "update_conv_state",
-    "update_recurrent_state",
-    "has_previous_state",
-}
+# What a layer calls to read and write a state, so that it can be given another one.
+_STATE_METHODS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -39,33 +37,49 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
         return "an encoder-decoder's cross-attention has no packed layout"
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    with_state = outermost(backbone, keeps_state)
+    known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
+    if not with_state and "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
-        unknown = sorted({str(kind) for kind in kinds} - _PACKS - _KNOWN_ELSEWHERE)
+        unknown = sorted({str(kind) for kind in kinds} - known)
         if unknown:
             return (
                 f"{name} has layers of type {', '.join(unknown)}, through which one sequence would reach into the next"
             )
+    understood = {part for module in with_state for part in module.modules()}
     for module in backbone.modules():
-        carries = _carries_state(module)
+        carries = None if module in understood else _carries_state(module)
         if carries is not None:
             return f"{type(module).__name__} {carries}, through which one sequence would reach into the next"
-    if getattr(base, "_is_stateful", False):
+    if getattr(base, "_is_stateful", False) and not with_state:
         return f"{type(base).__name__} carries a state from token to token"
     return None
+
+
+def keeps_state(module: nn.Module) -> bool:
+    """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
+    kind: Any = type(module)
+    return bool(_STATE_METHODS & _names_used(kind))
+
+
+def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules that meet a condition, but for those inside of another one."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and condition(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def _carries_state(module):
     """What carries something from one token to others beside attention, or None."""
     if isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size):
         return "is a convolution over tokens"
-    if isinstance(module, nn.RNNBase):
-        return "is recurrent"
-    if _STATE_METHODS & _names_used(type(module)):
-        return "keeps a recurrent or convolution state"
-    return None
+    return "is recurrent" if isinstance(module, nn.RNNBase) else None
 
 
 @cache
@@ -145,6 +159,12 @@ def row_limit(backbone: nn.Module) -> int | None:
         if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
     ]
     return min(scales, default=None)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Has this one module another forward than its class? A pickle writes down that of the class."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -6,6 +6,18 @@ batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``
 """
 
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from .recurrent import Bucket, RecurrentSchedule, final_buckets, recurrent_schedule
 from .sequences import Sequences
 
-__all__ = ["IGNORE", "CannotPack", "RowPlan", "Sequences", "plan_packed_input", "plan_padded_input"]
+__all__ = [
+    "IGNORE",
+    "Bucket",
+    "CannotPack",
+    "RecurrentSchedule",
+    "RowPlan",
+    "Sequences",
+    "final_buckets",
+    "plan_packed_input",
+    "plan_padded_input",
+    "recurrent_schedule",
+]
