@@ -152,7 +152,7 @@ def run(out, quick=False):
     outcomes = [survey(name) for name in tqdm(names, desc="families")]
     counts = {path: sum(x.path == path for x in outcomes) for path in sorted({x.path for x in outcomes})}
     print(", ".join(f"{path}: {number}" for path, number in counts.items()))
-    rows = [[x.family, x.path, f"{x.loss:.0e}", f"{x.gradient:.0e}", x.reason] for x in outcomes]
+    rows = [[x.family, x.path, f"{x.loss:.0e}", f"{x.gradient:.0e}", x.reason[:90]] for x in outcomes]
     print(report.table(["family", "path", "loss diff", "gradient diff", "reason"], rows), flush=True)
     report.write_csv(out / "families.csv", [vars(x) for x in outcomes])
     if not quick:

@@ -44,7 +44,7 @@ _SIZES |= dict(
 )
 _SIZES |= dict(index_n_heads=2, index_topk=64, altup_num_inputs=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _OPTIONAL = ("head_dim", "num_key_value_heads", "pad_token_id")  # set where the default is None, too
-_DROPOUT = ("dropout", "pdrop", "drop_prob", "layerdrop")
+_RANDOM = ("dropout", "pdrop", "drop_prob", "layerdrop", "jitter")
 
 _LATENT = dict(num_key_value_heads=HEADS, head_dim=8)
 # What a family needs beside small sizes.
@@ -90,7 +90,7 @@ def families() -> dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]
 
 
 def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
-    """A small config without dropout."""
+    """A small config without anything random."""
     default = config_class()
     given: dict[str, Any] = {}
     for name, value in default.to_dict().items():
@@ -98,7 +98,7 @@ def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> Pretrai
             given[name] = _SIZES[name]
         elif name == "is_decoder":
             given[name] = True
-        elif isinstance(value, float) and any(part in name for part in _DROPOUT):
+        elif isinstance(value, float) and any(part in name for part in _RANDOM):
             given[name] = 0.0
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
