@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Any requirement for torch, with options: TORCH="torch --index-url ..." takes another build of it.
 TORCH ?= torch==2.13.0
 # A file of versions that pip keeps to, and what to test.
-CONSTRAINTS ?=
+CONSTRAINTS ?= tests/versions/default.txt
 TESTS ?= tests
 GPU_TESTS ?= tests/gpu
 
