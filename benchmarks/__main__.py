@@ -10,6 +10,7 @@ Exits with 1 if a result was wrong; its speed-up is then not printed.
 import argparse
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 # A thread that waits for the others spins, by default for milliseconds: one busy neighbour on a core then makes every
@@ -21,25 +22,13 @@ import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
 
-def run_trainers(out, quick):
-    """See ``trainers.py``, which needs trl."""
-    from . import trainers
+def imported_late(name):
+    """The ``run`` of a module that needs more than the others do, or takes longer to import."""
 
-    return trainers.run(out, quick)
+    def run(out, quick):
+        return import_module(f"{__package__}.{name}").run(out, quick)
 
-
-def run_integrations(out, quick):
-    """See ``integrations/``: no times, but what runs packed."""
-    from . import integrations
-
-    return integrations.run(out, quick)
-
-
-def run_families(out, quick):
-    """See ``families.py``."""
-    from . import families
-
-    return families.run(out, quick)
+    return run
 
 
 BENCHMARKS = {
@@ -50,9 +39,9 @@ BENCHMARKS = {
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
-    "trainers": run_trainers,
-    "families": run_families,
-    "integrations": run_integrations,
+    "trainers": imported_late("trainers"),
+    "families": imported_late("families"),
+    "integrations": imported_late("integrations"),
 }
 BY_NAME = ("families", "integrations")
 

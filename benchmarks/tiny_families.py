@@ -1,6 +1,5 @@
 """Tiny random models of every causal language model that transformers knows, by one table of small sizes."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -127,6 +126,4 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
             if parameter.dim() > 1:
                 scale = parameter.shape[-1] ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    if "default_language" in inspect.signature(type(model).forward).parameters:
-        model.set_default_language(config.default_language)
     return model.eval()

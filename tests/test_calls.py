@@ -331,3 +331,13 @@ def test_a_step_has_the_same_bits_every_time(labelled):
     finally:
         torch.set_num_threads(before)
     assert len(gradients) == 1
+
+
+@pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward")
+def test_a_call_without_tokens_fails_as_it_does_in_peft():
+    model, inputs = peft_model("llama"), {"attention_mask": torch.ones(2, 3)}
+    with pytest.raises(Exception) as of_peft:
+        model(**inputs)
+    with pytest.raises(type(of_peft.value)) as ours:
+        fastprompt.accelerate(model)(**inputs)
+    assert str(ours.value) == str(of_peft.value)

@@ -4,32 +4,15 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from parity import assert_equal, batch, peft_model, step
 from tiny_models import VOCABULARY, build
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastprompt
+from benchmarks.integrations.loops import LossOfPadding, OwnLoss
 
 PADDED = "fastprompt runs PEFT's own padded forward: "
-
-
-class OwnLoss(hf.LlamaForCausalLM):
-    def forward(self, *args, labels=None, **kwargs):
-        output = super().forward(*args, **kwargs)
-        if labels is not None:
-            logits, labels = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            output.loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        return output
-
-
-class LossOfPadding(hf.LlamaForCausalLM):
-    def forward(self, *args, labels=None, **kwargs):
-        output = super().forward(*args, labels=labels, **kwargs)
-        if labels is not None:
-            output.loss = output.loss + 0.01 * output.logits.logsumexp(-1).square().mean()
-        return output
 
 
 class NoLogitsToKeep(hf.LlamaForCausalLM):

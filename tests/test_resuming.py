@@ -79,6 +79,7 @@ def test_an_adapter_is_loaded_to_train_on(method, tmp_path):
         for parameter in other.prompt_encoder.parameters():
             parameter.zero_()
     other.load_adapter(tmp_path, "second", is_trainable=True)
+    assert other.training  # which PEFT ends for an adapter that does not train
     other.set_adapter("second")
     inputs = {name: x[None] for name, x in examples(1)[0].items()}
     if method == "multitask":

@@ -5,29 +5,14 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.gguf_file import write_gguf
+
 ANIMALS = ["cat", "dog", "horse", "cow", "sheep", "goat"]
 PLANTS = ["oak", "fern", "rose", "moss", "pine", "ivy"]
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.layers": "blk",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 
 
 def save_model(folder):
@@ -72,38 +57,6 @@ def save_words(file, rows=64):
 
 
 def save_gguf(model_folder, file):
-    """Write the model and tokenizer of ``model_folder`` as one GGUF file, in llama.cpp's names and row order."""
-    import gguf
-
+    """Write the model and tokenizer of ``model_folder`` as one GGUF file."""
     tokenizer = json.loads(Path(model_folder, "tokenizer.json").read_text())["model"]
-    model = LlamaForCausalLM.from_pretrained(model_folder)
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(tokenizer["vocab"]) - 1)])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    for name, weight in model.state_dict().items():
-        weight = weight.numpy()
-        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if projection in name:  # rotary pairs stand side by side
-                weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        for ours, theirs in GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, np.ascontiguousarray(weight))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(LlamaForCausalLM.from_pretrained(model_folder), file, tokenizer=tokenizer)

@@ -4,7 +4,6 @@ import random
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import (
     MultitaskPromptTuningConfig,
@@ -16,6 +15,8 @@ from peft import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..gguf_file import write_gguf
+
 PROMPT, ROWS, STEPS = 4, 4, 3  # virtual tokens, rows of a batch, steps of a run
 ANIMALS, PLANTS = ["cat", "dog", "horse", "cow"], ["oak", "fern", "rose", "moss"]
 METHODS = {
@@ -24,12 +25,6 @@ METHODS = {
     "P-Tuning": (PromptEncoderConfig, dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=16)),
     "Multitask Prompt Tuning": (MultitaskPromptTuningConfig, dict(num_tasks=2, num_ranks=2)),
 }
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm", "lm_head": "output",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 
 
 class Setting:
@@ -52,7 +47,7 @@ class Setting:
         """The model from a GGUF file of 8-bit weights, which transformers widen when they load it."""
         file = self.folder / "model.gguf"
         if not file.is_file():
-            _write_gguf(self.base(), file)
+            write_gguf(self.base(), file, eight_bits=True)
         return self.base(gguf_file=file.name)
 
     def peft_model(self, method, base=None):
@@ -119,37 +114,3 @@ def _write(folder):
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def _write_gguf(model, file):
-    """In llama.cpp's names and order of rows, matrices in 8 bits."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    for name, weight in model.state_dict().items():
-        weight = weight.numpy()
-        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if projection in name:  # rotary pairs stand side by side
-                weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        for ours, theirs in _GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
-        weight, kind = np.ascontiguousarray(weight), None
-        if weight.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            weight = gguf.quants.quantize(weight, kind)
-        writer.add_tensor(name, weight, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

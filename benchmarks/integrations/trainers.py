@@ -94,17 +94,21 @@ def sft(setting, method, accelerated, *, steps=STEPS, whole_texts=False, **optio
 
 
 def _sft(setting, steps, whole_texts, options):
-    import trl
-    from datasets import Dataset
-
     rows = setting.texts()
     if whole_texts:
         rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    return _of_trl(setting, "SFT", rows, steps, options)
+
+
+def _of_trl(setting, name, rows, steps, options, **others):
+    """What makes TRL's trainer of a name on rows; ``options`` are those of its config, ``others`` its own."""
+    import trl
+    from datasets import Dataset
 
     def make(model, folder):
-        arguments = _arguments(trl.SFTConfig, folder, steps, **options)
-        data = Dataset.from_list(rows)
-        return trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=setting.tokenizer)
+        arguments = _arguments(getattr(trl, f"{name}Config"), folder, steps, **options)
+        given = dict(args=arguments, train_dataset=Dataset.from_list(rows), processing_class=setting.tokenizer)
+        return getattr(trl, f"{name}Trainer")(model, **given, **others)
 
     return make
 
@@ -129,56 +133,31 @@ def sft_sample_by_sample(setting, method, accelerated, *, steps, **options):
 
 def dpo(setting, method, accelerated, **options):
     """TRL's DPOTrainer; the reference model is the base model."""
-    import trl
-    from datasets import Dataset
-
-    data = [
+    rows = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": _other(row["completion"])}
         for row in setting.texts()
     ]
-
-    def make(model, folder):
-        arguments = _arguments(trl.DPOConfig, folder, STEPS, **options)
-        rows = Dataset.from_list(data)
-        return trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=setting.tokenizer)
-
-    return _run(setting, method, accelerated, make)
+    return _run(setting, method, accelerated, _of_trl(setting, "DPO", rows, STEPS, options))
 
 
 def kto(setting, method, accelerated, **options):
     """TRL's KTOTrainer."""
-    import trl
-    from datasets import Dataset
-
-    data = [
+    rows = [
         {**row, "completion": row["completion"] if i % 2 else _other(row["completion"]), "label": bool(i % 2)}
         for i, row in enumerate(setting.texts())
     ]
-
-    def make(model, folder):
-        arguments = _arguments(trl.KTOConfig, folder, STEPS, **options)
-        rows = Dataset.from_list(data)
-        return trl.KTOTrainer(model, args=arguments, train_dataset=rows, processing_class=setting.tokenizer)
-
-    return _run(setting, method, accelerated, make)
+    return _run(setting, method, accelerated, _of_trl(setting, "KTO", rows, STEPS, options))
 
 
 def grpo(setting, method, accelerated, **options):
     """TRL's GRPOTrainer; it generates by PEFT."""
-    import trl
-    from datasets import Dataset
 
     def reward(completions, **others):
         return [float(len(set(completion))) for completion in completions]
 
-    def make(model, folder):
-        arguments = _arguments(trl.GRPOConfig, folder, STEPS, num_generations=2, max_completion_length=6, **options)
-        rows = Dataset.from_list([{"prompt": row["prompt"]} for row in setting.texts()])
-        return trl.GRPOTrainer(
-            model, reward_funcs=reward, args=arguments, train_dataset=rows, processing_class=setting.tokenizer
-        )
-
-    return _run(setting, method, accelerated, make)
+    options = dict(num_generations=2, max_completion_length=6, **options)
+    rows = [{"prompt": row["prompt"]} for row in setting.texts()]
+    return _run(setting, method, accelerated, _of_trl(setting, "GRPO", rows, STEPS, options, reward_funcs=reward))
 
 
 def _other(answer):

@@ -10,6 +10,7 @@ from .attachment import attach, detach, evaluation_mode
 from .cache_names import cache_in
 from .expectations import Expectations, first_output
 from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
+from .request import tokens_of
 from .shared_state import SharedState
 
 
@@ -126,7 +127,7 @@ class PaddedCalls:
         length = self.shared.length
         if (given := kwargs.get("position_ids")) is not None:
             return given + length
-        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        tokens = tokens_of(kwargs)
         if tokens is None:
             tokens = args[0]
         past = cache_in(kwargs)

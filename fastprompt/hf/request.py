@@ -1,8 +1,8 @@
 """Request: what a front understood of one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -84,3 +84,8 @@ class Request:
     def prefix_length(self) -> int:
         """The length of the learned keys and values in front."""
         return 0 if self.shared is None else self.shared.length
+
+
+def tokens_of(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The embeddings or token ids among the arguments of a model's forward; None if there are neither."""
+    return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]

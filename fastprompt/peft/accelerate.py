@@ -16,8 +16,9 @@ from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
 from . import resuming
+from .adapter import is_prefix
 from .forward import disable_adapter, forward
-from .renamed_cache import PREFIXES, former_name, generates_wrongly, prepare_inputs_for_generation
+from .renamed_cache import former_name, generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
 
 _STATE = "_fastprompt"
@@ -155,7 +156,7 @@ class _State:
     def original(self, model, name="forward"):
         """The method that the model had before."""
         method = self.own.get(name) or functools.partial(getattr(type(model), name), model)
-        classifies = model.active_peft_config.peft_type in PREFIXES and hasattr(model, "_prefix_tuning_forward")
+        classifies = is_prefix(model.active_peft_config) and hasattr(model, "_prefix_tuning_forward")
         return _classifying(model, method) if name == "forward" and classifies else method
 
     def fell_back(self, reason):

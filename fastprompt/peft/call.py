@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
-    PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -20,12 +19,12 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..hf.cache_names import CACHE_NAMES, cache_in
-from ..hf.request import Request
+from ..hf.request import Request, tokens_of
 from ..hf.shared_state import SharedState
 from ..layout import CannotPack
+from .adapter import is_prefix, rows_in_front
 from .cpt import CPTLoss
 from .encoder import fast_encoder
-from .renamed_cache import PREFIXES
 from .samples import OF_SAMPLES, TOLD, cu_seqlens_of
 
 PACKED_CLASSES = (
@@ -67,11 +66,6 @@ _OF_BACKBONE = {
 }
 
 
-def is_prefix(config: PeftConfig) -> bool:
-    """Does an adapter learn keys and values, and not rows?"""
-    return config.peft_type in PREFIXES
-
-
 class Call:
     """One forward call of an accelerated model.
 
@@ -98,7 +92,7 @@ class Call:
         self.model, self.state, self.engine, self.given = model, state, state.engine, given
         self.config, self.disabled = model.active_peft_config, disabled
         self.is_prefix = is_prefix(self.config) and not disabled
-        self.length = 0 if self.is_prefix or disabled else self.config.num_virtual_tokens
+        self.length = 0 if disabled else rows_in_front(self.config)
         is_lm = isinstance(model, PeftModelForCausalLM)
         self.direct = is_lm and self.engine.is_lm
         fused = bool(given.get("fused_lm_head"))
@@ -112,7 +106,7 @@ class Call:
             self.direct = False
         if disabled and not self.direct:
             raise CannotPack("the adapter is disabled, and the call is not a plain one")
-        self.tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        self.tokens = cast(torch.Tensor, tokens_of(given))  # there are either
         if self.tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
         self.cu_seqlens = self._samples() if is_lm else None

@@ -12,7 +12,8 @@ from peft import PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassifica
 from ..hf.checkpointing import without_checkpoints
 from ..hf.masks import UnsupportedAttention
 from ..layout import CannotPack
-from .call import PACKED_CLASSES, Call, is_prefix
+from .adapter import is_prefix, rows_in_front
+from .call import PACKED_CLASSES, Call
 from .heads import last_token_read, outputs_of_text, targets_of_text
 from .samples import TOLD, cu_seqlens_of, in_one_row, padded
 from .smoothing import to_be_shifted
@@ -38,7 +39,7 @@ def _run(model, state, args, kwargs):
     config = model.active_peft_config
     if not config.is_prompt_learning or not isinstance(model, PACKED_CLASSES):
         return original(*args, **kwargs)
-    front = 0 if is_prefix(config) else config.num_virtual_tokens
+    front = rows_in_front(config)
     given, of_text, reading = _understood(model, state, original, front, args, kwargs)
     output = _packed_or_padded(model, state, original, given, reading)
     return outputs_of_text(output, front) if of_text else output
@@ -47,8 +48,7 @@ def _run(model, state, args, kwargs):
 @torch.compiler.disable
 def _understood(model, state, original, front, args, kwargs):
     """The arguments of a call by name, are its outputs wanted of the text only, and what makes a block to run it in."""
-    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
+    given = _by_name(original, args, kwargs)
     if state.heads != "text":
         return given, False, nullcontext
     given, of_text = targets_of_text(model, front, given, state.tell)
@@ -57,6 +57,13 @@ def _understood(model, state, original, front, args, kwargs):
         by_id = is_prefix(model.active_peft_config)
         reading = functools.partial(last_token_read, model.base_model, given, by_id=by_id, tell=state.tell)
     return given, of_text, reading
+
+
+def _by_name(function, args, kwargs):
+    """The arguments of a call by name."""
+    given = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    return given
 
 
 def _packed_or_padded(model, state, original, given, reading):
@@ -82,9 +89,8 @@ def _padded(model, state, original, given):
     if starts is None:
         return original(**given)
     state.tell(TOLD)
-    config = model.active_peft_config
     output = original(**padded(given, starts))
-    return in_one_row(output, starts, 0 if is_prefix(config) else config.num_virtual_tokens)
+    return in_one_row(output, starts, rows_in_front(model.active_peft_config))
 
 
 @contextmanager
@@ -107,8 +113,7 @@ def _without_adapter(model, state, original, *args, **kwargs):
     """The base model's forward ``original``, on packed rows where they give the same."""
     if torch.compiler.is_compiling():
         return original(*args, **kwargs)
-    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
+    given = _by_name(original, args, kwargs)
     call = _translate(model, state, given, disabled=True)
     if call is not None:
         try:

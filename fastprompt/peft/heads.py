@@ -14,6 +14,8 @@ from peft import PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClas
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..hf.request import tokens_of
+
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -28,7 +30,7 @@ def targets_of_text(
         given: the arguments by name; they are not changed.
         tell: is called with one sentence if the arguments are.
     """
-    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    tokens = tokens_of(given)
     if not num_virtual_tokens or tokens is None:
         return given, False
     if isinstance(model, PeftModelForTokenClassification):

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import nn
 from transformers import DynamicCache
 
 from ..hf.attachment import evaluation_mode
 from ..hf.cache_names import CACHE_NAME, cache_in
+from .adapter import is_prefix
 
-PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 _FORMER = "past_key_values"
 
 
@@ -30,16 +30,16 @@ def generates_wrongly(model: PeftModel) -> bool:
     It is asked for one token's arguments: behind a filled cache there must be no second prompt, and in an empty one's
     place must stand the prefix.
     """
-    is_prefix = model.active_peft_config.peft_type in PREFIXES
-    if not isinstance(model, (PeftModelForCausalLM, PeftModelForSeq2SeqLM) if is_prefix else PeftModelForCausalLM):
+    learned = is_prefix(model.active_peft_config)
+    if not isinstance(model, (PeftModelForCausalLM, PeftModelForSeq2SeqLM) if learned else PeftModelForCausalLM):
         return False  # before an encoder-decoder's text, a prompt is put there once
     cache, ids = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    if not is_prefix:
+    if not learned:
         cache.update(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), 0)
     of_base = {"input_ids": ids, "decoder_input_ids": ids, CACHE_NAME: cache}
     with evaluation_mode(model), _prepared_by(model, lambda *args, **kwargs: dict(of_base)):
-        given = model.prepare_inputs_for_generation(ids, task_ids=ids[0], is_first_iteration=is_prefix)
-    return cache_in(given) is cache if is_prefix else given.get("inputs_embeds") is not None
+        given = model.prepare_inputs_for_generation(ids, task_ids=ids[0], is_first_iteration=learned)
+    return cache_in(given) is cache if learned else given.get("inputs_embeds") is not None
 
 
 def prepare_inputs_for_generation(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -49,9 +49,7 @@ def prepare_inputs_for_generation(model: PeftModel, state: Any, *args: Any, **kw
         model: the model.
         state: what it remembers; the other arguments are passed on.
     """
-    with _former_name_of_base_s(model):
-        given = state.original(model, "prepare_inputs_for_generation")(*args, **kwargs)
-    return _renamed(given, _FORMER, CACHE_NAME)
+    return _prepared(model, state.original(model, "prepare_inputs_for_generation"), args, kwargs)
 
 
 @contextmanager
@@ -64,9 +62,7 @@ def right_generation(model: PeftModel) -> Iterator[None]:
 
     @functools.wraps(original)  # generate looks at its arguments
     def prepare(*args, **kwargs):
-        with _former_name_of_base_s(model):
-            given = original(*args, **kwargs)
-        return _renamed(given, _FORMER, CACHE_NAME)
+        return _prepared(model, original, args, kwargs)
 
     model.__dict__["prepare_inputs_for_generation"] = prepare
     try:
@@ -75,10 +71,12 @@ def right_generation(model: PeftModel) -> Iterator[None]:
         _put_back(model, "prepare_inputs_for_generation", before)
 
 
-def _former_name_of_base_s(model):
-    """The block in which PEFT is given the base model's arguments with the cache under its former name."""
+def _prepared(model, original, args, kwargs):
+    """What ``original``, PEFT's, gives if the base model's cache goes by its former name on the way."""
     of_base = model.base_model_prepare_inputs_for_generation
-    return _prepared_by(model, lambda *args, **kwargs: _renamed(of_base(*args, **kwargs), CACHE_NAME, _FORMER))
+    with _prepared_by(model, lambda *args, **kwargs: _renamed(of_base(*args, **kwargs), CACHE_NAME, _FORMER)):
+        given = original(*args, **kwargs)
+    return _renamed(given, _FORMER, CACHE_NAME)
 
 
 @contextmanager

@@ -65,30 +65,29 @@ def load_adapter(
     Raises:
         ValueError: training is to go on, and the folder holds what an encoder gave but not the encoder.
     """
-    load = functools.partial(state.original(model, "load_adapter"), model_id, adapter_name, **kwargs)
+    load = functools.partial(
+        state.original(model, "load_adapter"), model_id, adapter_name, is_trainable=is_trainable, **kwargs
+    )
     if adapter_name in model.peft_config:
-        return (
-            _load_encoder(model, model_id, adapter_name, load)
-            if _has_encoder(model, adapter_name)
-            else load(is_trainable=is_trainable)
-        )
+        written = _read_encoder(model_id) if _has_encoder(model, adapter_name) else None
+        return _load(model, adapter_name, written, load)
     config = PeftConfig.from_pretrained(str(model_id)) if is_trainable else None
     if config is None or not config.is_prompt_learning:
-        return load(is_trainable=is_trainable)
-    if _makes_encoder(config):
-        _read_encoder(model_id)  # or refuse before anything is added
+        return load()
+    written = _read_encoder(model_id) if _makes_encoder(config) else None  # or refuse before anything is added
     _add_trainable(model, adapter_name, config)
     try:
-        return _load_encoder(model, model_id, adapter_name, load) if _has_encoder(model, adapter_name) else load()
+        return _load(model, adapter_name, written, load)
     except BaseException:
         model.delete_adapter(adapter_name)
         raise
 
 
-def _load_encoder(model, model_id, adapter_name, load):
-    """Let PEFT load an adapter (a head may be saved with it), and put its encoder back."""
-    prompt, tensors = _read_encoder(model_id)
-    encoder = model.prompt_encoder[adapter_name]
+def _load(model, adapter_name, written, load):
+    """Let PEFT load an adapter (a head may be saved with it), and put the encoder that was ``written`` back, if any."""
+    if written is None:
+        return load()
+    (prompt, tensors), encoder = written, model.prompt_encoder[adapter_name]
     with _output_in_place_of_embedding(encoder, prompt):
         result = load()
     encoder.load_state_dict(tensors)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..hf.cache_names import CACHE_NAMES
+from ..hf.request import tokens_of
 
 # What says where the samples stand.
 OF_SAMPLES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -33,10 +34,10 @@ def cu_seqlens_of(given: dict[str, Any]) -> torch.Tensor | None:
     Raises:
         ValueError: ``cu_seq_lens_q`` does not fit the tokens.
     """
-    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-    positions, starts, length = given.get("position_ids"), given.get("cu_seq_lens_q"), tokens.shape[1]
-    if len(tokens) != 1:
+    tokens = tokens_of(given)
+    if tokens is None or len(tokens) != 1:
         return None
+    positions, starts, length = given.get("position_ids"), given.get("cu_seq_lens_q"), tokens.shape[1]
     if starts is not None:
         starts = starts.reshape(-1).cpu()
         if int(starts[0]) != 0 or int(starts[-1]) != length or bool((starts.diff() < 0).any()):
@@ -49,7 +50,7 @@ def cu_seqlens_of(given: dict[str, Any]) -> torch.Tensor | None:
 
 def padded(given: dict[str, Any], cu_seqlens: torch.Tensor) -> dict[str, Any]:
     """The arguments of a call with a row for each sample, padded on the right."""
-    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    tokens: Any = tokens_of(given)
     given = {name: x for name, x in given.items() if name not in OF_SAMPLES}
     if given.get("attention_mask") is None:
         given["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
