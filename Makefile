@@ -13,7 +13,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
 KERNELS := $(VENV)/kernels
 
-.PHONY: quickstart test bench sanitize gpu-evidence gpu-check clean
+.PHONY: quickstart test bench sanitize gpu-evidence gpu-check triton-versions clean
 
 quickstart: $(READY) $(KERNELS)
 	$(PY) examples/quickstart.py
@@ -61,6 +61,14 @@ gpu-evidence: $(READY)
 	$(PY) -m benchmarks.gpu.model
 	$(PY) -m benchmarks.gpu.lstm_model
 	$(PY) -m benchmarks.gpu.launch_cost
+
+# The launch path down to the CUDA driver, recorded, on the versions of Triton that releases of torch ship.
+TRITON_VERSIONS := 3.4.0 3.6.0 3.7.1 3.8.0 3.9.0
+triton-versions: $(TRITON_VERSIONS:%=triton-%)
+
+triton-%: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-$* triton==$*
+	PYTHONPATH=build/triton-$* $(PY) -m pytest -q tests/test_launch.py
 
 gpu-check: $(READY)
 	$(PY) -m benchmarks.gpu.check
