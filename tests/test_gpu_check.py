@@ -1,5 +1,6 @@
 """The check on a GPU: what of it runs without one."""
 
+import json
 import sys
 
 import pytest
@@ -79,3 +80,26 @@ def test_programs_report_their_exit_status():
     good = check.outside("x", [sys.executable, "-c", "print('fine')"], 60)
     bad = check.outside("x", [sys.executable, "-c", "raise SystemExit(3)"], 60)
     assert good.right and good.note == "fine" and record.failures([good, bad]) == [bad]
+
+
+def test_what_was_found_is_written_whatever_a_later_part_does(tmp_path):
+    good = record.Row("attention", "a", "fastprompt", 0.5)
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    written = []
+
+    def write(rows, took):
+        written.append(len(rows))
+        record.write(rows, {"device": "a card", "took": took}, tmp_path)
+
+    rows = check.run_parts({"a": lambda: [good], "b": broken, "c": lambda: [good]}, write)
+    assert [row.error for row in rows] == [0.5, float("inf"), 0.5] and "out of memory" in rows[1].note
+    assert written == [1, 2, 3] and record.failures(rows) == [rows[1]]
+    assert len(json.loads((tmp_path / "a_card.json").read_text())["rows"]) == 3
+
+
+def test_no_part_starts_after_the_time_is_over():
+    rows = check.run_parts({"a": lambda: pytest.fail("was started")}, lambda rows, took: None, limit=-1)
+    assert [row.error for row in rows] == [None] and "not run" in rows[0].note and not record.failures(rows)

@@ -3,8 +3,9 @@
 Correctness first: the Triton tests on the GPU, compute-sanitizer where it is installed, and every operator at real
 sizes against the float64 reference. Then times: the operators beside SDPA, FlexAttention, flash-attn and nn.LSTM
 (cuDNN), and whole training steps beside PEFT, with their peak memory. A speed-up is printed only next to a passed
-check. Writes one JSON and one markdown table with the device's name into ``benchmarks/gpu/results/``. Exits with 1 if a
-check failed, with 2 where there is no GPU.
+check. Last, tiles are tuned for the most used head dim, into a table of its own beside the results. Writes one JSON and
+one markdown table with the device's name into ``benchmarks/gpu/results/`` after every part, so that what was found is
+there whatever a later part does. Exits with 1 if a check failed, with 2 where there is no GPU.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,13 @@ from .rivals import ours
 from .steps import steps
 
 HERE = Path(__file__).parent
+# No part is started after this many seconds; the longest takes 180, so all end in ten minutes.
+TIME_LIMIT = 420
+WHAT_TO_DO = """
+What to do with a failure. "Triton tests": python -m pytest -x tests/gpu shows the first call that is wrong. An operator
+or a step: its backend is wrong on this GPU; backend="reference" computes the same without it. compute-sanitizer: run it
+on python -m benchmarks.gpu.check --small by hand for the lines concerned. Please report the JSON file of
+benchmarks/gpu/results with it: it names the device and all versions."""
 
 
 def outside(name, command, timeout):
@@ -51,6 +60,15 @@ def programs():
     return rows
 
 
+def tuning(out):
+    """One row: tiles of the most used head dim, tuned into a table of their own."""
+    command = [sys.executable, "-m", "benchmarks.gpu.tune", "--head-dim", "128", "--rounds", "3"]
+    row = outside("tuning", [*command, "--out", str(out / "tuned.json")], 150)
+    if row.right:
+        row.note = "found tiles are in tuned.json; python -m benchmarks.gpu.tune writes them where they are used"
+    return [row]
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.check", description="Correctness and speed on a GPU."
@@ -75,25 +93,50 @@ def main(arguments=None):
     failed = record.failures(rows)
     for row in failed:
         print(f"FAILED {row.section}: {row.case}, error {row.error:.2g} of its budget {row.note}", file=sys.stderr)
+    if failed:
+        print(WHAT_TO_DO, file=sys.stderr)
     return 1 if failed else 0
 
 
 def _everything(out):
     """Run all parts, print and write their rows."""
-    start = time.perf_counter()
     on_gpu = (operators.attention, operators.decoding, operators.rows_and_prompts, operators.lstm, steps)
-    rows = []
-    for part in (programs, *(partial(function, "cuda") for function in on_gpu)):
-        rows += part()
-        print(f"{len(rows)} results after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    parts = {"programs": programs}
+    parts |= {part.__name__: partial(part, "cuda") for part in on_gpu}
+    parts["tuning"] = partial(tuning, out)
     header = {
         "device": torch.cuda.get_device_name(),
         **record.versions(),
         "CUDA": torch.version.cuda,
         "host": report.header().splitlines()[0],
-        "took": f"{time.perf_counter() - start:.0f} s",
     }
-    print(record.write(rows, header, out))
+    rows = run_parts(parts, lambda rows, took: record.write(rows, {**header, "took": f"{took:.0f} s"}, out))
+    print(record.markdown(rows, header))
+    return rows
+
+
+def run_parts(parts, write, limit=TIME_LIMIT):
+    """The rows of all parts. One that raises is a failed row, one that would start too late a row that says so.
+
+    Args:
+        parts: functions that give rows, by name.
+        write: called with all rows so far and the seconds so far, after every part.
+        limit: seconds after which no part is started any more.
+    """
+    start, rows = time.perf_counter(), []
+    for name, part in parts.items():
+        took = time.perf_counter() - start
+        if took > limit:
+            rows.append(Row("checks", name, "fastprompt", note=f"not run: {took:.0f} s were over before it"))
+        else:
+            try:
+                rows += part()
+            except Exception as error:  # whatever it is, the other parts are wanted
+                traceback.print_exc()
+                rows.append(Row("checks", name, "fastprompt", float("inf"), note=f"{type(error).__name__}: {error}"))
+        took = time.perf_counter() - start
+        write(rows, took)
+        print(f"{name}: {len(rows)} results after {took:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
