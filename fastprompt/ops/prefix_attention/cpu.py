@@ -5,7 +5,6 @@ import torch
 from ..columns import columns_together
 from .schedule import cpu_schedule
 
-
 _LANES = 16  # of the widest vectors
 
 
