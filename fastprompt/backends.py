@@ -32,6 +32,10 @@ class Call(NamedTuple):
     dropout: bool = False
     short_window: int | None = None
     """A sliding window that hides something: one shorter than the longest sequence."""
+    alibi: bool = False
+    position_bias: bool = False
+    cross: bool = False
+    """Whether the keys are of other rows than the queries."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,9 @@ def _reference(operator, **options):
 
 
 _COMPOSED = (
+    Limit("take no ALiBi slopes", lambda call: call.alibi),
+    Limit("take no position bias", lambda call: call.position_bias),
+    Limit("take no keys of other rows than the queries", lambda call: call.cross),
     Limit("take no softcap", lambda call: call.softcap),
     Limit("take no decode", lambda call: call.decode),
     Limit("take no dropout mask", lambda call: call.dropout),
