@@ -1,4 +1,4 @@
-"""Layers compiled by torch.compile: few graphs whatever the shapes of batches, equal results, nothing read on the way."""
+"""Compiled layers: few graphs whatever the shapes of batches, equal results, nothing read on the way."""
 
 import pytest
 import torch
