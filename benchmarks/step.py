@@ -104,12 +104,14 @@ class Result:
         return median(a / b for a, b in zip(self.times[slow], self.times[fast]))
 
 
-def measure(workload, rounds, steps, progress=None):
-    """Compare fastprompt's result with PEFT's, which also warms up, then time every step ``rounds`` times."""
+def measure(workload, rounds, steps, progress=None, of=("fastprompt", "PEFT")):
+    """Compare the result of the first of two steps with the second's, which also warms up, then time every step
+    ``rounds`` times."""
+    ours, reference = of
     losses = {name: float(step()) for name, step in steps.items()}
-    grads = {name: steps[name].gradient for name in ("PEFT", "fastprompt")}
-    loss_error = abs(losses["fastprompt"] - losses["PEFT"]) / abs(losses["PEFT"])
-    grad_error = float((grads["fastprompt"] - grads["PEFT"]).norm() / grads["PEFT"].norm())
+    grads = {name: steps[name].gradient for name in of}
+    loss_error = abs(losses[ours] - losses[reference]) / abs(losses[reference])
+    grad_error = float((grads[ours] - grads[reference]).norm() / grads[reference].norm())
     times = {name: [] for name in steps}
     names = list(steps)
     for _ in range(rounds + 1):

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
 from .cache_names import CACHE_NAMES
+from .compiled import packed_attention
 from .masks import DenseMask, PackedMask, PackedRows, UnsupportedAttention, active, make_mask
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
@@ -152,6 +153,12 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
         learned = learned and tuple(x.to(dtype) for x in learned)
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
+    sinks = None if s_aux is None else s_aux.to(q.dtype)
+    if torch.compiler.is_compiling() and mask.carrier is not None:
+        scale = head_dim**-0.5 if scaling is None else scaling
+        options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
+        out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)
+        return out.view(batch, width, heads, out.shape[-1])
     seq = mask.seq.to(q.device)
     prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(learned or (None, None), (k, v)))
     out, _ = prefix_attention(
@@ -164,7 +171,7 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
         causal=mask.causal,
         window=mask.window,
         softcap=softcap,
-        sinks=None if s_aux is None else s_aux.to(q.dtype),
+        sinks=sinks,
         scale=scaling,
         dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )

@@ -15,6 +15,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layout import RowPlan, Sequences
+from .compiled import carrier
 from .mask_patterns import find_pattern, name_unread, read_pattern
 from .shared_state import SharedState
 from .states import Recorded
@@ -35,6 +36,7 @@ class PackedMask:
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
         recorded: where attention leaves keys and values; None: nowhere.
+        carrier: of ``seq`` and ``shared``, for compiled layers; None: they read both themselves.
     """
 
     seq: Sequences
@@ -43,6 +45,7 @@ class PackedMask:
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
     recorded: Recorded | None = None
+    carrier: torch.Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -113,6 +116,7 @@ class PackedRows:
         self.differentiable = torch.is_grad_enabled()
         self.ran: set[Any] = set()
         self.shared = (shared or SharedState()).for_rows(plan.shared)
+        self.carrier = carrier(self.sequences, self.shared)
 
     def mask(
         self,
@@ -147,7 +151,9 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
-        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
+        return PackedMask(
+            self.sequences, pattern.window, pattern.causal, self.shared, None, self.recorded, self.carrier
+        )
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0

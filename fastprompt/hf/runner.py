@@ -214,7 +214,7 @@ class Runner:
                     embedding = self.base.get_input_embeddings()
                     hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
-            inputs = {name: x[None] for name, x in rows.items()}
+            inputs = {name: _batch_of_one(x) for name, x in rows.items()}
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
             inputs["return_dict"] = True
@@ -248,3 +248,11 @@ def pooled_again(backbone: Any, output: Any) -> Any:
     if output.get("pooler_output") is not None:
         output.pooler_output = backbone.pooler(output.last_hidden_state)
     return output
+
+
+def _batch_of_one(rows: torch.Tensor) -> torch.Tensor:
+    """``[R, ...]`` -> ``[1, R, ...]``, no copy, and no view for autograd.
+
+    A compiled layer tells views from other tensors, so the first layer would have a graph of its own.
+    """
+    return torch.ops.aten._unsafe_view(rows, (1, *rows.shape))

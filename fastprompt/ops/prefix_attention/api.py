@@ -145,7 +145,7 @@ class PrefixAttention(torch.autograd.Function):
         inputs = q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed
         options = causal, window, softcap, scale, dropout_p, backend
         if is_eager(q):
-            out, lse = _forward(*inputs, seq, key_seq, *options)
+            out, lse = run_forward(*inputs, seq, key_seq, *options)
         else:
             sequences = *_flat(seq), *_flat(key_seq)
             out, lse = torch.ops.fastprompt.prefix_attention(*inputs, *sequences, *options)
@@ -162,7 +162,7 @@ class PrefixAttention(torch.autograd.Function):
             return (None,) * 17
         tensors, needs = (grad, *ctx.saved_tensors), list(ctx.needs_input_grad[:7])
         if is_eager(grad):
-            eagerly: Any = _backward
+            eagerly: Any = run_backward
             grads = eagerly(*tensors, ctx.seq, ctx.key_seq, *ctx.options, needs)
         else:
             sequences = *_flat(ctx.seq), *_flat(ctx.key_seq)
@@ -194,7 +194,7 @@ def _implementation(q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, w
     )
 
 
-def _forward(
+def run_forward(
     q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend,
 ):  # fmt: skip
@@ -208,7 +208,7 @@ def _forward(
         return runner.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
-def _backward(
+def run_backward(
     grad, q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed, out, lse,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend, needs,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ _INPUTS = (
     "Tensor? alibi_slopes, Tensor? dropout_seed"
 )
 _OPTIONS = (
-    "Tensor[] seq, str kind, int rows, Tensor[] key_seq, str key_kind, int key_rows, bool causal, int? window, "
+    "Tensor[] seq, str kind, SymInt rows, Tensor[] key_seq, str key_kind, SymInt key_rows, bool causal, int? window, "
     "float? softcap, float scale, float dropout_p, str backend"
 )
 _library.define(f"prefix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -267,7 +267,7 @@ def _sequences(tensors, kind, rows):
 @torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
 def _forward_op(*arguments):
     inputs, seq, key_seq, options = arguments[:9], arguments[9:12], arguments[12:15], arguments[15:]
-    out, lse = _forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
+    out, lse = run_forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
     return out.contiguous(), lse.contiguous()
 
 
@@ -280,7 +280,7 @@ def _forward_fake(q, k, v, *_):
 @torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(grad, *arguments):
     tensors, seq, key_seq, options = arguments[:11], arguments[11:14], arguments[14:17], arguments[17:]
-    grads = _backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
+    grads = run_backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
     return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 

@@ -68,7 +68,7 @@ class PromptConcat(torch.autograd.Function):
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("prompt_concat(Tensor source, Tensor table, Tensor prompt, float scale, str backend) -> Tensor")
 _library.define(
-    "prompt_concat_backward(Tensor grad, Tensor source, float scale, int table_rows, int prompt_rows, "
+    "prompt_concat_backward(Tensor grad, Tensor source, float scale, SymInt table_rows, SymInt prompt_rows, "
     "bool need_table, bool need_prompt, str backend) -> (Tensor, Tensor)"
 )
 

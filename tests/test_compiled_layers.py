@@ -1,0 +1,120 @@
+"""Compiled layers: few graphs whatever the shapes of batches, equal results, nothing read on the way."""
+
+import pytest
+import torch
+from parity import VOCABULARY, batch, peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastprompt
+from fastprompt import Sequences
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def shapes(count):
+    """Batches whose sizes and lengths differ."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        size, width = torch.randint(2, 9, (2,), generator=generator).tolist()
+        ids = torch.randint(3, VOCABULARY, (size, width), generator=generator)
+        lengths = torch.randint(1, width + 1, (size, 1), generator=generator)
+        real = torch.arange(width) < lengths
+        yield {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
+
+
+def pair(*arguments, **options):
+    """An accelerated model, and one with the same weights whose layers are compiled, each as one graph."""
+    eager, compiled = (fastprompt.accelerate(peft_model(*arguments, **options)) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in compiled.base_model.model.layers:
+        layer.compile(fullgraph=True, backend=counter)
+    return eager, compiled, counter
+
+
+def assert_same(eager, compiled, inputs):
+    (loss, gradients), (found, found_gradients) = step(eager, inputs), step(compiled, inputs)
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    for gradient, expected in zip(found_gradients, gradients, strict=True):
+        assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_twenty_shapes_take_two_graphs():
+    eager, compiled, counter = pair("llama")
+    for inputs in shapes(20):
+        assert_same(eager, compiled, inputs)
+    assert fastprompt.stats(compiled).packed == 20
+    assert counter.frame_count == 2  # of the first shape, and of any
+
+
+def test_nothing_is_read_from_the_device_inside_of_layers(monkeypatch):
+    eager, compiled, _ = pair("llama")
+    reads = []
+    monkeypatch.setattr(Sequences, "from_tensors", lambda *a: reads.append(a))
+    for inputs in shapes(3):
+        assert_same(eager, compiled, inputs)
+    assert not reads
+
+
+@pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
+def test_windows_softcaps_and_sinks(model):
+    eager, compiled, _ = pair(model)
+    for inputs in shapes(2):
+        assert_same(eager, compiled, inputs)
+
+
+def test_a_learned_prefix_takes_a_graph_for_each_layer():
+    eager, compiled, counter = pair("llama", method="prefix")
+    for inputs in shapes(4):
+        assert_same(eager, compiled, inputs)
+    assert counter.frame_count == 2 * len(compiled.base_model.model.layers)
+
+
+def test_text_in_common_runs_once():
+    eager, compiled, counter = pair("llama")
+    for common in (0, 2, 3):
+        assert_same(eager, compiled, batch("right", common=common))
+    assert counter.frame_count == 2
+
+
+def test_left_padding_and_evaluation():
+    eager, compiled, _ = pair("llama")
+    assert_same(eager, compiled, batch("left"))
+    with torch.no_grad():
+        inputs = batch("left")
+        torch.testing.assert_close(compiled.eval()(**inputs).logits, eager.eval()(**inputs).logits)
+
+
+def test_a_whole_model_is_compiled_twice_at_most():
+    eager, compiled = (fastprompt.accelerate(peft_model("llama")) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    run, counts = torch.compile(compiled, backend=counter), []
+    for inputs in shapes(6):
+        run.zero_grad()
+        loss = run(**inputs).loss
+        loss.backward()
+        torch.testing.assert_close(loss, step(eager, inputs)[0], rtol=1e-6, atol=0)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1] <= 2 * counts[0]
+
+
+def test_a_copy_of_the_batch_s_tensor_is_refused():
+    eager = fastprompt.accelerate(peft_model("llama"))
+
+    def copying(graph, inputs):
+        return lambda *tensors: graph(*(x.clone() for x in tensors))
+
+    eager.base_model.model.layers[0].compile(backend=copying)
+    with pytest.raises(RuntimeError, match="copies the inputs"):
+        eager(**batch("right"))
