@@ -1,0 +1,197 @@
+"""Attention modules that do not ask transformers' attention interface, taken to prefix_attention.
+
+GPT-J, Falcon and a few others compute attention in a method of their own. Where that method is known, the module is
+given another one: under a mask of ours it hands the module's queries, keys and values to prefix_attention, and under
+any other it is the method itself.
+
+A method is known by its name in transformers and by the names that its code uses. The method of a subclass, of code
+that comes with a model, or one that another transformers writes in another way is not: such a module is left alone,
+and its model is refused, as it takes our mask for a tensor.
+"""
+
+import inspect
+import types
+from collections.abc import Callable
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import IMPLEMENTATIONS, attend, is_ours
+from .masks import PackedMask, UnsupportedAttention
+from .structure import has_own_forward
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A method of an attention module.
+
+    Attributes:
+        uses: the names in its code.
+        ours: what it is under a mask of ours: for ``_attn`` the arguments of attention, for ``forward`` all of it.
+    """
+
+    uses: str
+    ours: Callable[..., Any]
+
+
+def patch_own_attention(model: nn.Module) -> None:
+    """Let the model's attention modules of a known kind run on prefix_attention; :func:`unpatch_own_attention` undoes
+    it.
+
+    Modules with a forward of their own are left alone.
+    """
+    for module in model.modules():
+        for method in (_attn, forward):
+            if not has_own_forward(module) and _known(type(module), method.__name__) is not None:
+                setattr(module, method.__name__, types.MethodType(method, module))
+
+
+def unpatch_own_attention(model: nn.Module) -> None:
+    """Undo :func:`patch_own_attention`."""
+    for module in model.modules():
+        for method in (_attn, forward):
+            if getattr(vars(module).get(method.__name__), "__func__", None) is method:
+                delattr(module, method.__name__)
+
+
+@cache
+def _known(kind: type, name: str) -> _Known | None:
+    """The method ``name`` of a class, if it is one of those below."""
+    method = getattr(kind, name, None)
+    known = _KNOWN.get(getattr(method, "__qualname__", ""))
+    if known is None or not isinstance(method, types.FunctionType):
+        return None
+    in_transformers = method.__module__.startswith("transformers.models.")
+    return known if in_transformers and set(method.__code__.co_names) == set(known.uses.split()) else None
+
+
+# What stands in the modules, by the name that it has there: pickle looks that up, and finds the method of the class.
+
+
+def _attn(self, query, key, value, attention_mask=None):
+    """Queries, keys and values ``[B, H, S, Dh]`` -> ``[B, H, S, Dh]``, and the weights or None."""
+
+    def original(module, query, key, value, mask, **arguments):
+        out, weights = type(self)._attn(self, query, key, value, mask)
+        return out.transpose(1, 2), weights
+
+    dtype = value.dtype
+    arguments = {}
+    if is_ours(self, attention_mask):
+        arguments = _known(type(self), "_attn").ours(self)
+        attention_mask = _within(attention_mask, arguments.pop("window", None))
+        # Rotary embeddings may leave queries and keys in a wider dtype than values.
+        widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), dtype)
+        query, key, value = query.to(widest), key.to(widest), value.to(widest)
+    out, weights = attend(original, True, self, query, key, value, attention_mask, **arguments)
+    return out.transpose(1, 2).to(dtype), weights
+
+
+def forward(self, *args, **kwargs):
+    """As the forward of its class."""
+    given = _arguments(type(self), args, kwargs)
+    if is_ours(self, given.get("attention_mask")):
+        return _known(type(self), "forward").ours(self, **given)
+    with _config_as_before(self):
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _arguments(kind, args, kwargs):
+    """The arguments of a forward by name."""
+    return dict(zip(_parameters(kind), args)) | kwargs
+
+
+@cache
+def _parameters(kind):
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+@contextmanager
+def _config_as_before(module):
+    """While the block runs, a module that asks its config for the attention implementation is told that of before."""
+    config = vars(module).get("config")
+    before = IMPLEMENTATIONS.get(getattr(config, "_attn_implementation", None))
+    if before is None:
+        yield
+        return
+    module.config = copy(config)
+    module.config._attn_implementation_internal = before
+    try:
+        yield
+    finally:
+        module.config = config
+
+
+def _within(mask, window):
+    """The mask with a sliding window."""
+    if window is None or not isinstance(mask, PackedMask):  # in the others, the module hides what is outside of it
+        return mask
+    return replace(mask, window=window if mask.window is None else min(window, mask.window))
+
+
+def _probability(dropout):
+    if type(dropout) is not nn.Dropout:
+        raise UnsupportedAttention(f"attention weights go through a {type(dropout).__name__}")
+    return dropout.p if dropout.training else 0.0
+
+
+# What the known methods compute.
+
+
+def _gptj(self):
+    return dict(scaling=1 / self.scale_attn, dropout=_probability(self.attn_dropout))
+
+
+def _gpt_neo(self):
+    window = self.config.window_size if self.attention_type == "local" else None
+    return dict(scaling=1.0, dropout=_probability(self.attn_dropout), window=window)
+
+
+def _gpt_neox_japanese(self):
+    return dict(scaling=1 / self.norm_factor, dropout=_probability(self.attention_dropout))
+
+
+def _falcon(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
+    if alibi is not None:
+        raise UnsupportedAttention("FalconAttention adds ALiBi")
+    query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
+    rotate = type(self).forward.__globals__["apply_rotary_pos_emb"]
+    query, key = rotate(query, key, *position_embeddings)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    out, _ = attend(ALL_ATTENTION_FUNCTIONS["sdpa"], True, self, query, key, value, attention_mask)
+    return self.dense(out.flatten(2)), None
+
+
+# Class and method -> what is known of it.
+_KNOWN = {
+    "GPTJAttention._attn": _Known(
+        "attn_dropout dtype float32 functional matmul nn scale_attn softmax to torch transpose", _gptj
+    ),
+    "CodeGenAttention._attn": _Known(
+        "Softmax attn_dropout dtype float32 matmul nn scale_attn to torch transpose", _gptj
+    ),
+    "GPTNeoSelfAttention._attn": _Known(
+        "attn_dropout bias device dtype finfo float32 functional matmul min nn size softmax tensor to torch transpose "
+        "where",
+        _gpt_neo,
+    ),
+    "GPTNeoXJapaneseAttention._attn": _Known(
+        "attention_dropout baddbmm device dtype functional matmul nn norm_factor size softmax to torch transpose view "
+        "zeros",
+        _gpt_neox_japanese,
+    ),
+    "FalconAttention.forward": _Known(
+        "F _attn_implementation _merge_heads _split_heads apply_rotary_pos_emb attention_dropout bfloat16 config dense "
+        "dtype flatten float16 float32 functional head_dim inv_norm_factor is_causal layer_idx math "
+        "new_decoder_architecture nn num_heads num_kv_heads p permute query_key_value reshape "
+        "scaled_dot_product_attention shape softmax sqrt to torch training transpose update view",
+        _falcon,
+    ),
+}
