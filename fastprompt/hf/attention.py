@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
 from .cache_names import CACHE_NAMES
-from .masks import DenseMask, PackedMask, PackedRows, UnsupportedAttention, active, make_mask
+from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 IMPLEMENTATIONS = {
@@ -128,8 +128,10 @@ def is_ours(module: nn.Module, mask: Any) -> bool:
     """Is a mask one of the batch that is being run on prefix_attention?
 
     Raises:
-        UnsupportedAttention: there is such a batch, and the mask is another one.
+        UnsupportedAttention: there is such a batch, and the mask is another one, or refused.
     """
+    if isinstance(mask, RefusedMask):
+        raise UnsupportedAttention(mask.reason)
     if isinstance(mask, PackedMask | DenseMask):
         return True
     batch = active()

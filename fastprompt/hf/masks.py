@@ -90,6 +90,23 @@ class DenseMask:
         return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**arguments)
 
 
+@dataclass(frozen=True, eq=False)
+class RefusedMask:
+    """What stands in place of a mask that packed rows have no form for, until attention is to run under it.
+
+    Decoders of the BART kind ask for a mask of their encoder's states even where there are none.
+
+    Attributes:
+        reason: why not.
+    """
+
+    reason: str
+
+    def to(self, *args: Any, **kwargs: Any) -> "RefusedMask":
+        """As :meth:`PackedMask.to`."""
+        return self
+
+
 class PackedRows:
     """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1.
 
@@ -124,12 +141,12 @@ class PackedRows:
         mask_function: Callable,
         attention_mask: torch.Tensor | None = None,
         **_: Any,
-    ) -> PackedMask:
-        """The mask of the plan's sequences.
+    ) -> PackedMask | RefusedMask:
+        """The mask of the plan's sequences; a refused one if the model asks for one that is not causal and they are.
 
         Raises:
-            UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
-                sliding window, one with padding or sequences of its own, or one of other rows.
+            UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
+                window, one with padding or sequences of its own, or one of other rows.
         """
         rows = self.sequences.rows
         if (batch_size, q_length, kv_length) != (1, rows, rows):
@@ -142,7 +159,7 @@ class PackedRows:
         if pattern is None or not pattern.is_expressible:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
-            raise UnsupportedAttention("its attention is not causal")
+            return RefusedMask("its attention is not causal")
         if attention_mask is not None and not bool(attention_mask.all()):
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):

@@ -39,7 +39,7 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
-    if not with_state and "position_ids" not in inspect.signature(backbone.forward).parameters:
+    if not with_state and not _takes_positions(backbone) and not position_embeddings(backbone):
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
@@ -56,6 +56,17 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     if getattr(base, "_is_stateful", False) and not with_state:
         return f"{type(base).__name__} carries a state from token to token"
     return None
+
+
+def position_embeddings(backbone: nn.Module) -> list[nn.Module]:
+    """The modules that can be told the positions which a backbone without ``position_ids`` counts itself (BART)."""
+    if _takes_positions(backbone):
+        return []
+    return [module for module in backbone.modules() if isinstance(module, nn.Embedding) and _takes_positions(module)]
+
+
+def _takes_positions(module):
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def keeps_state(module: nn.Module) -> bool:
