@@ -110,8 +110,6 @@ def attend(
         learned = _learned(module, mask.shared, key, value)
         reason = _why_not(blind, module, mask, arguments.get("is_causal"))
         if reason is None:
-            if mask.recorded is not None:
-                mask.recorded.keys_values.append((layer_of(module), key[0], value[0]))
             return _run(module, query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)
@@ -141,12 +139,8 @@ def is_ours(module: nn.Module, mask: Any) -> bool:
     return False
 
 
-def layer_of(module: nn.Module) -> int:
-    """The index of the layer that an attention module belongs to.
-
-    Raises:
-        UnsupportedAttention: it has none.
-    """
+def _layer_of(module):
+    """The index of the layer that an attention module belongs to."""
     for name in ("layer_idx", "layer_id"):  # GPT-Neo's name
         if isinstance(index := getattr(module, name, None), int):
             return index
@@ -179,7 +173,7 @@ def _learned(module, shared, key, value):
     """What ``shared`` holds for the layer of ``module``, in the dtype and on the device of its own keys; or None."""
     if not shared.layers:
         return None
-    layer = layer_of(module)
+    layer = _layer_of(module)
     if layer >= len(shared.layers):
         raise UnsupportedAttention(f"layer {layer} of the model is none of the prefix's {len(shared.layers)}")
     learned = shared.layers[layer]

@@ -34,7 +34,6 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        recorded: where attention leaves keys and values; None: nowhere.
     """
 
     seq: Sequences
@@ -42,7 +41,6 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    recorded: Recorded | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -114,7 +112,7 @@ class PackedRows:
         plan: a RowPlan.
         causal: is the plan one for causal attention only? (It is if rows are shared.)
         shared: the learned keys and values in front of the sequences; None: there are none.
-        recorded: where layers leave what a cache holds; None: nowhere.
+        recorded: where layers with a state leave what a cache holds; None: nowhere.
 
     Attributes:
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
@@ -164,7 +162,7 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
-        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
+        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared)
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import ModelOutput
 from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
-from .cache_names import CACHE_NAMES
+from .cache import RecordingCache
+from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, UnsupportedAttention, active, running
 from .recurrent import mixers
@@ -153,7 +154,7 @@ class Runner:
                 given.pop(name, None)
             block = ExitStack()
             blocks.append(block)
-            given.update(block.enter_context(self._running(plan, rows, shared, recorded)))
+            given.update(block.enter_context(self._running(module, plan, rows, shared, recorded)))
             return (), given
 
         def leave(module, args, kwargs, output):
@@ -190,7 +191,7 @@ class Runner:
 
     def _call(self, model, plan, rows, shared, recorded=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
-        with self._running(plan, {name: rows}, shared, recorded) as inputs:
+        with self._running(model, plan, {name: rows}, shared, recorded) as inputs:
             output = model(**inputs, **extra)
             self._check_mixers(active())
             return output
@@ -202,8 +203,9 @@ class Runner:
             raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
-    def _running(self, plan, rows, shared, recorded):
-        """The block that the model has to run in, and the backbone's keyword arguments for ``{argument: [R, ...]}``."""
+    def _running(self, model, plan, rows, shared, recorded):
+        """The block that ``model``, all or its backbone, has to run in, and the keyword arguments for
+        ``{argument: [R, ...]}``."""
         if not is_attached(self.base):  # set_attn_implementation was called meanwhile
             attach_again(self.base)
         with ExitStack() as block:
@@ -223,7 +225,10 @@ class Runner:
                 block.callback(_tell_positions(module, self._positions(plan)).remove)
             inputs["return_dict"] = True
             if self._takes_use_cache:
-                inputs["use_cache"] = False
+                inputs["use_cache"] = recorded is not None
+                if recorded is not None:
+                    cache = RecordingCache(recorded, self.base.config)
+                    inputs.update(cache_argument(model.forward, cache))
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
             if self._mixers:
                 block.enter_context(recomputing(self.base, batch))
