@@ -18,6 +18,7 @@ from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
 from .masks import UnsupportedAttention
+from .own_attention import adds_alibi
 from .runner import Runner
 from .states import Recorded
 from .structure import backbone_of, is_plain_linear, rope_limit, row_limit, why_never_packed
@@ -94,7 +95,7 @@ class Probe:
     @torch.no_grad()
     def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
-        reason = why_never_packed(self.base, self.backbone)
+        reason = why_never_packed(self.base, self.backbone, adds_alibi(self.backbone))
         if reason is None:
             with evaluation_mode(self.base):
                 self.expected = Expectations.of(self.base, self.backbone, self.is_lm)

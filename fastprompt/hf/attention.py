@@ -186,7 +186,21 @@ def _learned(module, shared, key, value):
     return tuple(x.to(key.device, key.dtype) for x in learned)
 
 
-def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
+def _run(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    learned,
+    *,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    alibi_slopes=None,
+    **other,
+):
     unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
@@ -210,6 +224,7 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,
+        alibi_slopes=alibi_slopes,
         dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )
     return out.view(batch, width, heads, out.shape[-1])

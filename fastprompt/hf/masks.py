@@ -41,6 +41,7 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
+    ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""

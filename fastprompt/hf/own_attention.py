@@ -60,6 +60,12 @@ def unpatch_own_attention(model: nn.Module) -> None:
                 delattr(module, method.__name__)
 
 
+def adds_alibi(model: nn.Module) -> bool:
+    """Are there attention modules of a known kind whose scores depend on distances, and on no positions?"""
+    found = (_known(type(module), "forward") for module in model.modules())
+    return any(known is not None and known.ours in (_bloom, _mpt) for known in found)
+
+
 @cache
 def _known(kind: type, name: str) -> _Known | None:
     """The method ``name`` of a class, if it is one of those below."""
@@ -157,16 +163,94 @@ def _gpt_neox_japanese(self):
     return dict(scaling=1 / self.norm_factor, dropout=_probability(self.attention_dropout))
 
 
-def _falcon(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
-    if alibi is not None:
-        raise UnsupportedAttention("FalconAttention adds ALiBi")
+def _falcon(
+    self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, position_embeddings=None, **_
+):
     query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-    rotate = type(self).forward.__globals__["apply_rotary_pos_emb"]
-    query, key = rotate(query, key, *position_embeddings)
+    if alibi is None:
+        query, key = _of_module(self, "apply_rotary_pos_emb")(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    out, _ = attend(ALL_ATTENTION_FUNCTIONS["sdpa"], True, self, query, key, value, attention_mask)
+    arguments: dict[str, Any] = dict(scaling=self.inv_norm_factor)
+    if alibi is not None:
+        # It is rounded to bfloat16, position by position, which no slope gives: it comes as one more column of keys.
+        if attention_mask.dense is not None:
+            raise UnsupportedAttention("FalconAttention rounds ALiBi by positions, which a padded batch has none of")
+        bias = attention_mask.seq.cached(("alibi", query.dtype), lambda: _rounded_alibi(self, position_ids[0], query))
+        key = torch.cat([key.expand(-1, len(bias), -1, -1), bias[None, :, :, None]], -1)
+        query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+        value = value.expand(-1, len(bias), -1, -1)
+        arguments["dropout"] = _probability(self.attention_dropout)
+    out, _ = attend(ALL_ATTENTION_FUNCTIONS["sdpa"], True, self, query, key, value, attention_mask, **arguments)
     return self.dense(out.flatten(2)), None
+
+
+def _rounded_alibi(self, positions, like):
+    """``[H, R]``: what a score of a key at each of the positions grows by, before the scale."""
+    row = torch.ones(1, int(positions.max()) + 1, dtype=torch.int64, device=positions.device)
+    bias = _of_module(self, "build_alibi_tensor")(row, self.num_heads, like.dtype)
+    return bias.view(self.num_heads, -1)[:, positions].to(like.device)
+
+
+def _bloom(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **_):
+    if self.pretraining_tp > 1 and self.slow_but_exact:
+        raise UnsupportedAttention("BloomAttention computes its output in slices")
+    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+
+    def slopes():
+        row = torch.ones(1, 2, dtype=torch.int64, device=query.device)
+        of_distances = _of_module(self, "build_alibi_tensor")(row, self.num_heads, torch.float32)
+        return self.beta * of_distances.view(-1, 2)[:, 1]
+
+    arguments = dict(scaling=self.inv_norm_factor, dropout=_probability(self.attention_dropout))
+    # It counts tokens alone, so that there are no gaps.
+    out = _with_alibi(self, query, key, value, _without_gaps(attention_mask), slopes, **arguments)
+    add = _of_module(self, "dropout_add")
+    return add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training), None
+
+
+def _mpt(self, hidden_states, position_bias, past_key_values=None, cache=None, attention_mask=None, **_):
+    projected = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        projected = projected.clamp(-self.clip_qkv, self.clip_qkv)
+    query, key, value = (
+        x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2) for x in projected.chunk(3, dim=-1)
+    )
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
+
+    def slopes():
+        return -_of_module(self, "build_mpt_alibi_tensor")(self.n_heads, 2, device=query.device)[:, 0, 0]
+
+    dropout = self.attn_dropout_p if self.training else 0.0
+    arguments = dict(scaling=self.softmax_scale, dropout=dropout)
+    out = _with_alibi(self, query, key, value, attention_mask, slopes, **arguments)
+    return self.out_proj(out.flatten(2)), None
+
+
+def _with_alibi(self, query, key, value, mask, slopes, **arguments):
+    """Attention ``[B, S, H, Dv]`` with ``slopes()``, ``[H]``."""
+    if isinstance(mask, PackedMask):
+        arguments["alibi_slopes"] = mask.seq.cached(("alibi", query.dtype, query.device), slopes)
+    return attend(_no_dense_alibi, True, self, query, key, value, mask, **arguments)[0]
+
+
+def _no_dense_alibi(module, *args, **arguments):
+    raise UnsupportedAttention(f"{type(module).__name__} adds ALiBi, which has no place behind a prefix and a cache")
+
+
+def _without_gaps(mask):
+    if not isinstance(mask, PackedMask) or mask.seq.gaps is None:
+        return mask
+    return replace(mask, seq=mask.seq.cached(("without gaps",), lambda: replace(mask.seq, gaps=None)))
+
+
+def _of_module(self, name):
+    """A function of the file that the forward of ``self`` stands in."""
+    return type(self).forward.__globals__[name]
 
 
 # Class and method -> what is known of it.
@@ -193,5 +277,17 @@ _KNOWN = {
         "new_decoder_architecture nn num_heads num_kv_heads p permute query_key_value reshape "
         "scaled_dot_product_attention shape softmax sqrt to torch training transpose update view",
         _falcon,
+    ),
+    "BloomAttention.forward": _Known(
+        "F _merge_heads _reshape attention_dropout baddbmm beta bmm dense dropout_add dtype float32 head_dim "
+        "hidden_dropout hidden_size int inv_norm_factor layer_idx linear num_heads pretraining_tp query_key_value range "
+        "reshape shape slow_but_exact softmax to torch training transpose update view weight zeros_like",
+        _bloom,
+    ),
+    "MptAttention.forward": _Known(
+        "ValueError Wqkv attn_dropout_p chunk clamp clip_qkv contiguous dropout dtype finfo float functional "
+        "get_seq_length head_dim layer_idx len masked_fill matmul max min n_heads nn out_proj permute reshape shape size "
+        "softmax softmax_scale to torch training transpose update view",
+        _mpt,
     ),
 }

@@ -30,8 +30,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
-    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
+def why_never_packed(base: PreTrainedModel, backbone: nn.Module, by_distance: bool = False) -> str | None:
+    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not.
+
+    ``by_distance``: does attention see where tokens stand by their distance alone?
+    """
     name = type(backbone).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         return "an encoder-decoder's cross-attention has no packed layout"
@@ -39,7 +42,8 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
-    if not with_state and not _takes_positions(backbone) and not position_embeddings(backbone):
+    counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
+    if counts:
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
