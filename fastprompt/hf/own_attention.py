@@ -163,33 +163,15 @@ def _gpt_neox_japanese(self):
     return dict(scaling=1 / self.norm_factor, dropout=_probability(self.attention_dropout))
 
 
-def _falcon(
-    self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, position_embeddings=None, **_
-):
+def _falcon(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
+    if alibi is not None:
+        raise UnsupportedAttention("Falcon's ALiBi is rounded to bfloat16 or not by the dtype of the attention mask")
     query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-    if alibi is None:
-        query, key = _of_module(self, "apply_rotary_pos_emb")(query, key, *position_embeddings)
+    query, key = _of_module(self, "apply_rotary_pos_emb")(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    arguments: dict[str, Any] = dict(scaling=self.inv_norm_factor)
-    if alibi is not None:
-        # It is rounded to bfloat16, position by position, which no slope gives: it comes as one more column of keys.
-        if attention_mask.dense is not None:
-            raise UnsupportedAttention("FalconAttention rounds ALiBi by positions, which a padded batch has none of")
-        bias = attention_mask.seq.cached(("alibi", query.dtype), lambda: _rounded_alibi(self, position_ids[0], query))
-        key = torch.cat([key.expand(-1, len(bias), -1, -1), bias[None, :, :, None]], -1)
-        query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
-        value = value.expand(-1, len(bias), -1, -1)
-        arguments["dropout"] = _probability(self.attention_dropout)
-    out, _ = attend(ALL_ATTENTION_FUNCTIONS["sdpa"], True, self, query, key, value, attention_mask, **arguments)
+    out, _ = attend(ALL_ATTENTION_FUNCTIONS["sdpa"], True, self, query, key, value, attention_mask)
     return self.dense(out.flatten(2)), None
-
-
-def _rounded_alibi(self, positions, like):
-    """``[H, R]``: what a score of a key at each of the positions grows by, before the scale."""
-    row = torch.ones(1, int(positions.max()) + 1, dtype=torch.int64, device=positions.device)
-    bias = _of_module(self, "build_alibi_tensor")(row, self.num_heads, like.dtype)
-    return bias.view(self.num_heads, -1)[:, positions].to(like.device)
 
 
 def _bloom(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **_):
