@@ -162,7 +162,7 @@ def test_rows_of_several_adapters(name):
         torch.testing.assert_close(got, loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "lfm2", "bamba"])
 def test_a_prefix_in_the_layers_with_attention(name):
     """PEFT's Prefix-Tuning does not run on such models. The reference is the model's own forward behind a cache."""
     base = build_hybrid(name)
