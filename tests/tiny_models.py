@@ -91,7 +91,7 @@ MODELS = {
     "bloom": (
         hf.BloomConfig,
         dict(vocab_size=VOCABULARY, hidden_size=48, n_layer=3, n_head=6, hidden_dropout=0.0, attention_dropout=0.0),
-        False,
+        True,
     ),
     "falcon": (
         hf.FalconConfig,

@@ -188,7 +188,7 @@ def _bloom(self, hidden_states, residual, alibi, attention_mask, layer_past=None
 
     arguments = dict(scaling=self.inv_norm_factor, dropout=_probability(self.attention_dropout))
     # It counts tokens alone, so that there are no gaps.
-    out = _with_alibi(self, query, key, value, _without_gaps(attention_mask), slopes, **arguments)
+    out = _with_alibi(_dense_alibi_of_tokens, self, query, key, value, _without_gaps(attention_mask), slopes, arguments)
     add = _of_module(self, "dropout_add")
     return add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training), None
 
@@ -209,19 +209,33 @@ def _mpt(self, hidden_states, position_bias, past_key_values=None, cache=None, a
 
     dropout = self.attn_dropout_p if self.training else 0.0
     arguments = dict(scaling=self.softmax_scale, dropout=dropout)
-    out = _with_alibi(self, query, key, value, attention_mask, slopes, **arguments)
+    out = _with_alibi(_dense_alibi_of_columns, self, query, key, value, attention_mask, slopes, arguments)
     return self.out_proj(out.flatten(2)), None
 
 
-def _with_alibi(self, query, key, value, mask, slopes, **arguments):
-    """Attention ``[B, S, H, Dv]`` with ``slopes()``, ``[H]``."""
-    if isinstance(mask, PackedMask):
-        arguments["alibi_slopes"] = mask.seq.cached(("alibi", query.dtype, query.device), slopes)
-    return attend(_no_dense_alibi, True, self, query, key, value, mask, **arguments)[0]
+def _with_alibi(original, self, query, key, value, mask, slopes, arguments):
+    """Attention ``[B, S, H, Dv]`` with ``slopes()``, ``[H]``; behind a cache it is that of ``original``."""
+    of_batch = mask.seq.cached(("alibi", query.dtype, query.device), slopes) if isinstance(mask, PackedMask) else slopes()
+    return attend(original, True, self, query, key, value, mask, alibi_slopes=of_batch, **arguments)[0]
 
 
-def _no_dense_alibi(module, *args, **arguments):
-    raise UnsupportedAttention(f"{type(module).__name__} adds ALiBi, which has no place behind a prefix and a cache")
+def _dense_alibi_of_tokens(module, query, key, value, mask, *, alibi_slopes, **arguments):
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    position = seen[:, :, -1].cumsum(-1)  # of keys: those that the last query does not see are padding
+    return _dense_alibi(module, query, key, value, seen, position, alibi_slopes, **arguments)
+
+
+def _dense_alibi_of_columns(module, query, key, value, mask, *, alibi_slopes, **arguments):
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    position = torch.arange(key.shape[2], device=key.device)
+    return _dense_alibi(module, query, key, value, seen, position, alibi_slopes, **arguments)
+
+
+def _dense_alibi(module, query, key, value, seen, position, slopes, *, scaling, dropout):
+    """Attention under ``seen [B, 1, S, K]`` of keys at ``position [B, 1, K]`` or ``[K]``."""
+    bias = slopes[:, None, None] * position[..., None, :]  # [B, H, 1, K]
+    bias = bias.to(query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, bias, scaling=scaling, dropout=dropout)
 
 
 def _without_gaps(mask):

@@ -21,7 +21,7 @@ from .masks import PackedRows, UnsupportedAttention, active, running
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
-from .structure import position_embeddings
+from .structure import position_embeddings, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -222,7 +222,7 @@ class Runner:
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
             for module in self._position_embeddings:
-                block.callback(_tell_positions(module, self._positions(plan)).remove)
+                block.callback(tell_positions(module, self._positions(plan)).remove)
             inputs["return_dict"] = True
             if self._takes_use_cache:
                 inputs["use_cache"] = recorded is not None
@@ -239,16 +239,6 @@ class Runner:
         if self.compact_positions and sequences.gaps is not None:
             positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
         return positions + self.position_offset
-
-
-def _tell_positions(module, positions):
-    """A hook by which a module that would count positions embeds these, ``[R]``."""
-    signature = inspect.signature(module.forward)
-
-    def tell(module, args, kwargs):
-        return (), {**signature.bind(*args, **kwargs).arguments, "position_ids": positions}
-
-    return module.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
@@ -67,6 +69,16 @@ def position_embeddings(backbone: nn.Module) -> list[nn.Module]:
     if _takes_positions(backbone):
         return []
     return [module for module in backbone.modules() if isinstance(module, nn.Embedding) and _takes_positions(module)]
+
+
+def tell_positions(module: nn.Module, positions: torch.Tensor) -> RemovableHandle:
+    """Let one of :func:`position_embeddings` embed these, ``[R]``, in place of those that it would count."""
+    signature = inspect.signature(module.forward)
+
+    def tell(module, args, kwargs):
+        return (), {**signature.bind(*args, **kwargs).arguments, "position_ids": positions}
+
+    return module.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def _takes_positions(module):
