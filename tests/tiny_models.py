@@ -107,7 +107,16 @@ MODELS = {
     ),
     "openai_gpt": (
         hf.OpenAIGPTConfig,
-        dict(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        dict(
+            vocab_size=VOCABULARY,
+            n_embd=48,
+            n_layer=3,
+            n_head=6,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
         False,
     ),
 }

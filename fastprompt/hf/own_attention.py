@@ -12,8 +12,6 @@ and its model is refused, as it takes our mask for a tensor.
 import inspect
 import types
 from collections.abc import Callable
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -40,6 +38,27 @@ class _Known:
     ours: Callable[..., Any]
 
 
+class ConfigAsBefore:
+    """The config of a module that asks it for the attention implementation, and is told that of before.
+
+    Attributes:
+        switched: the config itself.
+    """
+
+    def __init__(self, switched: Any) -> None:
+        self.switched = switched
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "switched":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.switched, name)
+
+    @property
+    def _attn_implementation(self):
+        name = self.switched._attn_implementation
+        return IMPLEMENTATIONS.get(name, name)
+
+
 def patch_own_attention(model: nn.Module) -> None:
     """Let the model's attention modules of a known kind run on prefix_attention; :func:`unpatch_own_attention` undoes
     it.
@@ -48,8 +67,11 @@ def patch_own_attention(model: nn.Module) -> None:
     """
     for module in model.modules():
         for method in (_attn, forward):
-            if not has_own_forward(module) and _known(type(module), method.__name__) is not None:
+            if not has_own_forward(module) and _known(module, method.__name__) is not None:
                 setattr(module, method.__name__, types.MethodType(method, module))
+                config = vars(module).get("config")
+                if config is not None and not isinstance(config, ConfigAsBefore):
+                    module.config = ConfigAsBefore(config)
 
 
 def unpatch_own_attention(model: nn.Module) -> None:
@@ -58,18 +80,24 @@ def unpatch_own_attention(model: nn.Module) -> None:
         for method in (_attn, forward):
             if getattr(vars(module).get(method.__name__), "__func__", None) is method:
                 delattr(module, method.__name__)
+        config = vars(module).get("config")
+        if isinstance(config, ConfigAsBefore):
+            module.config = config.switched
 
 
 def adds_alibi(model: nn.Module) -> bool:
     """Are there attention modules of a known kind whose scores depend on distances, and on no positions?"""
-    found = (_known(type(module), "forward") for module in model.modules())
+    found = (_known(module, "forward") for module in model.modules())
     return any(known is not None and known.ours in (_bloom, _mpt) for known in found)
 
 
+def _known(module, name):
+    """What is known of the method ``name`` of a module's class, or None."""
+    return _known_method(getattr(type(module), name, None))
+
+
 @cache
-def _known(kind: type, name: str) -> _Known | None:
-    """The method ``name`` of a class, if it is one of those below."""
-    method = getattr(kind, name, None)
+def _known_method(method):
     known = _KNOWN.get(getattr(method, "__qualname__", ""))
     if known is None or not isinstance(method, types.FunctionType):
         return None
@@ -90,7 +118,7 @@ def _attn(self, query, key, value, attention_mask=None):
     dtype = value.dtype
     arguments = {}
     if is_ours(self, attention_mask):
-        arguments = _known(type(self), "_attn").ours(self)
+        arguments = _known(self, "_attn").ours(self)
         attention_mask = _within(attention_mask, arguments.pop("window", None))
         # Rotary embeddings may leave queries and keys in a wider dtype than values.
         widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), dtype)
@@ -103,9 +131,8 @@ def forward(self, *args, **kwargs):
     """As the forward of its class."""
     given = _arguments(type(self), args, kwargs)
     if is_ours(self, given.get("attention_mask")):
-        return _known(type(self), "forward").ours(self, **given)
-    with _config_as_before(self):
-        return type(self).forward(self, *args, **kwargs)
+        return _known(self, "forward").ours(self, **given)
+    return type(self).forward(self, *args, **kwargs)
 
 
 def _arguments(kind, args, kwargs):
@@ -116,22 +143,6 @@ def _arguments(kind, args, kwargs):
 @cache
 def _parameters(kind):
     return list(inspect.signature(kind.forward).parameters)[1:]
-
-
-@contextmanager
-def _config_as_before(module):
-    """While the block runs, a module that asks its config for the attention implementation is told that of before."""
-    config = vars(module).get("config")
-    before = IMPLEMENTATIONS.get(getattr(config, "_attn_implementation", None))
-    if before is None:
-        yield
-        return
-    module.config = copy(config)
-    module.config._attn_implementation_internal = before
-    try:
-        yield
-    finally:
-        module.config = config
 
 
 def _within(mask, window):
@@ -215,7 +226,9 @@ def _mpt(self, hidden_states, position_bias, past_key_values=None, cache=None, a
 
 def _with_alibi(original, self, query, key, value, mask, slopes, arguments):
     """Attention ``[B, S, H, Dv]`` with ``slopes()``, ``[H]``; behind a cache it is that of ``original``."""
-    of_batch = mask.seq.cached(("alibi", query.dtype, query.device), slopes) if isinstance(mask, PackedMask) else slopes()
+    of_batch = (
+        mask.seq.cached(("alibi", query.dtype, query.device), slopes) if isinstance(mask, PackedMask) else slopes()
+    )
     return attend(original, True, self, query, key, value, mask, alibi_slopes=of_batch, **arguments)[0]
 
 
