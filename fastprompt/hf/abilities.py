@@ -17,8 +17,8 @@ from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
+from .known_attention import adds_alibi
 from .masks import UnsupportedAttention
-from .own_attention import adds_alibi
 from .runner import Runner
 from .states import Recorded
 from .structure import backbone_of, is_plain_linear, rope_limit, row_limit, why_never_packed

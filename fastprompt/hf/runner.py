@@ -18,6 +18,7 @@ from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, UnsupportedAttention, active, running
+from .own_attention import is_patched, own_attention
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
@@ -53,6 +54,7 @@ class Runner:
         self._takes_positions = "position_ids" in parameters
         self._position_embeddings = position_embeddings(self.backbone)
         self._mixers = mixers(self.backbone)
+        self._own_attention = own_attention(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -208,6 +210,9 @@ class Runner:
         ``{argument: [R, ...]}``."""
         if not is_attached(self.base):  # set_attn_implementation was called meanwhile
             attach_again(self.base)
+        for module in self._own_attention:
+            if not is_patched(module):
+                raise UnsupportedAttention(f"{type(module).__name__} was given another method")
         with ExitStack() as block:
             learns = shared is not None and any(x.requires_grad for x in shared.tensors())
             if learns and checkpoints_reentrantly(self.base):
