@@ -93,8 +93,11 @@ def step(model, inputs):
 def peft_model(family, **changes):
     """A tiny model behind a prompt of PEFT's, the same every time."""
     torch.manual_seed(0)
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT)
-    return get_peft_model(tiny_model(family, **changes), config)
+    model = tiny_model(family, **changes)
+    # PEFT looks these up in the config, under names that not all families have; a prompt needs its width alone.
+    sizes = dict(token_dim=model.get_input_embeddings().weight.shape[1], num_layers=1, num_attention_heads=1)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, **sizes)
+    return get_peft_model(model, config)
 
 
 def survey(family: str, **changes: Any) -> Outcome:

@@ -39,15 +39,26 @@ PREFIXES = ("prefix", "prefix_mlp", "cartridge")
 
 
 def peft_model(
-    name, method="prompt_tuning", dtype=torch.float32, *, task_type="CAUSAL_LM", base=None, length=P, **changes
+    name,
+    method="prompt_tuning",
+    dtype=torch.float32,
+    *,
+    task_type="CAUSAL_LM",
+    base=None,
+    length=P,
+    sizes=None,
+    **changes,
 ):
-    """A PEFT model whose adapter was drawn large enough that a mistake in it shows."""
+    """A PEFT model whose adapter was drawn large enough that a mistake in it shows.
+
+    ``sizes`` of the model where PEFT does not find them.
+    """
     config_class, arguments = METHODS[method]
     if method != "cpt":
         arguments = dict(arguments, num_virtual_tokens=length)
     base = build(name, dtype, **changes) if base is None else base
     torch.manual_seed(1)
-    model = peft.get_peft_model(base, config_class(task_type=task_type, **arguments))
+    model = peft.get_peft_model(base, config_class(task_type=task_type, **arguments, **(sizes or {})))
     with torch.no_grad():
         for encoder in model.prompt_encoder.values():
             for parameter in encoder.parameters():

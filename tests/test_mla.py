@@ -63,18 +63,14 @@ def test_same_as_peft_on_packed_rows(name, padding):
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mimo_v2_flash"])
 def test_a_cache_is_that_of_the_model(name):
-    """MiMo's holds keys and values; one of latents is left to the padded forward."""
+    """One of latents, too."""
     model = peft_model(name, base=base(FAMILIES[name], use_cache=True)).eval()
     inputs = {name: x for name, x in batch("right").items() if name != "labels"}
     with torch.no_grad():
         expected = model(**inputs)
         fastprompt.accelerate(model)
-        if name == "deepseek_v3":
-            with pytest.warns(UserWarning, match="its cache holds other values than packed rows leave"):
-                got = model(**inputs)
-        else:
-            got = model(**inputs)
-    assert fastprompt.stats(model).packed == (name == "mimo_v2_flash")
+        got = model(**inputs)
+    assert fastprompt.stats(model).packed == 1
     real = torch.cat([torch.ones(len(got.logits), P), inputs["attention_mask"]], 1).bool()
     torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):

@@ -91,7 +91,7 @@ MODELS = {
     "bloom": (
         hf.BloomConfig,
         dict(vocab_size=VOCABULARY, hidden_size=48, n_layer=3, n_head=6, hidden_dropout=0.0, attention_dropout=0.0),
-        False,
+        True,
     ),
     "falcon": (
         hf.FalconConfig,
@@ -102,6 +102,20 @@ MODELS = {
             alibi=False,
             attention_dropout=0.0,
             hidden_dropout=0.0,
+        ),
+        True,
+    ),
+    "openai_gpt": (
+        hf.OpenAIGPTConfig,
+        dict(
+            vocab_size=VOCABULARY,
+            n_embd=48,
+            n_layer=3,
+            n_head=6,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         ),
         False,
     ),

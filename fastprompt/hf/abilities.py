@@ -17,6 +17,7 @@ from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
+from .known_attention import adds_alibi
 from .masks import UnsupportedAttention
 from .runner import Runner
 from .states import Recorded
@@ -94,7 +95,7 @@ class Probe:
     @torch.no_grad()
     def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
-        reason = why_never_packed(self.base, self.backbone)
+        reason = why_never_packed(self.base, self.backbone, adds_alibi(self.backbone))
         if reason is None:
             with evaluation_mode(self.base):
                 self.expected = Expectations.of(self.base, self.backbone, self.is_lm)
@@ -202,7 +203,7 @@ class Probe:
     def _cache_is_the_same(self, found):
         """Do packed rows leave the cache that the untouched model returned?"""
         expected = self.expected
-        if expected.cache is None:
+        if not hasattr(expected.cache, "layers"):  # none, or one for cross-attention too
             return False
         recorded = Recorded()
         try:

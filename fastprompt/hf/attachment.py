@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .own_attention import patch_own_attention, unpatch_own_attention
 from .recurrent import patch_mixers, unpatch_mixers
 
 _RECORD = "_fastprompt_attachment"
@@ -81,6 +82,7 @@ def attach_again(model: PreTrainedModel) -> None:
     record = model.__dict__[_RECORD]
     _check(_configs(model))
     _switch(model)
+    patch_own_attention(model)
     if any(record.users.values()):
         patch_gated_mlps(model)
         patch_mixers(model)
@@ -102,6 +104,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
         unpatch_mixers(model)
     if record.users:
         return
+    unpatch_own_attention(model)
     changed = record.unchanged is not None and not _same(record.root, record.unchanged)
     _switch_back(model)
     if not changed:
@@ -117,6 +120,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, an attached model computes as it did before, whoever is attached to it."""
     try:
         _switch_back(model)
+        unpatch_own_attention(model)
         unpatch_gated_mlps(model)
         unpatch_mixers(model)
         yield

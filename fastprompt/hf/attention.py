@@ -11,16 +11,19 @@ mask without a word.
 
 import inspect
 import sys
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
 from .cache_names import CACHE_NAMES
 from .compiled import packed_attention
-from .masks import DenseMask, PackedMask, PackedRows, UnsupportedAttention, active, make_mask
+from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 IMPLEMENTATIONS = {
@@ -77,37 +80,80 @@ WITHOUT_EFFECT = {
 
 
 def _attention(before, module, query, key, value, attention_mask, **arguments):
-    if not isinstance(attention_mask, PackedMask | DenseMask):
-        batch = active()
-        if isinstance(batch, PackedRows) or (batch is not None and batch.shared.learned):
-            given = "no mask" if attention_mask is None else f"a ready-made mask of shape {list(attention_mask.shape)}"
-            raise UnsupportedAttention(f"{type(module).__name__} handed {given} to attention instead of asking for one")
-        return _original(before, module)(module, query, key, value, attention_mask, **arguments)
+    original, blind = partial(_as_before, before), before in _BLIND_TO_CAUSALITY
+    return attend(original, blind, module, query, key, value, attention_mask, **arguments)
+
+
+def attend(
+    original: Callable[..., Any],
+    blind: bool,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **arguments: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The attention of a module under the mask that it was given, ``[B, S, H, Dv]``, and its weights or None.
+
+    Args:
+        original: an attention function of transformers, which takes all the rest: for masks that are not ours.
+        blind: does it compute what a mask says, whatever ``module.is_causal`` says?
+        module, query, key, value, attention_mask, arguments: as transformers hands them to attention functions.
+
+    Raises:
+        UnsupportedAttention: prefix_attention does not compute what the module asks for.
+    """
     mask = attention_mask
+    if not is_ours(module, mask):
+        return original(module, query, key, value, mask, **arguments)
     if isinstance(mask, PackedMask):
         learned = _learned(module, mask.shared, key, value)
-        reason = _why_not(before, module, mask, arguments.get("is_causal"))
+        reason = _why_not(blind, module, mask, arguments.get("is_causal"))
         if reason is None:
-            if mask.recorded is not None:
-                mask.recorded.keys_values.append((module.layer_idx, key[0], value[0]))
             return _run(module, query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)
         mask = mask.dense
     learned = _learned(module, mask.of_each_row, key, value)
     if learned is None:
-        return _original(before, module)(module, query, key, value, mask.behind_nothing, **arguments)
+        return original(module, query, key, value, mask.behind_nothing, **arguments)
     in_front = [x.transpose(1, 2).expand(len(key), -1, -1, -1) for x in learned]
     key, value = (torch.cat(both, 2) for both in zip(in_front, (key, value)))  # [B, Hkv, P + S, Dh]
-    return _original(before, module)(module, query, key, value, mask.behind_prefix, **arguments)
+    return original(module, query, key, value, mask.behind_prefix, **arguments)
 
 
-def _why_not(before, module, mask, is_causal):
+def is_ours(module: nn.Module, mask: Any) -> bool:
+    """Is a mask one of the batch that is being run on prefix_attention?
+
+    Raises:
+        UnsupportedAttention: there is such a batch, and the mask is another one, or refused.
+    """
+    if isinstance(mask, RefusedMask):
+        raise UnsupportedAttention(mask.reason)
+    if isinstance(mask, PackedMask | DenseMask):
+        return True
+    batch = active()
+    if isinstance(batch, PackedRows) or (batch is not None and batch.shared.learned):
+        given = "no mask" if mask is None else f"a ready-made mask of shape {list(mask.shape)}"
+        raise UnsupportedAttention(f"{type(module).__name__} handed {given} to attention instead of asking for one")
+    return False
+
+
+def _layer_of(module):
+    """The index of the layer that an attention module belongs to."""
+    for name in ("layer_idx", "layer_id"):  # GPT-Neo's name
+        if isinstance(index := getattr(module, name, None), int):
+            return index
+    raise UnsupportedAttention(f"{type(module).__name__} has no layer_idx")
+
+
+def _why_not(blind, module, mask, is_causal):
     """None if the mask says all that ``module`` would do with the implementation before, else what it does not say."""
     name = type(module).__name__
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)  # as transformers does
-    if before not in _BLIND_TO_CAUSALITY and bool(is_causal) != mask.causal:
+    if not blind and bool(is_causal) != mask.causal:
         return f"{name}.is_causal is {is_causal} under a mask that is {'' if mask.causal else 'not '}causal"
     # The mask of padding is one of keys. It is one of queries too unless they are other rows than the keys.
     one_sided = mask.shared.learned or mask.seq.gaps is not None
@@ -128,11 +174,9 @@ def _learned(module, shared, key, value):
     """What ``shared`` holds for the layer of ``module``, in the dtype and on the device of its own keys; or None."""
     if not shared.layers:
         return None
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or layer >= len(shared.layers):
-        raise UnsupportedAttention(
-            f"{type(module).__name__} has no layer_idx below the prefix's {len(shared.layers)} layers"
-        )
+    layer = _layer_of(module)
+    if layer >= len(shared.layers):
+        raise UnsupportedAttention(f"layer {layer} of the model is none of the prefix's {len(shared.layers)}")
     learned = shared.layers[layer]
     if learned is None:
         return None
@@ -143,7 +187,21 @@ def _learned(module, shared, key, value):
     return tuple(x.to(key.device, key.dtype) for x in learned)
 
 
-def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
+def _run(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    learned,
+    *,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    alibi_slopes=None,
+    **other,
+):
     unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
@@ -154,7 +212,7 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
-    if torch.compiler.is_compiling() and mask.carrier is not None:
+    if torch.compiler.is_compiling() and mask.carrier is not None and alibi_slopes is None:
         scale = head_dim**-0.5 if scaling is None else scaling
         options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
         out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)
@@ -173,15 +231,16 @@ def _run(module, query, key, value, mask, learned, *, scaling=None, dropout=0.0,
         softcap=softcap,
         sinks=sinks,
         scale=scaling,
+        alibi_slopes=alibi_slopes,
         dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )
     return out.view(batch, width, heads, out.shape[-1])
 
 
-def _original(before, module):
+def _as_before(before, module, *args, **arguments):
     if before != "eager":
-        return ALL_ATTENTION_FUNCTIONS[before]
-    return sys.modules[type(module).__module__].eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[before](module, *args, **arguments)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **arguments)
 
 
 for _name, _before in IMPLEMENTATIONS.items():

@@ -4,11 +4,30 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from ..layout import RowPlan, final_buckets
 from .shared_state import SharedState, layers_with_own_keys, text_config
 from .states import Recorded, gathered_states
+
+
+class RecordingCache(DynamicCache):
+    """What layers are handed as their cache while packed rows run: empty, it records what they update it with.
+
+    Args:
+        recorded: where it leaves that.
+        config: the model's config.
+    """
+
+    def __init__(self, recorded: Recorded, config: PreTrainedConfig) -> None:
+        super().__init__(config=text_config(config))
+        self._recorded = recorded
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[1, Hkv, R, Dh]``, returned as they are."""
+        self._recorded.keys_values.append((layer_idx, key_states[0], value_states[0]))
+        return key_states, value_states
 
 
 class PackedCache(DynamicCache):
@@ -45,7 +64,7 @@ class PackedCache(DynamicCache):
         if self._pending is not None:
             plan, recorded, shared, prompt_ids, own = self._pending
             self._pending = None
-            for index, packed in self._by_layer(recorded.keys_values):
+            for index, *packed in recorded.keys_values:
                 if index < own:
                     learned = shared.layers[index] if shared.layers else None
                     self._layers[index].update(*_padded(plan, packed, learned, prompt_ids))
@@ -58,13 +77,6 @@ class PackedCache(DynamicCache):
     @layers.setter
     def layers(self, layers: list[Any]) -> None:
         self._layers = layers
-
-    def _by_layer(self, keys_values):
-        """Keys and values with the index of their layer, which its module says unless layers share one (Zamba 2)."""
-        indices = [index for index, *_ in keys_values]
-        if len(set(indices)) < len(indices):
-            indices = [index for index, layer in enumerate(self._layers) if isinstance(layer, DynamicLayer)]
-        return zip(indices, (packed for _, *packed in keys_values))
 
     def __getstate__(self):
         self.layers  # noqa: B018 - a copy or a file holds keys and values

@@ -1,5 +1,6 @@
 """The engine: decides how a request is run, and runs it through an attached model."""
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -86,6 +87,13 @@ class Engine:
     @property
     def is_lm(self) -> bool:
         return self.abilities.is_lm
+
+    @property
+    def numbers_columns(self) -> bool:
+        """Is a token's position the number of its column, and can the model be told it?"""
+        found = self.abilities
+        plain = found.refusal is None and not found.compact_positions and found.position_offset == 0
+        return plain and "position_ids" in inspect.signature(self.base.forward).parameters
 
     def detach(self) -> None:
         """Give the model its own attention and MLPs back; nothing is packed any more."""

@@ -195,7 +195,7 @@ class Expectations:
             options = {"use_cache": False} if "use_cache" in self.parameters else {}
             by_id, by_embedding = (
                 base(**inputs, **options, return_dict=True).logits
-                for inputs in ({"input_ids": sample.ids}, {"inputs_embeds": sample.embeds})
+                for inputs in ({"input_ids": sample.ids}, {"inputs_embeds": sample.embeds.clone()})
             )
             self.needs_ids = self.difference(by_id, by_embedding, None) is not None
         except Exception:  # it does not take both kinds of input
@@ -266,7 +266,7 @@ def _head_is_linear(base, backbone, sample):
 
     hook = backbone.register_forward_hook(replace_output)
     try:
-        logits = base(inputs_embeds=sample.embeds, use_cache=False, return_dict=True).logits
+        logits = base(inputs_embeds=sample.embeds.clone(), use_cache=False, return_dict=True).logits
     except Exception:  # a head that does more than read hidden states
         return False
     finally:

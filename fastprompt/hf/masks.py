@@ -35,7 +35,6 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        recorded: where attention leaves keys and values; None: nowhere.
         carrier: of ``seq`` and ``shared``, for compiled layers; None: they read both themselves.
     """
 
@@ -44,8 +43,8 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    recorded: Recorded | None = None
     carrier: torch.Tensor | None = None
+    ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -93,6 +92,23 @@ class DenseMask:
         return ALL_MASK_ATTENTION_FUNCTIONS[self.before](**arguments)
 
 
+@dataclass(frozen=True, eq=False)
+class RefusedMask:
+    """What stands in place of a mask that packed rows have no form for, until attention is to run under it.
+
+    Decoders of the BART kind ask for a mask of their encoder's states even where there are none.
+
+    Attributes:
+        reason: why not.
+    """
+
+    reason: str
+
+    def to(self, *args: Any, **kwargs: Any) -> "RefusedMask":
+        """As :meth:`PackedMask.to`."""
+        return self
+
+
 class PackedRows:
     """Rows that :mod:`fastprompt.layout` planned, as the one packed sequence of a batch of size 1.
 
@@ -100,7 +116,7 @@ class PackedRows:
         plan: a RowPlan.
         causal: is the plan one for causal attention only? (It is if rows are shared.)
         shared: the learned keys and values in front of the sequences; None: there are none.
-        recorded: where layers leave what a cache holds; None: nowhere.
+        recorded: where layers with a state leave what a cache holds; None: nowhere.
 
     Attributes:
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
@@ -128,12 +144,12 @@ class PackedRows:
         mask_function: Callable,
         attention_mask: torch.Tensor | None = None,
         **_: Any,
-    ) -> PackedMask:
-        """The mask of the plan's sequences.
+    ) -> PackedMask | RefusedMask:
+        """The mask of the plan's sequences; a refused one if the model asks for one that is not causal and they are.
 
         Raises:
-            UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
-                sliding window, one with padding or sequences of its own, or one of other rows.
+            UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
+                window, one with padding or sequences of its own, or one of other rows.
         """
         rows = self.sequences.rows
         if (batch_size, q_length, kv_length) != (1, rows, rows):
@@ -146,14 +162,12 @@ class PackedRows:
         if pattern is None or not pattern.is_expressible:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
-            raise UnsupportedAttention("its attention is not causal")
+            return RefusedMask("its attention is not causal")
         if attention_mask is not None and not bool(attention_mask.all()):
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
-        return PackedMask(
-            self.sequences, pattern.window, pattern.causal, self.shared, None, self.recorded, self.carrier
-        )
+        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, carrier=self.carrier)
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0

@@ -321,6 +321,9 @@ class SoftPromptModel(nn.Module):
             ids = request.prompt_ids
             ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if ids is None else ids
             inputs.update(cache_argument(self.base.forward, shared.to_cache(ids, self.config, self.base.dtype)))
+            if self._engine.numbers_columns:  # not all models do so behind a cache (Bamba)
+                first = request.prefix_length
+                inputs["position_ids"] = torch.arange(first, first + width, device=tokens.device)[None]
         if shared is not None and request.has_ids:
             inputs["input_ids"] = tokens  # some models look more up by them than embeddings
         else:

@@ -1,5 +1,6 @@
 """patch_attention: an ordinary Hugging Face model on prefix_attention, behind a learned prefix or none."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .expectations import Expectations, first_output
 from .masks import PaddedBatch, UnsupportedAttention, outranks_patch, running
 from .request import tokens_of
 from .shared_state import SharedState
+from .structure import position_embeddings, tell_positions
 
 
 def patch_attention(model: PreTrainedModel, prefix: torch.Tensor | None = None) -> PreTrainedModel:
@@ -106,16 +108,19 @@ class PaddedCalls:
     def _close(self):
         """Leave what an interrupted call left open: torch calls no hook after a KeyboardInterrupt."""
         while self._open:
-            self._open.pop().__exit__(None, None, None)
+            self._open.pop().close()
 
     def _enter(self, model, args, kwargs):
         self._close()
         if outranks_patch():  # a soft prompt's own call of a model that is patched too
             return args, kwargs
+        block = ExitStack()
         if self.shared is not None:
-            kwargs = {**kwargs, "position_ids": self._positions(args, kwargs)}
-        block = running(PaddedBatch(self.shared))
-        block.__enter__()
+            positions, counting = self._positions(args, kwargs), position_embeddings(self.model)
+            for module in counting:
+                block.callback(tell_positions(module, positions[0]).remove)
+            kwargs = kwargs if counting else {**kwargs, "position_ids": positions}
+        block.enter_context(running(PaddedBatch(self.shared)))
         self._open.append(block)
         return args, kwargs
 

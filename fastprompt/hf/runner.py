@@ -14,12 +14,15 @@ from transformers.modeling_outputs import ModelOutput
 from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
-from .cache_names import CACHE_NAMES
+from .cache import RecordingCache
+from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, UnsupportedAttention, active, running
+from .own_attention import is_patched, own_attention
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
+from .structure import position_embeddings, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -49,7 +52,9 @@ class Runner:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
         self._takes_positions = "position_ids" in parameters
+        self._position_embeddings = position_embeddings(self.backbone)
         self._mixers = mixers(self.backbone)
+        self._own_attention = own_attention(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -151,7 +156,7 @@ class Runner:
                 given.pop(name, None)
             block = ExitStack()
             blocks.append(block)
-            given.update(block.enter_context(self._running(plan, rows, shared, recorded)))
+            given.update(block.enter_context(self._running(module, plan, rows, shared, recorded)))
             return (), given
 
         def leave(module, args, kwargs, output):
@@ -188,7 +193,7 @@ class Runner:
 
     def _call(self, model, plan, rows, shared, recorded=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
-        with self._running(plan, {name: rows}, shared, recorded) as inputs:
+        with self._running(model, plan, {name: rows}, shared, recorded) as inputs:
             output = model(**inputs, **extra)
             self._check_mixers(active())
             return output
@@ -200,10 +205,14 @@ class Runner:
             raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
-    def _running(self, plan, rows, shared, recorded):
-        """The block that the model has to run in, and the backbone's keyword arguments for ``{argument: [R, ...]}``."""
+    def _running(self, model, plan, rows, shared, recorded):
+        """The block that ``model``, all or its backbone, has to run in, and the keyword arguments for
+        ``{argument: [R, ...]}``."""
         if not is_attached(self.base):  # set_attn_implementation was called meanwhile
             attach_again(self.base)
+        for module in self._own_attention:
+            if not is_patched(module):
+                raise UnsupportedAttention(f"{type(module).__name__} was given another method")
         with ExitStack() as block:
             learns = shared is not None and any(x.requires_grad for x in shared.tensors())
             if learns and checkpoints_reentrantly(self.base):
@@ -217,9 +226,14 @@ class Runner:
             inputs = {name: _batch_of_one(x) for name, x in rows.items()}
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
+            for module in self._position_embeddings:
+                block.callback(tell_positions(module, self._positions(plan)).remove)
             inputs["return_dict"] = True
             if self._takes_use_cache:
-                inputs["use_cache"] = False
+                inputs["use_cache"] = recorded is not None
+                if recorded is not None:
+                    cache = RecordingCache(recorded, self.base.config)
+                    inputs.update(cache_argument(model.forward, cache))
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
             if self._mixers:
                 block.enter_context(recomputing(self.base, batch))

@@ -31,7 +31,8 @@ class Recorded:
     """What layers leave behind while packed rows run, for a cache.
 
     Attributes:
-        keys_values: the index of an attention module's layer, its keys and its values ``[Hkv, R, Dh]``, as they ran.
+        keys_values: the index of a layer, and what its attention updated the cache with: keys and values
+            ``[Hkv, R, Dh]``, or latents of which it makes them.
         mixers: for each layer with a state what ran it (a ``Mixer``), and the states that the N prompts left.
     """
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
@@ -30,8 +32,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
-    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
+def why_never_packed(base: PreTrainedModel, backbone: nn.Module, by_distance: bool = False) -> str | None:
+    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not.
+
+    ``by_distance``: does attention see where tokens stand by their distance alone?
+    """
     name = type(backbone).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         return "an encoder-decoder's cross-attention has no packed layout"
@@ -39,7 +44,8 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
-    if not with_state and "position_ids" not in inspect.signature(backbone.forward).parameters:
+    counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
+    if counts:
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
@@ -56,6 +62,27 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     if getattr(base, "_is_stateful", False) and not with_state:
         return f"{type(base).__name__} carries a state from token to token"
     return None
+
+
+def position_embeddings(backbone: nn.Module) -> list[nn.Module]:
+    """The modules that can be told the positions which a backbone without ``position_ids`` counts itself (BART)."""
+    if _takes_positions(backbone):
+        return []
+    return [module for module in backbone.modules() if isinstance(module, nn.Embedding) and _takes_positions(module)]
+
+
+def tell_positions(module: nn.Module, positions: torch.Tensor) -> RemovableHandle:
+    """Let one of :func:`position_embeddings` embed these, ``[R]``, in place of those that it would count."""
+    signature = inspect.signature(module.forward)
+
+    def tell(module, args, kwargs):
+        return (), {**signature.bind(*args, **kwargs).arguments, "position_ids": positions}
+
+    return module.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+def _takes_positions(module):
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def keeps_state(module: nn.Module) -> bool:
