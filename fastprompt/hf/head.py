@@ -29,6 +29,11 @@ class LanguageHead:
     runner: Runner
     abilities: Abilities
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Is the model's loss the mean cross-entropy of its labels?"""
+        return self.base.loss_function is ForCausalLMLoss
+
     def step(self, request: Request, plan: RowPlan, rows: torch.Tensor) -> CausalLMOutputWithPast:
         """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
         head, shared = self.base.get_output_embeddings(), request.shared
@@ -85,7 +90,7 @@ class LanguageHead:
             len(plan.labels) > ROWS
             and self.abilities.plain_head
             and is_plain_linear(head)  # still
-            and self.base.loss_function is ForCausalLMLoss
+            and self.is_cross_entropy
             and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
             and (rows.dtype == torch.float32 or not rows.is_floating_point())
             and not torch.is_autocast_enabled(rows.device.type)

@@ -21,8 +21,9 @@ def linear_cross_entropy(
     """The cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, summed over the rows or of each.
 
     What ``torch.nn.functional.cross_entropy(linear(hidden, weight, bias), labels, reduction=reduction)`` is, by
-    "blocked" in blocks of rows and columns that take a few MiB in place of ``M * V`` logits. Behind a frozen head the gradient of
-    ``hidden`` is made in the forward pass, where its blocks are in the cache: two matrix products in place of three.
+    "blocked" in blocks of rows and columns that take a few MiB in place of ``M * V`` logits. Behind a frozen head the
+    gradient of ``hidden`` is made in the forward pass, where its blocks are in the cache: two matrix products in place
+    of three.
 
     Args:
         hidden: ``[M, D]`` float32, float16, bfloat16 or float64.
@@ -34,10 +35,10 @@ def linear_cross_entropy(
         backend: "auto", "reference" or "blocked". "auto" takes "blocked".
 
     Returns:
-        A scalar, with "none" ``[M]``, differentiable in ``hidden``, ``weight`` and ``bias``; float32 for half precision, which could not
-        hold a sum over many rows, else the dtype of ``hidden``; under autocast, too. Half precision is computed in fp32
-        and gradients are rounded once, but for the softmax weights that "blocked" hands to a GPU's matrix units in the
-        dtype of ``weight``. Zero for no rows. The same bits every time.
+        A scalar, with "none" ``[M]``, differentiable in ``hidden``, ``weight`` and ``bias``; float32 for half
+        precision, which could not hold a sum over many rows, else the dtype of ``hidden``; under autocast, too. Half
+        precision is computed in fp32 and gradients are rounded once, but for the softmax weights that "blocked" hands
+        to a GPU's matrix units in the dtype of ``weight``. Zero for no rows. The same bits every time.
 
     Raises:
         TypeError, ValueError: an argument with another dtype, shape or device, a label out of range, or another

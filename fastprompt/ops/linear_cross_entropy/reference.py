@@ -6,8 +6,8 @@ from ...checks import accumulator
 
 
 def forward(hidden, weight, bias, labels, counted, need_hidden):
-    """The rows' losses ``[M]``, their logits' log-sum-exp ``[M]``, and the gradient of ``hidden`` by the losses' sum or an
-    empty tensor.
+    """The rows' losses ``[M]``, their logits' log-sum-exp ``[M]``, and the gradient of ``hidden`` by the losses' sum or
+    an empty tensor.
 
     ``labels`` are int64 and in range; ``counted [M]`` says which rows have a loss.
     """
