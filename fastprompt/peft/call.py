@@ -316,10 +316,10 @@ def shared_of(model: PeftModel, state: Any, cache: Any) -> SharedState:
     """
     if not isinstance(cache, Cache):
         raise CannotPack(f"its prefix is a {type(cache).__name__}")
-    engine = state.engine
+    engine, give = state.engine, cast(Any, model.get_prompt)
     shared = SharedState.of_cache(cache, engine.base.config)
     reason = engine.why_not_prefix(
-        lambda: SharedState.of_cache(model.get_prompt(batch_size=1), engine.base.config),
+        lambda: SharedState.of_cache(give(batch_size=1), engine.base.config),
         (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
         state.original(model),
     )

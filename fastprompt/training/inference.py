@@ -29,6 +29,9 @@ class TrainedAdapter:
         self, adapter: str, model: str | None = None, gguf_file: str | None = None, precision: str | None = None
     ) -> None:
         record = read_record(Path(adapter))
+        if folders := list(record.get("adapters", {}).values()):
+            names = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+            raise InputError("adapter", f"{adapter!r} holds several runs; expected the folder of one of them: {names}")
         moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
         try:
             self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})

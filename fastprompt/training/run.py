@@ -18,6 +18,7 @@ from .files import RUN_FILE, checkpoints, staged, write_json
 from .identity import fingerprint
 from .output import check_output, versions
 from .run_data import Data, data_sha256
+from .tasks import train_keeping_best
 from .trainer import Loss, SoftPromptTrainer, deterministic
 
 
@@ -37,6 +38,8 @@ class TrainingRun:
         }
         if config.task_column is not None and config.method != "multitask" and config.only_task is None:
             raise InputError("task_column", "its values have a prompt each; expected only_task, or train_tasks for all")
+        if config.keeps_best:
+            raise InputError("keep_best" if config.keep_best else "patience", "only train() can keep the best prompt")
         if config.prompts_per_step is not None:
             raise InputError("prompts_per_step", f"one prompt trains here, got {config.prompts_per_step}")
         check_output(self.folder, self.record, config.resume)
@@ -94,7 +97,7 @@ class TrainingRun:
 
 def train(config: TrainingConfig) -> list[dict]:
     """Train as ``config`` says; see `TrainingRun.train`."""
-    return TrainingRun(config).train()
+    return train_keeping_best(config) if config.keeps_best else TrainingRun(config).train()
 
 
 def _evaluated(state: TrainerState) -> bool:

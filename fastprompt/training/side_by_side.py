@@ -108,8 +108,14 @@ class SideBySide:
         """The runs that still train."""
         return [i for i, member in enumerate(self.members) if member.progress.left is None]
 
-    def train(self) -> None:
-        """Go on from the newest checkpoint, if there is one, until every run has ended."""
+    def train(self, record: dict[str, Any]) -> None:
+        """Write ``run.json``, go on from the newest checkpoint, if there is one, and train until every run has ended.
+
+        ``record`` is what stands in ``run.json`` beside what is known here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = {"verbaliser": None, "tasks": None, "base": self.base, "versions": versions()}
+        write_json(self.folder / RUN_FILE, {**record, **known})
         found = checkpoints(self.folder)
         total = sum(member.data.steps for member in self.members)
         with ExitStack() as block:

@@ -1,6 +1,5 @@
 """A prompt for each value of a column, all of them trained side by side."""
 
-import csv
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,11 +11,11 @@ from . import adapters
 from .config import TrainingConfig
 from .data import read_rows, rows_by_task
 from .errors import InputError
-from .files import RUN_FILE, replacing, write_json
 from .member import Member
-from .output import check_output, versions
+from .output import check_output
 from .run_data import Data, data_sha256
 from .side_by_side import SideBySide, check_side_by_side
+from .tables import write_table
 
 ADAPTERS = "adapters"  # under a run's folder: those of its prompts
 _LONGEST_NAME = 60
@@ -84,21 +83,43 @@ def train_tasks(config: TrainingConfig) -> list[TrainedPrompt]:
     for member in members:
         _of_task(member.name, member.data.encode, tokenizer)
     run = SideBySide(config, members, tokenizer, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    folders = {member.name: Path(member.config.output).name for member in members}
-    filled_in = {"base": run.base, "verbaliser": None, "tasks": None, "adapters": folders, "versions": versions()}
-    write_json(folder / RUN_FILE, {**record, **filled_in})
-    run.train()
+    folders = {member.name: f"{ADAPTERS}/{Path(member.config.output).name}" for member in members}
+    run.train({**record, "adapters": folders})
     trained = []
     for i, member in enumerate(members):
         diverged = member.progress.left == "diverged"
         if not diverged:
             run.save_adapter(i, Path(member.config.output), {"data_sha256": record["data_sha256"]})
-        trained.append(TrainedPrompt.of(member, None if diverged else f"{ADAPTERS}/{folders[member.name]}"))
+        trained.append(TrainedPrompt.of(member, None if diverged else folders[member.name]))
     write_table(folder / "adapters.csv", [prompt.record() for prompt in trained])
     if lost := [member.name for member in members if member.progress.left == "diverged"]:
         raise InputError("lr", f"the loss diverged of {_some(lost)}; expected a smaller one. The others are written")
     return trained
+
+
+def train_keeping_best(config: TrainingConfig) -> list[dict[str, Any]]:
+    """Train one prompt, and leave that of its best evaluation in ``config.output``, as `TrainingRun.train` the last.
+
+    Returns the log. Raises `InputError`.
+    """
+    if config.task_column is not None and config.only_task is None:
+        raise InputError("task_column", "its values have a prompt each; expected only_task, or train_tasks for all")
+    if config.prompts_per_step is not None:
+        raise InputError("prompts_per_step", f"one prompt trains here, got {config.prompts_per_step}")
+    check_side_by_side(config)
+    folder = Path(config.output)
+    record: dict[str, Any] = {"config": config.to_dict(), "data_sha256": data_sha256(config)}
+    check_output(folder, record, config.resume)
+    data = Data(config)
+    tokenizer = adapters.load_tokenizer(config.model, config.gguf_file)
+    data.encode(tokenizer)
+    member = Member("the run", config, data)
+    run = SideBySide(config, [member], tokenizer, folder)
+    run.train(record)
+    if member.progress.left == "diverged":
+        raise InputError("lr", f"the loss diverged at step {member.step + 1}; expected a smaller one")
+    run.save_adapter(0, folder, record)
+    return member.history
 
 
 def _members(config: TrainingConfig, folder: Path) -> list[Member]:
@@ -158,11 +179,3 @@ def folder_names(values: Iterable[str]) -> dict[str, str]:
 def _folded(name: str) -> str:
     """The same for names that some file systems take for one."""
     return unicodedata.normalize("NFKD", name).casefold()
-
-
-def write_table(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Replace ``path`` by a table with a line for each record."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
