@@ -1,8 +1,8 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
 The names are memory, step, methods, common, many_prompts, small_ops, prefix_attention, prompt_lstm and trainers, which
-needs trl. By their names alone run families and integrations: they measure nothing, but try what runs packed, and write
-docs/families.md and docs/integrations.md.
+needs trl. By their names alone run families and integrations: they measure nothing, but try what runs packed, and
+write docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
