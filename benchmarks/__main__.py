@@ -19,7 +19,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
-from . import common, many_prompts, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
+from . import (  # noqa: E402
+    common,
+    many_prompts,
+    memory,
+    methods,
+    prefix_attention,
+    prompt_lstm,
+    report,
+    small_ops,
+    step,
+)
 
 
 def imported_late(name):
