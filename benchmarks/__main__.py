@@ -1,8 +1,7 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm, compiled, which needs a C++
-compiler, and trainers, which needs trl. By their names alone run families and integrations: they measure nothing, but
-try what runs packed, and write docs/families.md and docs/integrations.md.
+``--help`` has the names. compiled needs a C++ compiler, trainers needs trl. By their names alone run families and
+integrations: they measure nothing, but try what runs packed, and write docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -19,7 +18,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
-from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
+from . import (  # noqa: E402
+    common,
+    many_prompts,
+    memory,
+    methods,
+    prefix_attention,
+    prompt_lstm,
+    report,
+    small_ops,
+    step,
+)
 
 
 def imported_late(name):
@@ -36,6 +45,7 @@ BENCHMARKS = {
     "step": step.run,
     "methods": methods.run,
     "common": common.run,
+    "many_prompts": many_prompts.run,
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(**options: Any) -> None:
-    """Train a soft prompt and print the last entry of the log."""
+    """Train a soft prompt and print the last entry of the log; or train several and print what became of them."""
     from fastprompt.training import InputError, TrainingConfig, train
 
     if "verbaliser" in options:
@@ -39,8 +39,42 @@ def train(**options: Any) -> None:
         options["verbaliser"] = dict(pairs)
         if len(options["verbaliser"]) < len(pairs):
             raise InputError("verbaliser", f"a label has two words among {[label for label, _ in pairs]}")
-    history = train(TrainingConfig(**options))
-    print(json.dumps(history[-1], allow_nan=False))
+    lrs, seeds, halve_at = options.pop("lr", []), options.pop("seeds", 1), options.pop("halve_at", None)
+    if len(lrs) == 1:
+        options["lr"] = lrs[0]
+    config = TrainingConfig(**options)
+    if len(lrs) > 1 or seeds != 1:
+        result = _sweep(config, lrs or [config.learning_rate], seeds, halve_at)
+    elif halve_at is not None:
+        raise InputError("halve_at", "only a sweep drops candidates; expected several --lr or --seeds")
+    elif config.method != "multitask" and config.task_column is not None and config.only_task is None:
+        result = _train_tasks(config)
+    else:
+        result = train(config)[-1]
+    print(json.dumps(result, allow_nan=False))
+
+
+def _train_tasks(config: Any) -> dict[str, Any]:
+    """Train a prompt for each task, show them, and sum them up."""
+    from fastprompt.training import show_table, train_tasks
+
+    prompts = [prompt.record() for prompt in train_tasks(config)]
+    show_table(f"adapters of {config.output}", prompts)
+    means = {}
+    for name in ("eval_loss", "eval_accuracy"):
+        values = [prompt[name] for prompt in prompts if prompt[name] is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return {"prompts": len(prompts), **means}
+
+
+def _sweep(config: Any, lrs: list[float], seeds: int, halve_at: list[int] | None) -> dict[str, Any]:
+    """Train the candidates, show them, and return the best."""
+    from fastprompt.training import show_table, sweep
+
+    candidates = [candidate.record() for candidate in sweep(config, lrs, seeds, halve_at)]
+    show_table(f"candidates of {config.output}", candidates)
+    return candidates[0]
 
 
 def evaluate(data: str | None = None, task: str | None = None, **options: Any) -> None:
@@ -128,6 +162,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, metavar="TOKENS", help="cut longer rows at the start of their prompt")
     add("--eval-data", metavar="FILE", help="rows to evaluate on")
     add("--eval-fraction", type=float, metavar="F", help="or: the part of --data to hold out for it")
+    add("--data-seed", type=int, help="of the held-out rows and the order of the others (default: --seed)")
 
     add = parser.add_argument_group("soft prompt").add_argument
     add("--method", help="prompt-tuning (default), prefix-tuning, p-tuning or multitask")
@@ -141,15 +176,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--encoder", help="p-tuning: lstm (default) or mlp")
     add("--encoder-hidden-size", type=int, metavar="N", help="width of either (default: as the keys; p-tuning: 128)")
 
+    add = parser.add_argument_group("many prompts at once, side by side in the same batches").add_argument
+    add("--task-column", metavar="NAME", help="a prompt for each value of this column; multitask: the task of each row")
+    add("--only-task", metavar="VALUE", help="or: one prompt, for the rows with this value")
+    add("--seeds", type=int, metavar="N", help="with several --lr or this a sweep: so many seeds, from --seed on")
+    halve = "drop the worse half of a sweep after these steps (default: until one is left; without STEP: never)"
+    add("--halve-at", type=int, nargs="*", metavar="STEP", help=halve)
+    add("--prompts-per-step", type=int, metavar="N", help="how many meet in a batch (default: as few as fill it)")
+
     add = parser.add_argument_group("multitask").add_argument
-    add("--task-column", metavar="NAME", help="the task of each row (default: all rows are one task)")
     add("--num-ranks", type=int, metavar="R", help="rank of a task's factors (default 1)")
     add("--source", metavar="DIR", help="start from the prompt of this multitask run")
     add("--source-init", help="with the average of its tasks (default), the exact factors of one, or its shared prompt")
     add("--source-task", metavar="NAME", help="which one, for exact")
 
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
-    add("--lr", type=float, help="default 0.02; prefix-tuning 0.01, with --projection 0.001; p-tuning 0.001")
+    rates = "default 0.02; prefix-tuning 0.01, with --projection 0.001; p-tuning 0.001; several: the best is kept"
+    add("--lr", type=float, nargs="+", help=rates)
     add("--schedule", help="linear (default), cosine or constant")
     add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default 0)")
     add("--weight-decay", type=float, help="default 0")
@@ -166,6 +209,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--keep-checkpoints", type=int, metavar="N", help="how many of the newest to keep (default 2)")
     add("--eval-steps", type=int, metavar="STEPS", help="evaluate each so many steps (default: at the end)")
     add("--eval-rows", type=int, metavar="ROWS", help="on so many held-out rows (default: all, as at the end)")
+    add("--keep-best", action="store_true", help="keep the prompt of the best evaluation in place of the last one")
+    add("--patience", type=int, metavar="N", help="and stop after so many evaluations without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
 
 

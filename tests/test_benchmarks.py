@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, memory, methods, models, small_ops, step
+from benchmarks import common, many_prompts, memory, methods, models, small_ops, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -107,6 +107,13 @@ def test_common_text_is_right_and_reported(tmp_path, capsys):
     assert common.run(tmp_path, quick=True, sizes=TINY)
     printed = capsys.readouterr().out
     assert all(method in printed for method in models.METHODS)
+
+
+@pytest.mark.parametrize("method", ["Prompt Tuning", "Prefix-Tuning", "P-Tuning"])
+def test_many_prompts_are_right_and_reported(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(many_prompts, "CASES", [(method, 2, 3)] * 4)
+    assert many_prompts.run(tmp_path, quick=True, sizes=TINY)
+    assert "overhead" in capsys.readouterr().out and (tmp_path / "many_prompts.csv").exists()
 
 
 def test_memory_compares_two_processes(tmp_path, capsys):

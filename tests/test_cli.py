@@ -149,8 +149,12 @@ def test_help_answers_without_torch(command):
         ([*TRAIN, "--data", "d.csv", "--steps", "0", *COLUMNS], "--steps: expected at least 1, got 0"),
         ([*TRAIN, "--data", "d.txt", "--steps", "1", *COLUMNS], "'d.txt' ends in '.txt'"),
         (
-            [*TRAIN, "--data", "d.csv", "--steps", "1", *COLUMNS, "--task-column", "t"],
-            "--task-column: only multitask can use it",
+            [*TRAIN, "--data", "d.csv", "--steps", "1", *COLUMNS, "--only-task", "t"],
+            "--only-task: expected a task_column too",
+        ),
+        (
+            [*TRAIN, "--data", "d.csv", "--steps", "1", *COLUMNS, "--halve-at", "1"],
+            "--halve-at: only a sweep drops candidates; expected several --lr or --seeds",
         ),
         (["eval", "--adapter", "."], "--adapter"),
         (["inspect", "--adapter", "."], "--adapter"),

@@ -200,6 +200,27 @@ def test_same_bits_every_time(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(True, False, False), (True, True, True)])
+def test_the_loss_of_each_row(backend, needs, small_blocks):
+    """With a gradient of its own for each of them."""
+    hidden, weight, bias, labels = inputs(rows=9)
+    labels[3] = -100
+    factor = torch.arange(1.0, 10, dtype=torch.float64)
+
+    def plain_rows(hidden, weight, bias, labels):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    results = []
+    for function in (lambda *x: linear_cross_entropy(*x, reduction="none", backend=backend), plain_rows):
+        leaves = [x.clone().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs)]
+        losses = function(*leaves, labels)
+        losses.backward(factor)
+        results.append([losses.detach(), *(x.grad for x in leaves)])
+    assert_same(*results, **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend):
     tensors = inputs(dtype=torch.float32)
     expected = run(linear_cross_entropy, *tensors, needs=(True,) * 3, backend=backend)
@@ -214,7 +235,7 @@ def test_opcheck(backend):
     for given, need in ((bias, True), (None, False)):
         arguments = (hidden, weight, given, labels, -100, need, backend)
         torch.library.opcheck(torch.ops.fastprompt.linear_cross_entropy.default, arguments)
-        arguments = (torch.ones(()), hidden, weight, given, labels, torch.zeros(7), -100, need, True, True, backend)
+        arguments = (torch.ones(7), hidden, weight, given, labels, torch.zeros(7), -100, need, True, True, backend)
         torch.library.opcheck(torch.ops.fastprompt.linear_cross_entropy_backward.default, arguments)
 
 
@@ -261,14 +282,14 @@ def test_buffers_are_bounded_on_any_device(rows, vocabulary, width, dtype):
     counted = hidden.new_empty(rows, dtype=torch.bool)
     with Largest({hidden.shape, weight.shape, weight.t().shape}) as largest:
         _, lse, _ = blocked.forward(hidden, weight, bias, labels, counted, True)
-        blocked.backward(lse[0], hidden, weight, bias, labels, counted, lse, (True, True, True))
+        blocked.backward(lse, hidden, weight, bias, labels, counted, lse, (True, True, True))
     assert 1 << 20 < largest.bytes <= 33 << 20
 
 
 def test_the_autograd_function_is_public():
     hidden, weight, bias, labels = inputs()
-    loss = LinearCrossEntropy.apply(hidden, weight, bias, labels, -100, "auto")
-    torch.testing.assert_close(loss, plain(hidden, weight, bias, labels))
+    losses = LinearCrossEntropy.apply(hidden, weight, bias, labels, -100, "auto")
+    torch.testing.assert_close(losses.sum(), plain(hidden, weight, bias, labels))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +306,7 @@ def test_the_autograd_function_is_public():
         (dict(bias=torch.zeros(8).double()), ValueError, r"bias must have shape \[9\], got \[8\]"),
         (dict(weight=torch.zeros(0, 5).double(), bias=None), ValueError, "weight must have a row for every class"),
         (dict(weight=torch.zeros(9, 5, device="meta").double()), ValueError, "weight must be on cpu like hidden"),
+        (dict(reduction="mean"), ValueError, 'reduction must be "sum" or "none", got \'mean\''),
         (dict(backend="fast"), ValueError, "backend of linear_cross_entropy must be 'auto' or one of"),
         (dict(backend="cpu"), RuntimeError, "'cpu' of linear_cross_entropy cannot run this call"),
     ],

@@ -273,6 +273,8 @@ class Engine:
             own = found.why_not_loss_of_logits(request.num_items_in_batch)
             if own is not None and not (request.own_forward and found.packs_own_loss):
                 return own
+        if request.each_label and not self._head.is_cross_entropy:
+            return f"{type(self.base).__name__} computes a loss of its own"
         if found.returns_cache and not found.makes_cache and self._wants_cache(request):
             return "its cache holds other values than packed rows leave; pass use_cache=False"
         return None

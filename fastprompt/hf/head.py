@@ -29,6 +29,11 @@ class LanguageHead:
     runner: Runner
     abilities: Abilities
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Is the model's loss the mean cross-entropy of its labels?"""
+        return self.base.loss_function is ForCausalLMLoss
+
     def step(self, request: Request, plan: RowPlan, rows: torch.Tensor) -> CausalLMOutputWithPast:
         """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
         head, shared = self.base.get_output_embeddings(), request.shared
@@ -36,9 +41,12 @@ class LanguageHead:
             label_rows, labels = _labelled(plan)
             states = self.runner.states(plan, rows, shared)
             hidden = gathered(states.last_hidden_state[0], label_rows)
-            total = linear_cross_entropy(hidden, head.weight, head.bias, labels.to(hidden.device))
-            items = request.num_items_in_batch
-            loss = total / (len(labels) if items is None else items)
+            reduction = "none" if request.each_label else "sum"
+            labels = labels.to(hidden.device)
+            loss = linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
+            if not request.each_label:
+                items = request.num_items_in_batch
+                loss = loss / (len(labels) if items is None else items)
             return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype))
         label_rows = label_rows_of(request, plan)
         # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
@@ -72,14 +80,17 @@ class LanguageHead:
         """The loss of the labelled rows' logits ``[M, V]``."""
         if request.loss is not None:
             return request.loss(logits)
-        return loss_of_logits(self.base, logits, _labelled(plan)[1].to(logits.device), request.num_items_in_batch)
+        labels = _labelled(plan)[1].to(logits.device)
+        if request.each_label:
+            return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return loss_of_logits(self.base, logits, labels, request.num_items_in_batch)
 
     def _chunked_loss(self, head, plan, rows):
         return (
             len(plan.labels) > ROWS
             and self.abilities.plain_head
             and is_plain_linear(head)  # still
-            and self.base.loss_function is ForCausalLMLoss
+            and self.is_cross_entropy
             and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
             and (rows.dtype == torch.float32 or not rows.is_floating_point())
             and not torch.is_autocast_enabled(rows.device.type)

@@ -39,6 +39,8 @@ class Request:
             those of the first prompt.
         loss: a loss of the front's own in place of the model's, with the rows it is taken from; see Loss.
         num_items_in_batch: what to divide the summed loss by; None: the number of labels.
+        each_label: is the cross-entropy of each label wanted, ``[M]`` in the order of the plan's labels, and not one
+            number? In training only.
         training: is it a step of training? Then the loss of a causal LM with labels is wanted, and its logits are
             computed only if somebody reads them.
         use_cache: are keys and values wanted with the logits? None: as the model's config says.
@@ -61,6 +63,7 @@ class Request:
     flat: bool = False
     loss: Loss | None = None
     num_items_in_batch: torch.Tensor | int | None = None
+    each_label: bool = False
     training: bool = False
     use_cache: bool | None = False
     own_forward: bool = False

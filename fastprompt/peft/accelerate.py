@@ -110,8 +110,13 @@ def restore(peft_model: PeftModel) -> PeftModel:
 
 def engine_of(module: torch.nn.Module) -> Engine | None:
     """The engine of an accelerated model; None if it is not."""
-    state = module.__dict__.get(_STATE)
+    state = state_of(module)
     return None if state is None else state.engine
+
+
+def state_of(module: torch.nn.Module) -> Any:
+    """What an accelerated model remembers; None if it is not accelerated."""
+    return module.__dict__.get(_STATE)
 
 
 class _State:

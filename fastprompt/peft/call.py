@@ -245,17 +245,7 @@ class Call:
 
     def _shared_of_active(self):
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
-        if not isinstance(cache, Cache):
-            raise CannotPack(f"its prefix is a {type(cache).__name__}")
-        shared = SharedState.of_cache(cache, self.engine.base.config)
-        reason = self.engine.why_not_prefix(
-            lambda: SharedState.of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config),
-            (self.model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
-            self.state.original(self.model),
-        )
-        if reason is not None:
-            raise CannotPack(reason)
-        return shared
+        return shared_of(self.model, self.state, cache)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
@@ -316,6 +306,26 @@ class Call:
         cells = row * (front + width) + column
         names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
         return {name: given[name].flatten(0, 1)[cells] for name in names}
+
+
+def shared_of(model: PeftModel, state: Any, cache: Any) -> SharedState:
+    """The keys and values of the active adapter, from what ``model.get_prompt(batch_size=1)`` gave.
+
+    Raises:
+        CannotPack: behind them packed rows would not give what PEFT's own forward does.
+    """
+    if not isinstance(cache, Cache):
+        raise CannotPack(f"its prefix is a {type(cache).__name__}")
+    engine, give = state.engine, cast(Any, model.get_prompt)
+    shared = SharedState.of_cache(cache, engine.base.config)
+    reason = engine.why_not_prefix(
+        lambda: SharedState.of_cache(give(batch_size=1), engine.base.config),
+        (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
+        state.original(model),
+    )
+    if reason is not None:
+        raise CannotPack(reason)
+    return shared
 
 
 def _says_something(value):

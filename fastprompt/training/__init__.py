@@ -9,14 +9,21 @@ from .evaluation import completion_log_probs, evaluate
 from .files import read_record
 from .inference import TrainedAdapter
 from .run import TrainingRun, train
+from .stacked_adamw import StackedAdamW
+from .sweep import Candidate, sweep
+from .tables import show_table
+from .tasks import TrainedPrompt, train_tasks
 
 __all__ = [
+    "Candidate",
     "Encoded",
     "Example",
     "InputError",
+    "StackedAdamW",
     "StoredAdapter",
     "Task",
     "TrainedAdapter",
+    "TrainedPrompt",
     "TrainingConfig",
     "TrainingRun",
     "collate",
@@ -32,6 +39,9 @@ __all__ = [
     "read_adapter",
     "read_record",
     "read_rows",
+    "show_table",
     "split_rows",
+    "sweep",
     "train",
+    "train_tasks",
 ]

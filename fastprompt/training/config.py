@@ -32,6 +32,8 @@ OPTIONAL_COUNTS = (
     "eval_rows",
     "encoder_hidden_size",
     "num_ranks",
+    "patience",
+    "prompts_per_step",
 )
 
 
@@ -42,13 +44,17 @@ class TrainingConfig:
     Model: ``model`` is a folder or a hub name, ``gguf_file`` a GGUF file in it, ``precision`` that of the frozen
     weights (the prompt is always trained in fp32).
     Data: see `Task` for the columns, ``template`` and ``verbaliser``. Rows to evaluate on come from ``eval_data`` or
-    are held out of ``data`` (``eval_fraction``, by a shuffle with ``seed``). ``max_length`` bounds a row's tokens.
+    are held out of ``data`` (``eval_fraction``, by a shuffle with ``data_seed``, which the order of the rows comes from
+    too; None: ``seed``). ``max_length`` bounds a row's tokens. ``only_task``: the rows with this value in
+    ``task_column``, and no others (multitask has all of them).
     Prompt: ``method``, ``num_virtual_tokens``, and ``init``: ``random``, ``vocab`` (embeddings of random tokens),
     ``text`` (what ``init_text``, cut or repeated to fit, is to the frozen model: embeddings, or keys and values) or
     ``zero`` (values that are zero). Which of these a method takes stands in `methods.METHODS`.
     ``prefix-tuning``: ``projection`` trains an MLP in front of the keys and values, ``encoder_hidden_size`` wide
     (default: as wide as the keys of a layer).
     ``p-tuning``: ``encoder`` (``lstm``, the default, or ``mlp``), ``encoder_hidden_size`` wide (default 128).
+    Several prompts: `train_tasks` trains one for each value of ``task_column``, `sweep` one for each of several
+    learning rates and seeds; ``prompts_per_step`` of them meet in a batch (None: few, that together have enough rows).
     ``multitask``: the task of each row stands in ``task_column`` (None: all rows are one task); each has factors of
     rank ``num_ranks`` (default 1). ``source`` is a finished multitask run to start from: with the ``average`` of its
     tasks (the default), with the ``exact`` factors of its task ``source_task``, or with its ``shared`` prompt alone
@@ -58,7 +64,9 @@ class TrainingConfig:
     to ``tokens_per_batch`` real tokens, per device. ``max_grad_norm`` 0 never clips.
     Output: folder ``output``; a checkpoint each ``save_steps`` steps, of which the newest ``keep_checkpoints`` stay;
     an evaluation each ``eval_steps`` steps (None: only at the end), on the first ``eval_rows`` held-out rows (None: on
-    all, as at the end). ``resume`` goes on from the newest checkpoint in ``output``, or starts if there is none.
+    all, as at the end). ``keep_best`` keeps the prompt of the evaluation with the lowest loss in place of the last one,
+    and ``patience`` does, and ends the run after so many evaluations without a lower one. ``resume`` goes on from the
+    newest checkpoint in ``output``, or starts if there is none.
     """
 
     model: str
@@ -74,6 +82,8 @@ class TrainingConfig:
     verbaliser: dict[str, str] | None = None
     eval_data: str | None = None
     eval_fraction: float | None = None
+    data_seed: int | None = None
+    only_task: str | None = None
     max_length: int | None = None
     method: str = "prompt-tuning"
     num_virtual_tokens: int = 20
@@ -102,6 +112,9 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     eval_steps: int | None = None
     eval_rows: int | None = None
+    keep_best: bool = False
+    patience: int | None = None
+    prompts_per_step: int | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +133,7 @@ class TrainingConfig:
             self._expect(name, value is None or value >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("data_seed", self.data_seed is None or self.data_seed >= 0, "at least 0")
         self._expect("lr", self.lr is None or 0 < self.lr <= _LARGEST_LR, f"more than 0 and at most {_LARGEST_LR}")
         self._expect("epochs", self.epochs is None or self.epochs > 0, "more than 0")
         self._expect("eval_fraction", self.eval_fraction is None or 0 < self.eval_fraction < 1, "between 0 and 1")
@@ -133,6 +147,8 @@ class TrainingConfig:
         for name in ("eval_steps", "eval_rows"):
             if getattr(self, name) is not None and self.eval_data is None and self.eval_fraction is None:
                 raise InputError(name, "nothing to evaluate on; expected eval_data or eval_fraction too")
+        for name in ("keep_best", "patience"):
+            self._expect(name, not getattr(self, name) or self.eval_steps is not None, "eval_steps too")
         self._make_task()  # checks the columns, the template and the verbaliser
 
     @property
@@ -141,7 +157,10 @@ class TrainingConfig:
         return self._make_task()
 
     def _make_task(self) -> Task:
-        return Task(**{field.name: getattr(self, field.name) for field in fields(Task) if hasattr(self, field.name)})
+        values = {field.name: getattr(self, field.name) for field in fields(Task) if hasattr(self, field.name)}
+        if self.method != "multitask":  # each value has a prompt, and a run, of its own
+            values["task_column"] = None
+        return Task(**values)
 
     @property
     def learning_rate(self) -> float:
@@ -150,6 +169,16 @@ class TrainingConfig:
             return self.lr
         method = METHODS[self.method]
         return method.lr_projected if self.projection and method.lr_projected else method.lr
+
+    @property
+    def rows_seed(self) -> int:
+        """What the held-out rows and the order of the others come from."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def keeps_best(self) -> bool:
+        """Is the prompt kept that had the lowest held-out loss, and not the last one?"""
+        return self.keep_best or self.patience is not None
 
     def to_dict(self) -> dict:
         """The fields as JSON values. Paths are absolute, so that they hold from another folder too."""
@@ -166,6 +195,9 @@ class TrainingConfig:
             takers = [method for method in METHODS if name in METHODS[method].options]
             if getattr(self, name) and self.method not in takers:
                 raise InputError(name, f"only {' and '.join(takers)} can use it, got method={self.method!r}")
+        if self.only_task is not None:
+            self._expect("only_task", self.task_column is not None, "a task_column too")
+            self._expect("only_task", self.method != "multitask", "none with method='multitask', which has all tasks")
         if self.projection and self.init == "text":
             raise InputError("init", "a projection cannot be made to put out a text's keys and values; got projection")
         if self.encoder_hidden_size is not None and self.method == "prefix-tuning" and not self.projection:

@@ -85,6 +85,14 @@ def _no_name_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
+def rows_by_task(rows: Sequence[dict[str, str]], column: str, source: str = "data") -> dict[str, list[dict[str, str]]]:
+    """The rows of each value of a column, the values sorted. ``source`` is what errors call the rows."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for name, row in _named(rows, source):
+        found.setdefault(_name(row, column, "task_column", name), []).append(row)
+    return {task: found[task] for task in sorted(found)}
+
+
 def split_rows(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
     """``(train, held_out)``: a seeded shuffle, then ``fraction`` of the rows held out (at least one of each)."""
     if len(rows) < 2:

@@ -10,13 +10,12 @@ from transformers import set_seed
 from ..peft.renamed_cache import right_generation
 from . import adapters
 from .config import TrainingConfig
-from .data import read_rows
 from .encoding import encode_examples
 from .errors import InputError
 from .evaluation import evaluate
 from .files import read_record
 from .identity import check_base
-from .run import Data, data_sha256
+from .run_data import Data, data_sha256, read_task_rows
 
 
 class TrainedAdapter:
@@ -30,6 +29,9 @@ class TrainedAdapter:
         self, adapter: str, model: str | None = None, gguf_file: str | None = None, precision: str | None = None
     ) -> None:
         record = read_record(Path(adapter))
+        if folders := list(record.get("adapters", {}).values()):
+            names = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+            raise InputError("adapter", f"{adapter!r} holds several runs; expected the folder of one of them: {names}")
         moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
         try:
             self.config = TrainingConfig(**{**record["config"], **{k: v for k, v in moved.items() if v is not None}})
@@ -68,7 +70,7 @@ class TrainedAdapter:
 
     def _examples(self, data):
         """The rows of a file; what is wrong with them is wrong with the file."""
-        rows = read_rows(data)
+        rows = read_task_rows(self.config, data)
         try:
             return self.task.examples(rows)
         except InputError as error:

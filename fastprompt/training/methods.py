@@ -33,6 +33,6 @@ METHODS = {
     "multitask": Method(
         inits=("random", "vocab", "text"),
         lr=0.02,
-        options=("task_column", "num_ranks", "source", "source_init", "source_task"),
+        options=("num_ranks", "source", "source_init", "source_task"),
     ),
 }

@@ -23,16 +23,17 @@ def forward(hidden, weight, bias, labels, counted, need_hidden):
     rows, columns = _block(hidden)
     dtype = accumulator(hidden.dtype)
     lse = hidden.new_empty(len(hidden), dtype=dtype)
+    losses = torch.empty_like(lse)
     dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=dtype)
-    total = lse.new_zeros(())
     for at in range(0, len(hidden), rows):
         part = slice(at, at + rows)
         grad = dhidden[part] if need_hidden else None
         target = _block_of_rows(hidden[part], weight, bias, labels[part], columns, lse[part], grad)
-        total += (lse[part] - target).masked_fill_(~counted[part], 0.0).sum()
+        torch.sub(lse[part], target, out=losses[part])
+    losses.masked_fill_(~counted, 0.0)
     if need_hidden:
         dhidden.masked_fill_(~counted[:, None], 0.0)
-    return total, lse, dhidden
+    return losses, lse, dhidden
 
 
 def _block_of_rows(hidden, weight, bias, labels, columns, lse, grad):
@@ -75,7 +76,7 @@ def backward(grad, hidden, weight, bias, labels, counted, lse, needs):
             slope.sub_(lse[part, None]).exp_()
             here, column = _inside(labels[part], at, len(block))
             slope.scatter_add_(1, column[:, None], -here[:, None].to(slope.dtype))
-            slope.masked_fill_(~counted[part, None], 0.0).mul_(grad)
+            slope.masked_fill_(~counted[part, None], 0.0).mul_(grad[part, None])
             if needs[0]:
                 _add_product(dhidden[part], slope, block)
             if needs[1]:
