@@ -31,12 +31,14 @@ class Turn:
     """What stands in a cache that a call returned.
 
     Attributes:
-        rows: the prompts of its rows.
+        model: the base model.
+        prompts: what the prompts of its rows are called, if they have names.
         given: ``[B, S]`` booleans, the mask of the text as it was given.
         columns: ``[B, n]`` int64, 1 where one of the cache's first n columns, prompt and text, is real.
     """
 
-    rows: tuple[PromptState, ...]
+    model: PreTrainedModel
+    prompts: tuple[Any, ...]
     given: torch.Tensor
     columns: torch.Tensor
 
@@ -58,22 +60,25 @@ class Mixed:
         self._has_attention = bool(layers_with_keys(base.config))
         self._rope_limit = rope_limit(backbone_of(base))
         self._parameters = inspect.signature(base.forward).parameters
-        prepare = inspect.signature(base.prepare_inputs_for_generation).parameters
-        self._takes_embeds = "inputs_embeds" in prepare and not needs_ids
+        prepare: Any = base.prepare_inputs_for_generation
+        self._takes_embeds = "inputs_embeds" in inspect.signature(prepare).parameters and not needs_ids
 
     def generate(
         self,
         rows: Sequence[PromptState] | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        *,
+        prompts: Sequence[Any] | None = None,
         **options: Any,
     ) -> Any:
         """What ``base.generate`` returns, each row as if it stood alone behind its prompt; the text as given in front.
 
         Args:
-            rows: what stands in front of each of the B rows; None with ``past_key_values``: the same as before.
+            rows: what stands in front of each of the B rows; None with ``past_key_values``, which has it.
             input_ids: ``[B, S]``; with ``past_key_values`` all of the text, that of earlier turns, too.
             attention_mask: ``[B, S]``, padded on any side; None: everything is text.
+            prompts: names of the rows, which a later turn may repeat.
             options: of ``generate``; ``past_key_values`` is a cache that an earlier call returned.
 
         Raises:
@@ -86,7 +91,7 @@ class Mixed:
         if asked.assisted and batch != 1:
             raise ValueError(f"input_ids must have one row for assisted decoding, got {batch}")
         if past is not None:
-            return self._go_on(past, rows, input_ids, attention_mask, asked)
+            return self._go_on(past, prompts, input_ids, attention_mask, asked)
         if rows is None or len(rows) != batch:
             raise ValueError(f"prompts must have one entry for each of the {batch} rows, got {rows and len(rows)}")
         text = MixedText.of(input_ids, attention_mask)
@@ -96,25 +101,28 @@ class Mixed:
         stepwise = seen or asked["prefill_chunk_size"] is not None
         if stepwise:
             self._check_stepwise(asked, "attention_mask with padding" if seen else "prefill_chunk_size")
-        given, rows = checked_mask(input_ids, attention_mask), tuple(rows)
+        given = checked_mask(input_ids, attention_mask)
         with torch.no_grad(), running(AsBefore()):
             held, ahead = rows, text.mask
             if stepwise:
                 held, ahead = self._advanced(rows, text, asked["prefill_chunk_size"]), text.mask[:, -1:]
             columns = torch.cat([virtual_columns(held, ahead.device), ahead], 1)
             cache = self._filled(held, asked, reach)
-            return self._run(asked, input_ids, text, columns, cache, Turn(rows, given, columns), stepwise)
+            turn = Turn(self.base, tuple(prompts or [None] * batch), given, columns)
+            return self._run(asked, input_ids, text, columns, cache, turn, stepwise)
 
-    def _go_on(self, past, rows, input_ids, attention_mask, asked):
+    def _go_on(self, past, prompts, input_ids, attention_mask, asked):
         """A turn behind those that a cache holds."""
         turn = vars(past).get(_TURN)
-        if turn is None:
+        if turn is None or turn.model is not self.base:
             raise ValueError(
                 "past_key_values must be a cache that an earlier call returned, with return_dict_in_generate=True and "
                 f"without beams, got a {type(past).__name__}"
             )
-        if rows is not None and [id(row) for row in rows] != [id(row) for row in turn.rows]:
-            raise ValueError("prompts must be those of the earlier turns, or None, with past_key_values")
+        if prompts is not None and tuple(prompts) != turn.prompts:
+            raise ValueError(
+                f"prompts must be None or those of the earlier turns with past_key_values, got {list(prompts)}"
+            )
         if asked["cache_implementation"] is not None:
             raise ValueError("cache_implementation must be None with past_key_values")
         if asked.expansion > 1:
@@ -150,7 +158,7 @@ class Mixed:
         with torch.no_grad(), running(AsBefore()):
             vars(past).pop(_TURN)  # no more what it was, should this call not end
             self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
-            turn = Turn(turn.rows, real, columns)
+            turn = Turn(self.base, turn.prompts, real, columns)
             whole = MixedText(torch.cat([input_ids[:, :held].long(), new.ids], 1), real.long())
             return self._run(asked, input_ids, whole, columns, past, turn, stepwise=True)
 
@@ -185,7 +193,8 @@ class Mixed:
         if cache is not None and asked.num_beams == 1:
             times = asked.returned
             given, columns = (x.repeat_interleave(times, 0) for x in (turn.given, turn.columns))
-            vars(cache)[_TURN] = Turn(tuple(row for row in turn.rows for _ in range(times)), given, columns)
+            repeated = tuple(prompt for prompt in turn.prompts for _ in range(times))
+            vars(cache)[_TURN] = Turn(self.base, repeated, given, columns)
         return result
 
     def _filled(self, rows, asked, reach):
