@@ -186,7 +186,7 @@ class PromptBank:
 
         Args:
             input_ids, attention_mask, prompts: see :meth:`generate`.
-            completions: K completions for every row, the ids of one or more tokens each; or a list of such for each row.
+            completions: K completions for every row, the ids of one or more tokens each; or such a list for each row.
 
         Returns:
             ``[B, K]`` fp32 log-probabilities, summed over the tokens of a completion; or a list of ``[K_b]``.
