@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+)
 
 from .cache_names import CACHE_NAMES, cache_argument
 from .generation_options import GenerationOptions
@@ -152,14 +159,16 @@ class Mixed:
                 "attention_mask must be 1 on all that stands behind the first turn, for a model whose layers keep a "
                 "state or a sliding window"
             )
-        limit = past.get_max_length() if isinstance(past, StaticCache) and hasattr(past, "get_max_length") else None
-        if limit is not None and 0 <= limit < reach - 1:
+        limit = _room(past)
+        if limit is not None and limit < reach - 1:
             raise ValueError(f"max_new_tokens must leave room in a static cache of {limit} positions, got {reach}")
         with torch.no_grad(), running(AsBefore()):
             vars(past).pop(_TURN)  # no more what it was, should this call not end
             self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
             turn = Turn(self.base, turn.prompts, real, columns)
-            whole = MixedText(torch.cat([input_ids[:, :held].long(), new.ids], 1), real.long())
+            whole = MixedText(
+                torch.cat([input_ids[:, :held].long(), new.ids], 1), torch.cat([real[:, :held].long(), new.mask], 1)
+            )
             return self._run(asked, input_ids, whole, columns, past, turn, stepwise=True)
 
     def _run(self, asked, input_ids, text, columns, cache, turn, stepwise):
@@ -167,9 +176,11 @@ class Mixed:
         options = asked.for_generate(input_ids.shape[1])
         options.update(cache_argument(self.base.forward, cache))
         ids, last = text.ids, text.ids[:, -1:]
-        if asked.penalises_repetition:  # padding is none
+        if asked.penalises_repetition:
+            # Padding is no text, nor does the mask begin where the ids do, by which transformers would tell.
             first = ids.gather(1, text.mask.argmax(1, keepdim=True))
             ids = torch.where(text.mask.bool(), ids, first)
+            options["logits_processor"] = _with_repetition_penalty(asked)
         if not self._has_attention:
             columns = text.mask if not stepwise else torch.ones_like(last)
         if stepwise and self._takes_embeds:
@@ -265,3 +276,17 @@ class Mixed:
             raise NotImplementedError(f"{what} cannot be used with assisted decoding")
         if (option := asked.reads_input_apart if self._takes_embeds else asked.reads_text) is not None:
             raise NotImplementedError(f"{what} cannot be used with {option} before a {type(self.base).__name__}")
+
+
+def _room(cache):
+    """How many positions a static cache has in layers that keep all of them; None: there is no end."""
+    sizes = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len") and not layer.is_sliding]
+    return min(sizes, default=None)
+
+
+def _with_repetition_penalty(asked):
+    """The processors of a call, and a penalty that counts all ids."""
+    processors = LogitsProcessorList(asked["logits_processor"] or [])
+    if not any(type(x) is RepetitionPenaltyLogitsProcessor for x in processors):
+        processors.append(RepetitionPenaltyLogitsProcessor(float(asked["repetition_penalty"])))
+    return processors
