@@ -6,7 +6,7 @@ from an earlier call, the cache is brought to the last token of each row first.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,21 @@ class Mixed:
     ) -> Any:
         """What ``base.generate`` returns, each row as if it stood alone behind its prompt; the text as given in front.
 
+        Arguments and errors are those of :meth:`prepare`.
+        """
+        return self.prepare(rows, input_ids, attention_mask, prompts=prompts, **options)()
+
+    def prepare(
+        self,
+        rows: Sequence[PromptState] | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prompts: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Callable[[], Any]:
+        """Look through a call of :meth:`generate`; the function that is returned runs it.
+
         Args:
             rows: what stands in front of each of the B rows; None with ``past_key_values``, which has it.
             input_ids: ``[B, S]``; with ``past_key_values`` all of the text, that of earlier turns, too.
@@ -108,15 +123,18 @@ class Mixed:
         stepwise = seen or asked["prefill_chunk_size"] is not None
         if stepwise:
             self._check_stepwise(asked, "attention_mask with padding" if seen else "prefill_chunk_size")
-        given = checked_mask(input_ids, attention_mask)
-        with torch.no_grad(), running(AsBefore()):
-            held, ahead = rows, text.mask
-            if stepwise:
-                held, ahead = self._advanced(rows, text, asked["prefill_chunk_size"]), text.mask[:, -1:]
-            columns = torch.cat([virtual_columns(held, ahead.device), ahead], 1)
-            cache = self._filled(held, asked, reach)
-            turn = Turn(self.base, tuple(prompts or [None] * batch), given, columns)
-            return self._run(asked, input_ids, text, columns, cache, turn, stepwise)
+        given, called = checked_mask(input_ids, attention_mask), tuple(prompts or [None] * batch)
+
+        def run():
+            with torch.no_grad(), running(AsBefore()):
+                held, ahead = rows, text.mask
+                if stepwise:
+                    held, ahead = self._advanced(rows, text, asked["prefill_chunk_size"]), text.mask[:, -1:]
+                columns = torch.cat([virtual_columns(held, ahead.device), ahead], 1)
+                cache, turn = self._filled(held, asked, reach), Turn(self.base, called, given, columns)
+                return self._run(asked, input_ids, text, columns, cache, turn, stepwise)
+
+        return run
 
     def _go_on(self, past, prompts, input_ids, attention_mask, asked):
         """A turn behind those that a cache holds."""
@@ -162,14 +180,17 @@ class Mixed:
         limit = _room(past)
         if limit is not None and limit < reach - 1:
             raise ValueError(f"max_new_tokens must leave room in a static cache of {limit} positions, got {reach}")
-        with torch.no_grad(), running(AsBefore()):
-            vars(past).pop(_TURN)  # no more what it was, should this call not end
-            self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
-            turn = Turn(self.base, turn.prompts, real, columns)
-            whole = MixedText(
-                torch.cat([input_ids[:, :held].long(), new.ids], 1), torch.cat([real[:, :held].long(), new.mask], 1)
-            )
-            return self._run(asked, input_ids, whole, columns, past, turn, stepwise=True)
+
+        def run():
+            with torch.no_grad(), running(AsBefore()):
+                vars(past).pop(_TURN)  # no more what it was, should this call not end
+                self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
+                ids = torch.cat([input_ids[:, :held].long(), new.ids], 1)
+                mask = torch.cat([real[:, :held].long(), new.mask], 1)
+                turn_after = Turn(self.base, turn.prompts, real, columns)
+                return self._run(asked, input_ids, MixedText(ids, mask), columns, past, turn_after, stepwise=True)
+
+        return run
 
     def _run(self, asked, input_ids, text, columns, cache, turn, stepwise):
         """The model's own ``generate`` on a cache that holds what stands in front, or all but the last column."""
