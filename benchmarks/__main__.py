@@ -50,6 +50,7 @@ BENCHMARKS = {
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
     "compiled": imported_late("compiled"),
+    "serve": imported_late("serve"),
     "trainers": imported_late("trainers"),
     "families": imported_late("families"),
     "integrations": imported_late("integrations"),
