@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from .peft.accelerate import accelerate, get_peft_model, restore
     from .peft.model import SoftPromptModel
     from .peft.stats import StatsCallback, stats
+    from .serving.compile import CompiledPrompt, compile_prompt
 
 __all__ = [
+    "CompiledPrompt",
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
@@ -36,6 +38,7 @@ __all__ = [
     "StatsCallback",
     "Template",
     "accelerate",
+    "compile_prompt",
     "distillation_loss",
     "ensemble_vote",
     "gated_activation",
@@ -55,6 +58,7 @@ __all__ = [
 # Where each of these names stands. They are imported when they are asked for: `fastprompt --help` needs no torch, and
 # the operators need neither transformers nor PEFT.
 _MODULES = {
+    "CompiledPrompt": "serving.compile",
     "MultitaskPromptTuning": "methods",
     "PTuning": "methods",
     "PrefixTuning": "methods",
@@ -64,6 +68,7 @@ _MODULES = {
     "StatsCallback": "peft.stats",
     "Template": "hf.template",
     "accelerate": "peft.accelerate",
+    "compile_prompt": "serving.compile",
     "distillation_loss": "methods",
     "ensemble_vote": "methods",
     "gated_activation": "ops",

@@ -1,0 +1,1 @@
+"""One frozen model and hundreds of prompts: compiled, kept in a bank, mixed row by row."""
