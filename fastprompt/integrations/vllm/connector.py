@@ -70,6 +70,8 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
     scheduler it is a load that takes a step, and of which the workers then report that it failed.
     """
 
+    _layers: PromptLayers  # in a worker, once it has its caches
+
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         check_engine(vllm_config, kv_cache_config)
@@ -79,7 +81,6 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
         self._step = Loads()  # of the step that is being scheduled
         self._shapes: dict[int, tuple[list[int], list[int]]] = {}  # of all workers' layers
         self._null_block = 0
-        self._layers: PromptLayers | None = None  # in a worker
         self._failed_requests: set[str] = set()
         self._failed_blocks: set[int] = set()
 
@@ -155,8 +156,8 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         self._layers = PromptLayers(self._vllm_config, self._kv_cache_config)
 
-    def get_handshake_metadata(self) -> Shapes | None:
-        return None if self._layers is None else Shapes(self._layers.shapes())
+    def get_handshake_metadata(self) -> Shapes:
+        return Shapes(self._layers.shapes())
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         step = self._get_connector_metadata()

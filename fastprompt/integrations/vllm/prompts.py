@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load
 
 FORMAT, VERSION, SUFFIX = "fastprompt-compiled-prompt", "1", ".safetensors"
+SALT = "fastprompt-"  # what the salts of prompts begin with
 _TENSOR = re.compile(r"layers\.(\d+)\.(keys|values)")
+_LONGEST_HEADER = 2**24
 
 
 class PromptError(ValueError):
@@ -28,7 +30,6 @@ class PromptInfo:
         digest: hash of the file's bytes.
         length: virtual tokens P.
         shapes: of each layer's keys and values, ``([P, Hkv, Dh], [P, Hkv, Dv])``.
-        modified: when the file was written, in seconds since 1970.
         metadata: the file's own entries.
     """
 
@@ -36,7 +37,6 @@ class PromptInfo:
     digest: str
     length: int
     shapes: tuple[tuple[list[int], list[int]], ...]
-    modified: int
     metadata: dict[str, str]
 
     @property
@@ -47,9 +47,6 @@ class PromptInfo:
     def is_salt(self, salt: str | None) -> bool:
         """Whether a request's ``cache_salt`` is this prompt's, by itself or with ``-`` and a salt of the client's."""
         return salt is not None and (salt == self.salt or salt.startswith(self.salt + "-"))
-
-
-SALT = "fastprompt-"
 
 
 class PromptFolder:
@@ -77,6 +74,10 @@ class PromptFolder:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and _is_name(name) and self._file(name).is_file()
 
+    def served(self) -> list[str]:
+        """The names whose files look like compiled prompts, told by their headers alone."""
+        return [name for name in self.names() if self._has_good_header(name)]
+
     def info(self, name: str) -> PromptInfo:
         """What is known of a prompt.
 
@@ -88,7 +89,9 @@ class PromptFolder:
         signature = self._signature(name)
         known = self._infos.get(name)
         if known is None or known[0] != signature:
-            known = signature, _read_info(name, self._read(name), signature[0] // 10**9)
+            data = self._read(name)
+            length, shapes, metadata = _parse(name, data, len(data))
+            known = signature, PromptInfo(name, _digest(data), length, shapes, metadata)
             self._infos[name] = known
         return known[1]
 
@@ -121,6 +124,16 @@ class PromptFolder:
             raise PromptError(f"prompt {name!r} cannot be read: {error}") from error
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def _has_good_header(self, name: str) -> bool:
+        try:
+            with self._file(name).open("rb") as file:
+                start = file.read(8)
+                head = start + file.read(min(int.from_bytes(start, "little"), _LONGEST_HEADER))
+            _parse(name, head, self._file(name).stat().st_size)
+        except (OSError, PromptError):
+            return False
+        return True
+
     def _read(self, name: str) -> bytes:
         """All of a file: what is hashed is what is served, whatever happens to the file meanwhile."""
         try:
@@ -141,21 +154,9 @@ def _nbytes(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return sum(keys.nbytes + values.nbytes for keys, values in layers)
 
 
-def _header(name: str, data: bytes) -> dict[str, Any]:
-    """A safetensors file begins with the length of its header, in eight bytes, and the header, as JSON."""
-    size = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + size])
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise PromptError(f"the file of prompt {name!r} is not a safetensors file, or not all of one") from error
-    if len(data) != 8 + size + max(ends, default=0):
-        raise PromptError(f"the file of prompt {name!r} has {len(data)} bytes, not what its header says: is it whole?")
-    return header
-
-
-def _read_info(name: str, data: bytes, modified: int) -> PromptInfo:
-    header = _header(name, data)
+def _parse(name: str, data: bytes, size: int) -> tuple[int, tuple[tuple[list[int], list[int]], ...], dict[str, str]]:
+    """Length, shapes and metadata of a compiled prompt: of a file of ``size`` bytes that begins with ``data``."""
+    header = _header(name, data, size)
     metadata = header.pop("__metadata__", {})
     kind = metadata.get("format"), metadata.get("version")
     if kind != (FORMAT, VERSION):
@@ -165,12 +166,27 @@ def _read_info(name: str, data: bytes, modified: int) -> PromptInfo:
     expected_names = {f"layers.{i}.{part}" for i in range(len(layers)) for part in ("keys", "values")}
     others = sorted(set(header) ^ expected_names)
     if others or not layers:
-        what = f"got or lacks {others}" if others else "has none"
-        raise PromptError(f"prompt {name!r} must hold keys and values of attention layers only; it {what}")
+        found = f"has, or lacks, {others}" if others else "has none"
+        raise PromptError(
+            f"prompt {name!r} must hold the keys and values of attention layers, and nothing else; it {found}"
+        )
     shapes = tuple((header[f"layers.{i}.keys"]["shape"], header[f"layers.{i}.values"]["shape"]) for i in layers)
     length = metadata.get("length", "")
     for keys, values in shapes:
         if len(keys) != 3 or keys[:2] != values[:2] or str(keys[0]) != length or keys[0] == 0:
             expected = f"keys and values of shape [{length or 'P'}, Hkv, Dh], P at least 1"
             raise PromptError(f"prompt {name!r} has keys {keys} and values {values} in a layer; expected {expected}")
-    return PromptInfo(name, _digest(data), int(length), shapes, modified, metadata)
+    return int(length), shapes, metadata
+
+
+def _header(name: str, data: bytes, size: int) -> dict[str, Any]:
+    """A safetensors file begins with the length of its header, in eight bytes, and the header, as JSON."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:begin])
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise PromptError(f"the file of prompt {name!r} is not a safetensors file, or not all of one") from error
+    if size != begin + max(ends, default=0):
+        raise PromptError(f"the file of prompt {name!r} has {size} bytes, not as many as its header says: is it whole?")
+    return header
