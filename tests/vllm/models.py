@@ -12,7 +12,7 @@ from peft import (
 )
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 300
 CHAT = (
@@ -20,10 +20,12 @@ CHAT = (
 )
 
 
+# One token a byte, which is written as a character.
+TOKENS = {character: i + 1 for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
 def save_tokenizer(folder):
-    """One token a byte."""
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i + 1 for i, byte in enumerate(sorted(bytes_))}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=TOKENS, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT)
@@ -53,8 +55,13 @@ def save_model(folder, config=None):
     return model
 
 
-def adapters(base, count, lengths=(20, 5, 40, 70)):
-    """Name -> PEFT config, of all methods in turn and of several lengths: some above a block of vLLM's cache."""
+def load(folder):
+    """The model of a folder, once more."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def adapters(count, lengths=(20, 5, 40, 70)):
+    """Name -> PEFT config: every method with every length, some of which are longer than a block of vLLM's cache."""
     methods = [
         lambda n: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n),
         lambda n: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n),
@@ -82,7 +89,7 @@ def keys_and_values(model):
     else:
         tasks = torch.zeros(1, dtype=torch.long) if kind == "MULTITASK_PROMPT_TUNING" else None
         prompt = model.get_prompt(batch_size=1, task_ids=tasks)
-        cache = model.get_base_model()(inputs_embeds=prompt, use_cache=True).past_key_values
+        cache = model.get_base_model()(inputs_embeds=prompt, past_key_values=DynamicCache()).past_key_values
     return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
 
 
@@ -109,17 +116,15 @@ def save_prompt(layers, file, method="prompt-tuning", **changes):
 def answer(model, token_ids, new_tokens, **options):
     """Greedy tokens of a PEFT model or of a base model behind one text."""
     ids = torch.tensor([token_ids])
-    extra = {}
-    if getattr(model, "active_peft_config", None) is not None:
-        if model.active_peft_config.peft_type.value == "MULTITASK_PROMPT_TUNING":
-            extra["task_ids"] = torch.zeros(1, dtype=torch.long)
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.peft_type.value == "MULTITASK_PROMPT_TUNING":
+        options["task_ids"] = torch.zeros(1, dtype=torch.long)
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
-        **extra,
         **options,
     )
     return output[0, len(token_ids) :].tolist()
