@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .peft.accelerate import accelerate, get_peft_model, restore
     from .peft.model import SoftPromptModel
     from .peft.stats import StatsCallback, stats
+    from .serving.bank import PromptBank
     from .serving.compile import CompiledPrompt, compile_prompt
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
+    "PromptBank",
     "PromptTuning",
     "Sequences",
     "SoftPromptModel",
@@ -62,6 +64,7 @@ _MODULES = {
     "MultitaskPromptTuning": "methods",
     "PTuning": "methods",
     "PrefixTuning": "methods",
+    "PromptBank": "serving.bank",
     "PromptTuning": "methods",
     "Sequences": "layout",
     "SoftPromptModel": "peft.model",

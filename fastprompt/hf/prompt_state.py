@@ -107,10 +107,15 @@ class PromptState:
         """How many bytes its tensors take."""
         return sum(x.nbytes for x in self.tensors)
 
-    def to(self, device: torch.device | str) -> "PromptState":
-        """The same on ``device``."""
-        layers = {index: KeysValues(*(x.to(device) for x in layer)) for index, layer in self.keys_values.items()}
-        return PromptState(self.length, layers, {key: x.to(device) for key, x in self.states.items()})
+    def to(self, base: PreTrainedModel) -> "PromptState":
+        """The same on the devices of the layers of ``base``."""
+        devices = _devices_of_layers(base)
+
+        def moved(layer, x):
+            return x.to(devices.get(layer, base.device))
+
+        layers = {i: KeysValues(*(moved(i, x) for x in layer)) for i, layer in self.keys_values.items()}
+        return PromptState(self.length, layers, {key: moved(key.layer, x) for key, x in self.states.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,3 +150,13 @@ def cache_of_all_tokens(config: PreTrainedConfig) -> DynamicCache:
         if hasattr(layer, "sliding_window"):
             layer.sliding_window = sys.maxsize
     return cache
+
+
+def _devices_of_layers(base):
+    """Where the layers of a model stand that know their index."""
+    found = {}
+    for module in base.modules():
+        index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None:
+            found[index] = parameter.device
+    return found

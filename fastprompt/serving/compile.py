@@ -145,7 +145,7 @@ class CompiledPrompt:
             ValueError: another model.
         """
         self.check(fingerprint(model))
-        state = self.state.to(model.device)
+        state = self.state.to(model)
         return fill(DynamicCache(config=text_config(model.config)), [state] * batch_size)
 
 
