@@ -18,7 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from .layers import PromptLayers, check_shapes
-from .prompts import PromptError, PromptFolder, PromptInfo
+from .prompts import PromptError, PromptInfo
+from .requests import prompt_folder
 from .supported import check_engine, prompt_of
 
 if TYPE_CHECKING:
@@ -193,19 +194,3 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Nothing is saved."""
-
-
-def prompt_folder(config: Any) -> PromptFolder:
-    """The prompts that a ``KVTransferConfig`` of this connector names.
-
-    Raises:
-        ValueError: it names none, or has a field that there is not.
-    """
-    options = dict(config.kv_connector_extra_config)
-    folder, memory = options.pop("prompts", None), options.pop("memory", 2**30)
-    if not isinstance(folder, str) or not isinstance(memory, int) or memory < 0 or options:
-        raise ValueError(
-            "kv_connector_extra_config must be {'prompts': folder of compiled prompts}, and may have 'memory': bytes "
-            f"that a worker keeps prompts in; got {config.kv_connector_extra_config}"
-        )
-    return PromptFolder(folder, memory)

@@ -32,7 +32,7 @@ def embed_prompt(
     except SafetensorError as error:
         raise ValueError(f"file must be a safetensors file, got {str(file)!r}: {error}") from error
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if len(tensors) != 1 or len(*shapes.values()) != 2:
+    if [len(shape) for shape in shapes.values()] != [2]:
         raise ValueError(f"{str(file)!r} must hold one tensor [P, D], the embeddings of a prompt; it holds {shapes}")
     if not len(token_ids):
         raise ValueError("token_ids must have at least one token, got none")

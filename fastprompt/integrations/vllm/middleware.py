@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 from .prompts import PromptError, PromptFolder, PromptInfo
-from .requests import FIELD, with_placeholders
+from .requests import FIELD, prompt_folder, with_placeholders
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -115,8 +115,6 @@ class Middleware:
 
     def _folder(self, scope: Scope) -> PromptFolder:
         if self._prompts is None:
-            from .connector import prompt_folder
-
             config = scope["app"].state.vllm_config.kv_transfer_config
             if config is None or config.kv_connector != "FastPromptConnector":
                 raise RuntimeError("the middleware needs --kv-transfer-config with kv_connector FastPromptConnector")

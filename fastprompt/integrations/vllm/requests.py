@@ -29,6 +29,22 @@ def connector_config(folder: str | Path, **options: Any) -> "KVTransferConfig":
     )
 
 
+def prompt_folder(config: "KVTransferConfig") -> PromptFolder:
+    """The prompts that a ``KVTransferConfig`` of this connector names.
+
+    Raises:
+        ValueError: it names none, or has a field that there is not.
+    """
+    options = dict(config.kv_connector_extra_config)
+    folder, memory = options.pop("prompts", None), options.pop("memory", 2**30)
+    if not isinstance(folder, str) or not isinstance(memory, int) or memory < 0 or options:
+        raise ValueError(
+            "kv_connector_extra_config must be {'prompts': folder of compiled prompts}, and may have 'memory': bytes "
+            f"that a worker keeps prompts in; got {config.kv_connector_extra_config}"
+        )
+    return PromptFolder(folder, memory)
+
+
 def request(
     folder: str | Path | PromptFolder,
     name: str,
