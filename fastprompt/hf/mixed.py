@@ -6,12 +6,19 @@ from an earlier call, the cache is brought to the last token of each row first.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+)
 
 from .cache_names import CACHE_NAMES, cache_argument
 from .generation_options import GenerationOptions
@@ -74,6 +81,21 @@ class Mixed:
     ) -> Any:
         """What ``base.generate`` returns, each row as if it stood alone behind its prompt; the text as given in front.
 
+        Arguments and errors are those of :meth:`prepare`.
+        """
+        return self.prepare(rows, input_ids, attention_mask, prompts=prompts, **options)()
+
+    def prepare(
+        self,
+        rows: Sequence[PromptState] | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prompts: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Callable[[], Any]:
+        """Look through a call of :meth:`generate`; the function that is returned runs it.
+
         Args:
             rows: what stands in front of each of the B rows; None with ``past_key_values``, which has it.
             input_ids: ``[B, S]``; with ``past_key_values`` all of the text, that of earlier turns, too.
@@ -101,15 +123,18 @@ class Mixed:
         stepwise = seen or asked["prefill_chunk_size"] is not None
         if stepwise:
             self._check_stepwise(asked, "attention_mask with padding" if seen else "prefill_chunk_size")
-        given = checked_mask(input_ids, attention_mask)
-        with torch.no_grad(), running(AsBefore()):
-            held, ahead = rows, text.mask
-            if stepwise:
-                held, ahead = self._advanced(rows, text, asked["prefill_chunk_size"]), text.mask[:, -1:]
-            columns = torch.cat([virtual_columns(held, ahead.device), ahead], 1)
-            cache = self._filled(held, asked, reach)
-            turn = Turn(self.base, tuple(prompts or [None] * batch), given, columns)
-            return self._run(asked, input_ids, text, columns, cache, turn, stepwise)
+        given, called = checked_mask(input_ids, attention_mask), tuple(prompts or [None] * batch)
+
+        def run():
+            with torch.no_grad(), running(AsBefore()):
+                held, ahead = rows, text.mask
+                if stepwise:
+                    held, ahead = self._advanced(rows, text, asked["prefill_chunk_size"]), text.mask[:, -1:]
+                columns = torch.cat([virtual_columns(held, ahead.device), ahead], 1)
+                cache, turn = self._filled(held, asked, reach), Turn(self.base, called, given, columns)
+                return self._run(asked, input_ids, text, columns, cache, turn, stepwise)
+
+        return run
 
     def _go_on(self, past, prompts, input_ids, attention_mask, asked):
         """A turn behind those that a cache holds."""
@@ -152,24 +177,31 @@ class Mixed:
                 "attention_mask must be 1 on all that stands behind the first turn, for a model whose layers keep a "
                 "state or a sliding window"
             )
-        limit = past.get_max_length() if isinstance(past, StaticCache) and hasattr(past, "get_max_length") else None
-        if limit is not None and 0 <= limit < reach - 1:
+        limit = _room(past)
+        if limit is not None and limit < reach - 1:
             raise ValueError(f"max_new_tokens must leave room in a static cache of {limit} positions, got {reach}")
-        with torch.no_grad(), running(AsBefore()):
-            vars(past).pop(_TURN)  # no more what it was, should this call not end
-            self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
-            turn = Turn(self.base, turn.prompts, real, columns)
-            whole = MixedText(torch.cat([input_ids[:, :held].long(), new.ids], 1), real.long())
-            return self._run(asked, input_ids, whole, columns, past, turn, stepwise=True)
+
+        def run():
+            with torch.no_grad(), running(AsBefore()):
+                vars(past).pop(_TURN)  # no more what it was, should this call not end
+                self._advance(past, new.ids[:, :-1], columns[:, :-1], asked["prefill_chunk_size"])
+                ids = torch.cat([input_ids[:, :held].long(), new.ids], 1)
+                mask = torch.cat([real[:, :held].long(), new.mask], 1)
+                turn_after = Turn(self.base, turn.prompts, real, columns)
+                return self._run(asked, input_ids, MixedText(ids, mask), columns, past, turn_after, stepwise=True)
+
+        return run
 
     def _run(self, asked, input_ids, text, columns, cache, turn, stepwise):
         """The model's own ``generate`` on a cache that holds what stands in front, or all but the last column."""
         options = asked.for_generate(input_ids.shape[1])
         options.update(cache_argument(self.base.forward, cache))
         ids, last = text.ids, text.ids[:, -1:]
-        if asked.penalises_repetition:  # padding is none
+        if asked.penalises_repetition:
+            # Padding is no text, nor does the mask begin where the ids do, by which transformers would tell.
             first = ids.gather(1, text.mask.argmax(1, keepdim=True))
             ids = torch.where(text.mask.bool(), ids, first)
+            options["logits_processor"] = _with_repetition_penalty(asked)
         if not self._has_attention:
             columns = text.mask if not stepwise else torch.ones_like(last)
         if stepwise and self._takes_embeds:
@@ -265,3 +297,17 @@ class Mixed:
             raise NotImplementedError(f"{what} cannot be used with assisted decoding")
         if (option := asked.reads_input_apart if self._takes_embeds else asked.reads_text) is not None:
             raise NotImplementedError(f"{what} cannot be used with {option} before a {type(self.base).__name__}")
+
+
+def _room(cache):
+    """How many positions a static cache has in layers that keep all of them; None: there is no end."""
+    sizes = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len") and not layer.is_sliding]
+    return min(sizes, default=None)
+
+
+def _with_repetition_penalty(asked):
+    """The processors of a call, and a penalty that counts all ids."""
+    processors = LogitsProcessorList(asked["logits_processor"] or [])
+    if not any(type(x) is RepetitionPenaltyLogitsProcessor for x in processors):
+        processors.append(RepetitionPenaltyLogitsProcessor(float(asked["repetition_penalty"])))
+    return processors

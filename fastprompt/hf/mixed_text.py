@@ -53,6 +53,8 @@ def checked_mask(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         TypeError, ValueError: other dtypes or shapes.
     """
     check_tensor("input_ids", ids, ["B", "S"], dtypes=INTS)
+    if not len(ids):
+        raise ValueError("input_ids must have at least one row, got none")
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     check_tensor("attention_mask", mask, list(ids.shape))

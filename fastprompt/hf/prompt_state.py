@@ -1,6 +1,5 @@
 """PromptState: what a prompt leaves in every layer of a frozen model, from which any text can go on."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ from .cache_names import cache_argument
 from .masks import AsBefore, running
 from .shared_state import KeysValues, SharedState, layers_with_keys, text_config
 from .states import StateKey, States
+
+_NO_WINDOW = 2**31 - 1  # positions that no text reaches
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ def cache_of_all_tokens(config: PreTrainedConfig) -> DynamicCache:
     own: list[Any] = cache.layers
     for layer in own:
         if hasattr(layer, "sliding_window"):
-            layer.sliding_window = sys.maxsize
+            layer.sliding_window = _NO_WINDOW
     return cache
 
 

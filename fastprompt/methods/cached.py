@@ -24,7 +24,7 @@ class CachedOutput:
         """``encode()``, or what it gave before; it depends on ``parameters`` alone, looked at only to keep it."""
         if training or torch.is_grad_enabled():
             return encode()
-        state = _state(list(parameters))
+        state = values_of(list(parameters))
         if self._kept is None or self._kept[0] != (*state, self._kept[1]._version):
             # Not an inference tensor, which a later call without inference_mode could not use for a gradient.
             with torch.inference_mode(False), torch.no_grad():
@@ -40,8 +40,8 @@ class CachedOutput:
         return {}
 
 
-def _state(parameters: list[torch.Tensor]) -> tuple:
-    """What the output depends on."""
+def values_of(parameters: list[torch.Tensor]) -> tuple:
+    """What tells the values of parameters from others, however they were written; and what autocast makes of them."""
     device = parameters[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     sums = torch.stack([_checksum(p.detach()).to(parameters[0].device) for p in parameters]).tolist()

@@ -18,6 +18,7 @@ from ..hf.engine import Engine
 from . import resuming
 from .adapter import is_prefix
 from .forward import disable_adapter, forward
+from .generation import CompiledPrompts, generate
 from .renamed_cache import former_name, generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
 
@@ -44,8 +45,10 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
     rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
-    ``generate`` is PEFT's own, put right where PEFT does not find the cache (transformers 5.24). One forward at a time:
-    as PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
+    ``generate`` runs the prompt once, until a parameter changes, and takes ``adapter_names``, one a row, of adapters of
+    any method and length; a padded row gives what it gives alone, where PEFT's gives what its padding makes of it. What
+    it does not take is PEFT's own, put right where that does not find the cache (transformers 5.24). One forward at a
+    time: as PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
     ``torch.export`` sees PEFT's own forward.
 
     Args:
@@ -122,6 +125,7 @@ class _State:
         heads: see accelerate.
         own: the methods that were the instance's own already.
         outputs: a prompt encoder -> its CachedOutput.
+        compiled: its prompts, compiled for generate.
     """
 
     engine = None
@@ -132,7 +136,7 @@ class _State:
         self.own = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
         self.config = model.__dict__.get("config")
         self.config_is_base_s = self.config is not None and self.config is model.base_model.config
-        self.warned, self.outputs = set(), weakref.WeakKeyDictionary()
+        self.warned, self.outputs, self.compiled = set(), weakref.WeakKeyDictionary(), CompiledPrompts()
 
     def attach(self, model):
         base = model.base_model
@@ -229,6 +233,7 @@ def _method_like(peft_class, name):
 # The methods of a PeftModel that an accelerated one replaces.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "forward": forward,
+    "generate": generate,
     "prepare_inputs_for_generation": prepare_inputs_for_generation,
     "disable_adapter": disable_adapter,
     "save_pretrained": resuming.save_pretrained,

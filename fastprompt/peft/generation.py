@@ -1,0 +1,133 @@
+"""generate of an accelerated model: its prompts are compiled once, and every row stands behind its own."""
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftModelForCausalLM, PeftType
+from transformers import PreTrainedModel
+
+from ..hf.cache_names import CACHE_NAMES
+from ..hf.mixed import Mixed
+from ..hf.mixed_probe import mixed_model
+from ..hf.prompt_state import PromptState
+from ..methods.cached import values_of
+from .adapter import is_prefix
+from .prompts import prompt_of_adapter
+
+Key = tuple[str, int | None]  # an adapter, and one of its tasks
+
+
+class CompiledPrompts:
+    """What the prompts of an accelerated model leave in its base model, kept until one of the two changes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, tuple[tuple, PromptState]] = {}
+        self._mixed: Mixed | None = None
+        self._why_not: str | None = None
+
+    def mixed(self, base: PreTrainedModel) -> Mixed:
+        """The base model for mixed batches. Raises NotImplementedError with the reason why it is not one."""
+        if self._mixed is None and self._why_not is None:
+            try:
+                self._mixed = mixed_model(base)
+            except NotImplementedError as reason:
+                self._why_not = str(reason)
+        if self._mixed is None:
+            raise NotImplementedError(self._why_not)
+        return self._mixed
+
+    def states(self, model: PeftModel, keys: list[Key]) -> list[PromptState]:
+        """What stands in front of each row; compiled where it is not known. Raises as ``prompt_of_adapter``."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0] in model.peft_config}
+        base: Any = model.base_model
+        of_base = tuple((x.data_ptr(), x._version) for x in base.parameters())
+        found = {key: self._state(model, key, of_base) for key in dict.fromkeys(keys)}
+        return [found[key] for key in keys]
+
+    def _state(self, model, key, of_base):
+        name, task = key
+        encoder = model.prompt_encoder[name]
+        now = of_base, values_of(list(encoder.parameters()))
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == now:
+            return kept[1]
+        # Not inference tensors, which a later call without inference_mode could not put into a cache of its own.
+        with torch.inference_mode(False), torch.no_grad():
+            state = prompt_of_adapter(model, name, task).state(model.base_model)
+        if not model.training:
+            self._kept[key] = now, state
+        return state
+
+    def __deepcopy__(self, memo: dict) -> "CompiledPrompts":
+        return CompiledPrompts()
+
+    def __reduce__(self) -> tuple:
+        return CompiledPrompts, ()
+
+
+def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
+    """``PeftModel.generate``, with the rows of each adapter's prompt run once, and ``adapter_names`` row by row.
+
+    What cannot be done so takes PEFT's own, and one warning says why.
+
+    Args:
+        model: the model.
+        state: what it remembers; the other arguments are those of PEFT's generate.
+
+    Raises:
+        ValueError: ``adapter_names`` that cannot be honoured.
+    """
+    original = state.original(model, "generate")
+    names = kwargs.get("adapter_names")
+    prompts = isinstance(model, PeftModelForCausalLM) and model.active_peft_config.is_prompt_learning
+    if not prompts or (names is None and (state.heads != "text" or model._adapters_disabled)):
+        return original(*args, **kwargs)
+    try:
+        run = _prepared(model, state, args, kwargs)
+    except (ValueError, TypeError, NotImplementedError) as reason:
+        if names is not None:
+            raise ValueError(f"adapter_names needs compiled prompts, but {reason}") from None
+        state.tell(f"fastprompt runs PEFT's own generate: {reason}")
+        return original(*args, **kwargs)
+    return run()
+
+
+def _prepared(model, state, args, kwargs):
+    """The call, ready to run. Raises what keeps it from that."""
+    if model._adapters_disabled:
+        raise ValueError("the adapters are disabled")
+    base: Any = model.base_model
+    mixed = state.compiled.mixed(base)
+    options = dict(kwargs)
+    names, task_ids = options.pop("adapter_names", None), options.pop("task_ids", None)
+    positional = list(inspect.signature(base.generate).parameters)
+    options.update(zip(positional, args))
+    ids = options.pop("inputs", None)
+    ids = options.pop("input_ids", None) if ids is None else ids
+    if ids is None:
+        raise ValueError("input_ids are not given")
+    mask = options.pop("attention_mask", None)
+    if any(options.get(name) is not None for name in CACHE_NAMES):
+        return mixed.prepare(None, ids, mask, **options)
+    keys = _keys(model, len(ids), names, task_ids)
+    of_rows = [name for name, _ in keys if not is_prefix(model.peft_config[name])]
+    if mixed.needs_ids and of_rows:
+        raise NotImplementedError(f"a {type(base).__name__} looks more up by token id than embeddings")
+    return mixed.prepare(state.compiled.states(model, keys), ids, mask, prompts=keys, **options)
+
+
+def _keys(model, batch, names, task_ids):
+    """The adapter and the task of each row."""
+    if names is None:
+        names = [model.active_adapter] * batch
+    if len(names) != batch:
+        raise ValueError(f"it must have one entry for each of the {batch} rows, got {len(names)}")
+    if unknown := sorted(set(names) - set(model.peft_config)):
+        raise ValueError(f"it must be of {sorted(model.peft_config)}, got {unknown}")
+    tasks = [None] * batch if task_ids is None else torch.as_tensor(task_ids).reshape(-1).tolist()
+    if len(tasks) not in (1, batch):
+        raise ValueError(f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(tasks)}")
+    tasks = tasks * (batch if len(tasks) == 1 else 1)
+    has_tasks = {name: model.peft_config[name].peft_type == PeftType.MULTITASK_PROMPT_TUNING for name in set(names)}
+    return [(name, task if has_tasks[name] else None) for name, task in zip(names, tasks)]
