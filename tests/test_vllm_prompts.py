@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastprompt.integrations.vllm import Middleware, PromptError, PromptFolder, embed_prompt, encode_prompt_embeds
+from fastprompt.integrations.vllm.requests import prompt_folder
 
 P = 3
 
@@ -128,6 +129,22 @@ def test_half_a_file_is_refused(prompts, size):
     with pytest.raises(PromptError, match="not all of one|is it whole"):
         prompts.info("half")
     assert prompts.served() == ["sql"]
+
+
+def test_prompts_of_another_model_are_refused_where_the_model_is_known(prompts):
+    save(prompts.folder / "ours.safetensors", fingerprint="a-b")
+    known = PromptFolder(prompts.folder, fingerprint="a-b")
+    assert known.info("ours").length == P and known.served() == ["ours"]
+    with pytest.raises(PromptError, match="fingerprint None; expected a-b"):
+        known.info("sql")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prompts": 1}, {"memory": 1}, {"prompts": ".", "memory": -1}, {"prompts": ".", "more": 1}]
+)
+def test_options_are_checked(options):
+    with pytest.raises(ValueError, match="kv_connector_extra_config must be"):
+        prompt_folder(SimpleNamespace(kv_connector_extra_config=options))
 
 
 def test_no_folder(tmp_path):

@@ -25,6 +25,8 @@ def task(tmp_path_factory):
     """A model, 16 prompts of all methods for it, and texts: where they are, and what PEFT answers."""
     import models
 
+    import fastprompt
+
     folder = tmp_path_factory.mktemp("vllm")
     prompts = folder / "prompts"
     prompts.mkdir()
@@ -32,7 +34,8 @@ def task(tmp_path_factory):
     adapters = {None: base}
     for seed, (name, config) in enumerate(models.adapters(16).items()):
         adapters[name] = models.adapted(models.load(folder / "model"), config, seed)
-        models.save_prompt(models.keys_and_values(adapters[name]), prompts / f"{name}.safetensors")
+        task_id = 0 if config.peft_type.value == "MULTITASK_PROMPT_TUNING" else None
+        fastprompt.compile_prompt(adapters[name], task_id=task_id).save(prompts / f"{name}.safetensors")
     draw = random.Random(0)
     texts = [[draw.randrange(1, models.VOCABULARY) for _ in range(draw.randint(1, 45))] for _ in range(64)]
 
@@ -52,22 +55,23 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_engine():
-    """A function that starts vLLM's offline engine; it is shut down behind the file's tests."""
-    import gc
-
+    """A function that starts vLLM's offline engine, in place of one that it has started before."""
     from vllm import LLM
 
     engines = []
 
+    def stop():
+        while engines:
+            engines.pop().llm_engine.engine_core.shutdown()
+
     def start(model, **options):
+        stop()
         options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "block_size": 32, **options}
         engines.append(LLM(str(model), disable_log_stats=False, seed=0, **options))
         return engines[-1]
 
     yield start
-    while engines:
-        engines.pop().llm_engine.engine_core.shutdown()
-    gc.collect()
+    stop()
 
 
 @pytest.fixture(scope="module")

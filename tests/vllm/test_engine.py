@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from vllm import SamplingParams
 
+import fastprompt
 from fastprompt.integrations.vllm import PromptError, PromptFolder, connector_config, embed_prompt, request
 
 NEW_TOKENS, BLOCK = 12, 32
@@ -41,6 +42,19 @@ def test_mixed_requests_equal_peft(task, engine):
     assert set(names) == {None, *task.names}
     found = generate(engine, [ask(task, name, text) for name, text in zip(names, task.texts)])
     assert found == [task.expected(name, text, NEW_TOKENS) for name, text in zip(names, task.texts)]
+
+
+def test_mixed_requests_equal_those_of_a_bank(task, engine):
+    bank = fastprompt.PromptBank(task.adapters[None])
+    for name in task.names:
+        bank.add(name, task.prompts / f"{name}.safetensors")
+    names, texts = [None if i % 5 == 4 else task.names[i % 16] for i in range(64)], task.texts
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    expected = bank.generate(ids, mask, prompts=names, **options)[:, width:].tolist()
+    assert generate(engine, [ask(task, name, text) for name, text in zip(names, texts)]) == expected
 
 
 @pytest.mark.parametrize("name", ["task3", "task9"])

@@ -5,6 +5,7 @@ workers' half writes them into the blocks that vLLM has given the request.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -79,6 +80,7 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
         self._prompts = prompt_folder(self._kv_transfer_config)
         self._accepted: dict[str, PromptInfo] = {}  # of requests that have not finished
         self._refused: dict[str, str] = {}
+        self._compared: set[str] = set()  # digests of prompts
         self._step = Loads()  # of the step that is being scheduled
         self._shapes: dict[int, tuple[list[int], list[int]]] = {}  # of all workers' layers
         self._null_block = 0
@@ -113,6 +115,14 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if info is not None:
             self._accepted[request.request_id] = info
+            self._compare_names(info)
+
+    def _compare_names(self, info: PromptInfo) -> None:
+        """Weights cannot be compared here; a name of another model may be one of the same at another place."""
+        theirs, ours = info.metadata.get("base_model", ""), self._vllm_config.model_config.model
+        if info.digest not in self._compared and Path(theirs).name not in ("", Path(ours).name):
+            logger.warning("Prompt %r was compiled for %r; this engine runs %r", info.name, theirs, ours)
+        self._compared.add(info.digest)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         if request.request_id in self._refused:

@@ -16,6 +16,8 @@ SALT = "fastprompt-"  # what the salts of prompts begin with
 _TENSOR = re.compile(r"layers\.(\d+)\.(keys|values)")
 _LONGEST_HEADER = 2**24
 
+Shapes = tuple[tuple[list[int], list[int]], ...]  # of the keys and of the values of every layer
+
 
 class PromptError(ValueError):
     """A prompt, or a request for one, that cannot be served; the message says why."""
@@ -36,7 +38,7 @@ class PromptInfo:
     name: str
     digest: str
     length: int
-    shapes: tuple[tuple[list[int], list[int]], ...]
+    shapes: Shapes
     metadata: dict[str, str]
 
     @property
@@ -55,13 +57,14 @@ class PromptFolder:
     Args:
         folder: where the files are.
         memory: bytes of tensors that `layers` may keep; the least recently used go first.
+        fingerprint: of the only model whose prompts are served; None: any.
 
     Raises:
         PromptError: there is no such folder.
     """
 
-    def __init__(self, folder: str | Path, memory: int = 0) -> None:
-        self.folder, self.memory = Path(folder), memory
+    def __init__(self, folder: str | Path, memory: int = 0, fingerprint: str | None = None) -> None:
+        self.folder, self.memory, self.fingerprint = Path(folder), memory, fingerprint
         if not self.folder.is_dir():
             raise PromptError(f"prompts must be a folder of compiled prompts, got {str(folder)!r}, which is none")
         self._infos: dict[str, tuple[tuple[int, ...], PromptInfo]] = {}
@@ -82,7 +85,8 @@ class PromptFolder:
         """What is known of a prompt.
 
         Raises:
-            PromptError: there is none of this name, or its file is not a compiled prompt of keys and values.
+            PromptError: there is none of this name, its file is not a compiled prompt of keys and values, or it is one
+            of another model.
         """
         if name not in self:
             raise PromptError(f"there is no prompt {name!r} in {self.folder}")
@@ -90,7 +94,7 @@ class PromptFolder:
         known = self._infos.get(name)
         if known is None or known[0] != signature:
             data = self._read(name)
-            length, shapes, metadata = _parse(name, data, len(data))
+            length, shapes, metadata = self._parse(name, data, len(data))
             known = signature, PromptInfo(name, _digest(data), length, shapes, metadata)
             self._infos[name] = known
         return known[1]
@@ -129,10 +133,17 @@ class PromptFolder:
             with self._file(name).open("rb") as file:
                 start = file.read(8)
                 head = start + file.read(min(int.from_bytes(start, "little"), _LONGEST_HEADER))
-            _parse(name, head, self._file(name).stat().st_size)
+            self._parse(name, head, self._file(name).stat().st_size)
         except (OSError, PromptError):
             return False
         return True
+
+    def _parse(self, name: str, data: bytes, size: int) -> tuple[int, Shapes, dict[str, str]]:
+        length, shapes, metadata = _parse(name, data, size)
+        found = metadata.get("fingerprint")
+        if self.fingerprint is not None and found != self.fingerprint:
+            raise PromptError(f"prompt {name!r} is of a model with fingerprint {found}; expected {self.fingerprint}")
+        return length, shapes, metadata
 
     def _read(self, name: str) -> bytes:
         """All of a file: what is hashed is what is served, whatever happens to the file meanwhile."""
@@ -154,7 +165,7 @@ def _nbytes(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return sum(keys.nbytes + values.nbytes for keys, values in layers)
 
 
-def _parse(name: str, data: bytes, size: int) -> tuple[int, tuple[tuple[list[int], list[int]], ...], dict[str, str]]:
+def _parse(name: str, data: bytes, size: int) -> tuple[int, Shapes, dict[str, str]]:
     """Length, shapes and metadata of a compiled prompt: of a file of ``size`` bytes that begins with ``data``."""
     header = _header(name, data, size)
     metadata = header.pop("__metadata__", {})

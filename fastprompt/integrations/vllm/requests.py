@@ -36,13 +36,19 @@ def prompt_folder(config: "KVTransferConfig") -> PromptFolder:
         ValueError: it names none, or has a field that there is not.
     """
     options = dict(config.kv_connector_extra_config)
-    folder, memory = options.pop("prompts", None), options.pop("memory", 2**30)
-    if not isinstance(folder, str) or not isinstance(memory, int) or memory < 0 or options:
+    folder, memory, fingerprint = (
+        options.pop("prompts", None),
+        options.pop("memory", 2**30),
+        options.pop("fingerprint", None),
+    )
+    wrong = not isinstance(folder, str) or not isinstance(memory, int) or memory < 0
+    if wrong or options or not isinstance(fingerprint, str | None):
         raise ValueError(
             "kv_connector_extra_config must be {'prompts': folder of compiled prompts}, and may have 'memory': bytes "
-            f"that a worker keeps prompts in; got {config.kv_connector_extra_config}"
+            "that a worker keeps prompts in, and 'fingerprint': of the model, as compiled prompts have it; got "
+            f"{config.kv_connector_extra_config}"
         )
-    return PromptFolder(folder, memory)
+    return PromptFolder(folder, memory, fingerprint)
 
 
 def request(
