@@ -109,10 +109,17 @@ class Engine:
         """A planned call was not run on packed rows after all."""
         self.stats.count_packed(-len(plan.source), -plan.grid.numel(), calls=-1)
 
-    def _planned(self, request, whole=False):
+    def _planned(self, request):
         reason = self._why_not(request)
         if reason is not None:
             raise CannotPack(reason)
+        plan = self._laid_out(request, self._needs_labels_alone(request))
+        reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
+        if reason is not None:
+            raise CannotPack(reason)
+        return plan
+
+    def _laid_out(self, request, to_last_label):
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
@@ -120,7 +127,7 @@ class Engine:
             prompt_ids=_on(device, request.prompt_ids),
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
-            to_last_label=not whole and self._needs_labels_alone(request),
+            to_last_label=to_last_label,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
@@ -129,7 +136,7 @@ class Engine:
             plan = plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
             return self._flattened(request, plan) if request.flat else plan
         batch, width = request.tokens.shape[:2]
-        plan = plan_padded_input(
+        return plan_padded_input(
             batch,
             width,
             request.num_virtual_tokens,
@@ -138,10 +145,6 @@ class Engine:
             **{name: _on(device, x) for name, x in like_tokens.items()},
             **options,
         )
-        reason = self._why_not_planned(request, plan)
-        if reason is not None:
-            raise CannotPack(reason)
-        return plan
 
     def _flattened(self, request, plan):
         """The plan with its results side by side, as the tokens came."""
@@ -221,7 +224,7 @@ class Engine:
             reader = object()
             attach(self.base, reader, packs=True)
             try:
-                plan = self._planned(again, whole=True)
+                plan = self._laid_out(again, to_last_label=False)
                 return plan.unpack(self.runner.logits(plan, self._rows(again, plan, embed), again.shared))
             finally:
                 detach(self.base, reader)
