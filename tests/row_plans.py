@@ -37,6 +37,8 @@ def options(draw, shape, batch):
     """What both sorts of input take."""
     length = draw(st.integers(0, 5))
     chosen = dict(prefix_length=draw(st.integers(0, 2)), layout=draw(st.sampled_from(["shared", "packed", "padded"])))
+    if chosen["layout"] == "shared":
+        chosen["to_last_label"] = draw(st.booleans())
     if draw(st.booleans()):
         chosen["prompt_ids"] = draw_ints(draw, [batch], 0, 2)
     ints = st.sampled_from([torch.int64, torch.int32])

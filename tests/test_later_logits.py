@@ -187,6 +187,11 @@ def test_hidden_states_live_as_long_as_the_output():
     model.base_model.model.norm.register_forward_hook(lambda m, args, output: states.append(weakref.ref(output)))
     output = model(**inputs)
     output.loss.backward()
+    assert states[0]() is None  # of labelled rows only
+    output.logits.sum()  # from now on those of all rows are kept
+    states.clear()
+    output = model(**inputs)
+    output.loss.backward()
     assert states[0]() is not None
     output.logits.sum()
     del output

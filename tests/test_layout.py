@@ -77,6 +77,46 @@ def test_the_library_plans_as_pytorch_does(make, examples):
     check()
 
 
+@given(padded())
+@settings(max_examples=200, deadline=None)
+def test_what_no_label_depends_on_is_left_out(example):
+    *sizes, options = example
+    options.update(layout="shared", to_last_label=False)
+    labels, mask = options.get("labels"), options.get("attention_mask")
+    try:
+        whole = plan_padded_input(*sizes, **options)
+    except (CannotPack, ValueError) as error:
+        with pytest.raises(type(error), match=str(error)):
+            plan_padded_input(*sizes, **dict(options, to_last_label=True))
+        return
+    plan = plan_padded_input(*sizes, **dict(options, to_last_label=True))
+    if labels is None or not len(whole.labels):
+        assert torch.equal(plan.source, whole.source) and not plan.to_last_label
+        return
+    assert plan.to_last_label and torch.equal(plan.labels, whole.labels)
+    width, front = labels.shape[1], whole.grid.shape[1] - labels.shape[1]
+    first_label = 0 if front else 1
+    column = torch.arange(width)
+    needed = ((labels != -100) & (column >= first_label)).flip(1).long().argmax(1)
+    none = ~((labels != -100) & (column >= first_label)).any(1)
+    end = (width - 1 - needed).masked_fill(none, 0)  # the column of the last label
+    stays = torch.cat([torch.ones(len(labels), front), (column < end[:, None]).float()], 1).bool()
+    stays &= whole.grid >= 0
+    assert torch.equal(plan.grid >= 0, stays)
+    for name in ("source", "position_ids"):  # a shared token may be that of another sequence
+        kept, all_of_them = (getattr(p, name)[p.grid[stays]] for p in (plan, whole))
+        if name == "source" and options.get("token_ids") is not None:
+            ids = options["token_ids"].flatten().long()
+            kept, all_of_them = (torch.where(x >= 0, ids[x.clamp(min=0)], x) for x in (kept, all_of_them))
+        assert torch.equal(kept, all_of_them)
+    before = (labels != -100) & (column >= first_label)
+    assert torch.equal(plan.label_rows, torch.nn.functional.pad(plan.grid, (1, 0))[:, front : front + width][before])
+    assert sorted(set(plan.grid[plan.grid >= 0].tolist()) | set(range(sum(n for _, n in plan.shared)))) == list(
+        range(len(plan.source))
+    )
+    assert plan.sequences.rows == len(plan.source) == int(plan.sequences.lengths.sum())
+
+
 @given(batches())
 @settings(max_examples=60, deadline=None)
 def test_sequences_join_each_text_to_its_prompt(example):
@@ -170,6 +210,10 @@ def test_what_cannot_be_packed_exactly_is_refused(options, message):
             r"prompt_ids must have shape \[2\]",
         ),
         (lambda: plan_padded_input(2, 3, 1, prompt_ids=torch.tensor([0, -1])), "prompt_ids must be at least 0, got -1"),
+        (
+            lambda: plan_padded_input(2, 3, 1, layout="packed", to_last_label=True),
+            "to_last_label needs the layout 'shared', got 'packed'",
+        ),
         (lambda: plan_packed_input([0, 2], 1, layout="padded"), "layout must be 'shared' or 'packed' for packed input"),
         (
             lambda: plan_padded_input(1, 2, 1, virtual_tokens=torch.tensor([[0, 1]]), layout="packed"),

@@ -18,6 +18,7 @@ from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
 from .known_attention import adds_alibi
+from .last_layer import LastLayer
 from .masks import UnsupportedAttention
 from .runner import Runner
 from .states import Recorded
@@ -48,6 +49,7 @@ class Abilities:
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
+        last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
     """
 
     refusal: str | None = None
@@ -69,6 +71,7 @@ class Abilities:
     pooled_column: int | None = None
     rope_limit: int | None = None
     row_limit: int | None = None
+    last_layer: LastLayer | None = None
 
     def why_not_loss_of_logits(self, num_items: torch.Tensor | int | None) -> str | None:
         """None if its loss, divided by ``num_items``, is that of its logits, else what is different."""
@@ -127,6 +130,7 @@ class Probe:
                 own_loss=self._own_loss(None),
                 own_loss_of_items=self._own_loss(ITEMS),
                 needs_ids=self.expected.needs_ids,
+                last_layer=self._find_last_layer(found),
             )
             has_own_loss = any(found.why_not_loss_of_logits(items) is not None for items in self.expected.losses)
             return replace(found, packs_own_loss=has_own_loss and self._packs_own_loss(found))
@@ -139,6 +143,7 @@ class Probe:
             abilities.layout,
             abilities.position_offset,
             abilities.compact_positions,
+            abilities.last_layer,
         )
 
     def _find_layout(self):
@@ -180,6 +185,24 @@ class Probe:
             except (CannotPack, UnsupportedAttention):
                 break
         return replace(found, left_padding=False)
+
+    def _find_last_layer(self, found):
+        """The last layer, if some rows of it are the same without the others."""
+        try:
+            last = LastLayer.of(self.backbone, lambda: self._packed(found, "right"))
+            if last is None:
+                return None
+            sample, runner = self.expected.sample, self.runner(replace(found, last_layer=last))
+            mask = sample.masks["right"]
+            plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
+            wanted = torch.arange(0, len(plan.source), 2, device=plan.source.device)
+            with self.expected.arithmetic():
+                rows = runner.rows(plan, sample.prompt, sample.embeds)
+                chosen, all_rows = (runner.states(plan, rows, None, x).last_hidden_state for x in (wanted, None))
+            differs = self.expected.difference(chosen[:, wanted], all_rows[:, wanted], None)
+            return last if differs is None else None
+        except Exception:  # a layer can be anything; then all of its rows run
+            return None
 
     def _differs(self, tried, name):
         """None if the packed and the padded output agree where tokens are real, else what differs."""

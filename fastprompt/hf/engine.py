@@ -21,7 +21,7 @@ from .runner import Inputs, gathered
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import why_drawn_otherwise
+from .structure import draws, why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,6 +43,7 @@ class Engine:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base, self._user = base, object()
         self._prefixes: dict[Hashable, str | None] = {}
+        self._logits_are_read = False
         self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
         self._ask()
@@ -120,6 +121,13 @@ class Engine:
         reason = self._why_not(request)
         if reason is not None:
             raise CannotPack(reason)
+        plan = self._laid_out(request, self._needs_labels_alone(request))
+        reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
+        if reason is not None:
+            raise CannotPack(reason)
+        return plan
+
+    def _laid_out(self, request, to_last_label):
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
@@ -127,6 +135,7 @@ class Engine:
             prompt_ids=_on(device, request.prompt_ids),
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
+            to_last_label=to_last_label,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
@@ -135,7 +144,7 @@ class Engine:
             plan = plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
             return self._flattened(request, plan) if request.flat else plan
         batch, width = request.tokens.shape[:2]
-        plan = plan_padded_input(
+        return plan_padded_input(
             batch,
             width,
             request.num_virtual_tokens,
@@ -144,16 +153,13 @@ class Engine:
             **{name: _on(device, x) for name, x in like_tokens.items()},
             **options,
         )
-        reason = self._why_not_planned(request, plan)
-        if reason is not None:
-            raise CannotPack(reason)
-        return plan
 
     def _flattened(self, request, plan):
         """The plan with its results side by side, as the tokens came."""
         front = request.num_virtual_tokens
         cells = plan.grid[:, front:]
-        text = cells[cells >= 0][None]  # of sequences one behind the other
+        lengths = torch.as_tensor(request.cu_seqlens, device=cells.device).diff()
+        text = cells[torch.arange(cells.shape[1], device=cells.device) < lengths[:, None]][None]
         if request.own_forward and request.labels is not None:
             starts = torch.as_tensor(request.cu_seqlens, device=text.device)[:-1].long()
             labels = request.labels.reshape(-1)
@@ -170,9 +176,13 @@ class Engine:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
         """
+        if request.prompts is not None:
+            prompts = request.prompts()
+            request = replace(request, prompts=lambda: prompts)
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
-            return self._head.step(request, plan, rows)
+            whole = self._whole_logits(request, embed) if plan.to_last_label else None
+            return self._head.step(request, plan, rows, whole)
         recorded = Recorded() if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
@@ -186,6 +196,48 @@ class Engine:
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
         return self._head.fused(request, plan, self._rows(request, plan, embed), **options)
+
+    def _needs_labels_alone(self, request):
+        """May rows be left out on which the loss does not depend?
+
+        Not once somebody has read the logits of such a step, which costs a second forward pass; nor where that would
+        not be the same pass: where random numbers are drawn, where positions or a row's place depend on the rows that
+        there are, where a hook counts calls.
+        """
+        found, backbone = self.abilities, self.runner.backbone
+        if request.wants_logits or request.loss is not None or not found.causal or self._logits_are_read:
+            return False
+        if found.rope_limit is not None or found.row_limit is not None or found.position_offset:
+            return False
+        return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws(self.base))
+
+    def _whole_logits(self, request, embed):
+        """The logits of all tokens of a request some of whose rows are left out: what they are computed of, and how."""
+        given = [] if request.prompts is None else [request.prompts()]
+        given += [] if request.has_ids else [request.tokens]
+        sources = given + ([] if request.shared is None else request.shared.tensors())
+        unchanged = self._head.unchanged(sources)
+
+        def compute(*sources):
+            unchanged()
+            self._logits_are_read = True
+            rest = iter(sources)
+            prompts = None if request.prompts is None else next(rest)
+            again = replace(
+                request,
+                prompts=None if prompts is None else lambda: prompts,
+                tokens=request.tokens if request.has_ids else next(rest),
+                shared=None if request.shared is None else request.shared.with_tensors(rest),
+            )
+            reader = object()
+            attach(self.base, reader, packs=True)
+            try:
+                plan = self._laid_out(again, to_last_label=False)
+                return plan.unpack(self.runner.logits(plan, self._rows(again, plan, embed), again.shared))
+            finally:
+                detach(self.base, reader)
+
+        return sources, compute
 
     @property
     def _head(self):

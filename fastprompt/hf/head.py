@@ -1,5 +1,6 @@
 """What comes behind the layers of a causal LM: the head on labelled rows, the loss, and logits for who reads them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from .later import later
 from .request import Request
 from .runner import Runner, gathered
 from .structure import is_plain_linear
+
+# What logits are computed of when they are read, and how.
+Whole = tuple[Sequence[torch.Tensor], Callable[..., torch.Tensor]]
 
 # Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
 ROWS = 256
@@ -34,12 +38,20 @@ class LanguageHead:
         """Is the model's loss the mean cross-entropy of its labels?"""
         return self.base.loss_function is ForCausalLMLoss
 
-    def step(self, request: Request, plan: RowPlan, rows: torch.Tensor) -> CausalLMOutputWithPast:
-        """The output of a training step: the loss, of labelled rows alone, and logits for who reads them."""
+    def step(
+        self, request: Request, plan: RowPlan, rows: torch.Tensor, whole: Whole | None = None
+    ) -> CausalLMOutputWithPast:
+        """The output of a training step: the loss, of labelled rows alone, and logits for who reads them.
+
+        Args:
+            request, plan, rows: what was asked, its plan, and the rows.
+            whole: what the logits are computed of, and how, if the plan leaves rows out; then the last layer runs on
+                labelled rows alone, too.
+        """
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
             label_rows, labels = _labelled(plan)
-            states = self.runner.states(plan, rows, shared)
+            states = self.runner.states(plan, rows, shared, None if whole is None else label_rows.unique())
             hidden = gathered(states.last_hidden_state[0], label_rows)
             reduction = "none" if request.each_label else "sum"
             labels = labels.to(hidden.device)
@@ -47,7 +59,7 @@ class LanguageHead:
             if not request.each_label:
                 items = request.num_items_in_batch
                 loss = loss / (len(labels) if items is None else items)
-            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype))
+            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype, whole))
         label_rows = label_rows_of(request, plan)
         # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
         keep, places = label_rows.unique(return_inverse=True)
@@ -57,24 +69,42 @@ class LanguageHead:
             else:
                 logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
             return CausalLMOutputWithPast(loss=self.loss_of_logits(request, plan, logits))
-        logits, states = self.runner.logits_and_states(plan, rows, shared, keep)
+        logits, states = self.runner.logits_and_states(plan, rows, shared, keep, None if whole is None else keep)
         loss = self.loss_of_logits(request, plan, gathered(logits, places))
-        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype))
+        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype, whole))
 
-    def _logits_later(self, plan, states, vocabulary, dtype):
+    def _logits_later(self, plan, states, vocabulary, dtype, whole):
         """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
-        kind = states.last_hidden_state.device.type
-        autocast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
-        head = self.base.get_output_embeddings().weight
-        version = head._version
+        device = states.last_hidden_state.device
+        autocast = dict(enabled=torch.is_autocast_enabled(device.type), dtype=torch.get_autocast_dtype(device.type))
+        sources, compute_all = ([states.last_hidden_state], self._logits_of(plan, states)) if whole is None else whole
+
+        def compute(*sources):
+            with torch.autocast(device.type, **autocast):
+                return compute_all(*sources)
+
+        return later(sources, compute, (*plan.grid.shape, vocabulary), dtype, device)
+
+    def _logits_of(self, plan, states):
+        unchanged = self.unchanged([], self.base.get_output_embeddings())
 
         def compute(hidden):
-            if head._version != version:
-                raise RuntimeError("the head has changed since the step whose logits are read; read them before")
-            with torch.autocast(kind, **autocast):
-                return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
+            unchanged()
+            return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
 
-        return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
+        return compute
+
+    def unchanged(self, sources: Sequence[torch.Tensor], part: nn.Module | None = None) -> Callable[[], None]:
+        """A function that raises RuntimeError if ``sources`` or weights, of a part or of all, were written to."""
+        now = [(x, _version(x)) for x in (*sources, *(part or self.base).parameters())]
+
+        def check():
+            changed = [x for x, version in now if _version(x) != version]
+            if changed:
+                what = "head" if changed[0] is self.base.get_output_embeddings().weight else "model"
+                raise RuntimeError(f"the {what} has changed since the step whose logits are read; read them before")
+
+        return check
 
     def loss_of_logits(self, request: Request, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
         """The loss of the labelled rows' logits ``[M, V]``."""
@@ -111,7 +141,8 @@ class LanguageHead:
         label_rows, targets = _labelled(plan)
         front = plan.grid.shape[1] - labels.shape[1]
         mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
-        states = self.runner.states(plan, rows, request.shared)
+        wanted = label_rows.unique() if plan.to_last_label else None
+        states = self.runner.states(plan, rows, request.shared, wanted)
         hidden = gathered(states.last_hidden_state[0], label_rows)
         output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
         for name, x in output.items():
@@ -120,6 +151,10 @@ class LanguageHead:
             elif x.dim():
                 raise CannotPack(f"the head's {name} is not a number for each label")
         return output
+
+
+def _version(x):
+    return None if x.is_inference() else x._version
 
 
 def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,11 @@
 """A tensor that is computed when somebody reads it: the logits of a training step, which most steps never read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils._pytree import tree_map
 
-Compute = Callable[[torch.Tensor], torch.Tensor]
+Compute = Callable[..., torch.Tensor]
 
 # What is known of the tensor before it is computed.
 _KNOWN = {
@@ -16,36 +16,39 @@ _KNOWN = {
 }
 
 
-def later(source: torch.Tensor, compute: Compute, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """``compute(source)`` of a known shape and dtype, at the first operation on it, with its gradient.
+def later(
+    sources: Sequence[torch.Tensor], compute: Compute, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """``compute(*sources)`` of a known shape, dtype and device, at the first operation on it, with its gradient.
 
     Every operation of torch's, a method or a function, meets the computed tensor, which is an ordinary one with an
     ordinary graph. Code that takes a tensor past these, as an ``autograd.Function`` does, meets a :class:`LaterTensor`
     that has its values, too; then the backward computes a second time.
     """
-    result = _Later.apply(source, compute, shape, dtype)
-    result.source = source
+    result = _Later.apply(compute, shape, dtype, device, *sources)
+    result.sources = tuple(sources)
     return result
 
 
 class LaterTensor(torch.Tensor):
-    """See :func:`later`. ``source`` is what it is computed of."""
+    """See :func:`later`. ``sources`` are what it is computed of."""
 
-    source: torch.Tensor
+    sources: tuple[torch.Tensor, ...]
     compute: Compute
     _found: torch.Tensor | None = None
 
     @staticmethod
-    def make(source: torch.Tensor, compute: Compute, shape: torch.Size, dtype: torch.dtype) -> "LaterTensor":
-        result = torch.Tensor._make_wrapper_subclass(LaterTensor, shape, dtype=dtype, device=source.device)
+    def make(compute: Compute, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "LaterTensor":
+        result = torch.Tensor._make_wrapper_subclass(LaterTensor, shape, dtype=dtype, device=device)
         result.compute = compute
         return result
 
     def read(self) -> torch.Tensor:
         """The computed tensor; with a graph if gradients are recorded now."""
-        found, needs_graph = self._found, torch.is_grad_enabled() and self.source.requires_grad
+        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in self.sources)
+        found = self._found
         if found is None or (needs_graph and not found.requires_grad):
-            found = self._found = self.compute(self.source)
+            found = self._found = self.compute(*self.sources)
         return found
 
     @classmethod
@@ -56,7 +59,8 @@ class LaterTensor(torch.Tensor):
                 return function(*args, **kwargs)
         if function is torch.Tensor.float and len(args) == 1:  # Accelerate converts all outputs in mixed precision
             one = args[0]
-            return later(one.source, lambda source: one.compute(source).float(), one.shape, torch.float32)
+            convert = lambda *sources: one.compute(*sources).float()  # noqa: E731
+            return later(one.sources, convert, one.shape, torch.float32, one.device)
         return function(*tree_map(_read, args), **tree_map(_read, kwargs))
 
     @classmethod
@@ -74,15 +78,15 @@ def _read_detached(x):
 
 class _Later(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source, compute, shape, dtype):
+    def forward(ctx, compute, shape, dtype, device, *sources):
         ctx.compute = compute
-        ctx.save_for_backward(source)
-        return LaterTensor.make(source, compute, shape, dtype)
+        ctx.save_for_backward(*sources)
+        return LaterTensor.make(compute, shape, dtype, device)
 
     @staticmethod
     def backward(ctx, *grads):
-        (source,) = ctx.saved_tensors
-        source = source.detach().requires_grad_()
+        needed = ctx.needs_input_grad[4:]
+        sources = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed)]
         with torch.enable_grad():
-            torch.autograd.backward(ctx.compute(source), grads)  # of a head that trains, too
-        return source.grad, None, None, None
+            torch.autograd.backward(ctx.compute(*sources), grads)  # of a head that trains, too
+        return None, None, None, None, *(x.grad for x in sources)

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .attachment import attach_again, is_attached
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
+from .last_layer import LastLayer
 from .masks import PackedRows, UnsupportedAttention, active, running
 from .own_attention import is_patched, own_attention
 from .recurrent import mixers
@@ -39,6 +40,7 @@ class Runner:
         layout: "shared" for a causal model, whose prompt no text changes, else "packed".
         position_offset: the first position, as the model's embedding of positions counts them.
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
+        last_layer: the last layer, if it can run on chosen rows.
     """
 
     base: nn.Module
@@ -47,6 +49,7 @@ class Runner:
     layout: str = "shared"
     position_offset: int = 0
     compact_positions: bool = False
+    last_layer: LastLayer | None = None
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -67,9 +70,20 @@ class Runner:
         flat = embeds.reshape(-1, embeds.shape[-1])
         return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
 
-    def states(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> Any:
-        """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``."""
-        return self._call(self.backbone, plan, rows, shared)
+    def states(
+        self,
+        plan: RowPlan,
+        rows: torch.Tensor,
+        shared: SharedState | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> Any:
+        """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``.
+
+        Args:
+            plan, rows, shared: see :meth:`packed_backbone`.
+            wanted: ``[M]``, the rows whose states will be read, each once; what the others hold is not said. None: all.
+        """
+        return self._call(self.backbone, plan, rows, shared, wanted=wanted)
 
     def logits(
         self,
@@ -87,9 +101,14 @@ class Runner:
         return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
 
     def logits_and_states(
-        self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None, keep: torch.Tensor
+        self,
+        plan: RowPlan,
+        rows: torch.Tensor,
+        shared: SharedState | None,
+        keep: torch.Tensor,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ModelOutput]:
-        """Logits ``[M, V]`` of the rows ``keep``, and the backbone's output with all of them, for :meth:`head`."""
+        """Logits ``[M, V]`` of the rows ``keep``, and the backbone's output as :meth:`states` gives it."""
         seen = []
 
         def choose(module, args, output):
@@ -99,7 +118,7 @@ class Runner:
 
         hook = self.backbone.register_forward_hook(choose)
         try:
-            logits = self._call(self.base, plan, rows, shared).logits[0]
+            logits = self._call(self.base, plan, rows, shared, wanted=wanted).logits[0]
         finally:
             hook.remove()
         return logits, seen[0]
@@ -191,9 +210,14 @@ class Runner:
         finally:
             hook.remove()
 
-    def _call(self, model, plan, rows, shared, recorded=None, **extra):
+    def _call(self, model, plan, rows, shared, recorded=None, wanted=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
-        with self._running(model, plan, {name: rows}, shared, recorded) as inputs:
+        last = self.last_layer
+        narrow = wanted is not None and len(wanted) > 0 and last is not None and last.is_plain(self.backbone)
+        with (
+            self._running(model, plan, {name: rows}, shared, recorded) as inputs,
+            last.on_rows(wanted) if narrow else nullcontext(),
+        ):
             output = model(**inputs, **extra)
             self._check_mixers(active())
             return output

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
@@ -143,6 +144,21 @@ def why_drawn_otherwise(module: nn.Module) -> str | None:
             if "jitter" in name and type(value) in (int, float) and value > 0:
                 return f"{type(part).__name__}.{name} = {value}"
     return None
+
+
+def draws(model: Any) -> bool:
+    """Does a model draw random numbers as it stands?"""
+    if model.training and any(_is_dropout(name, value) for name, value in vars(model.config).items()):
+        return True
+    return any(
+        isinstance(part, _DropoutNd) and part.p > 0 or any(_is_dropout(*item) for item in vars(part).items())
+        for part in model.modules()
+        if part.training
+    )
+
+
+def _is_dropout(name, value):
+    return "drop" in name and type(value) is float and value > 0
 
 
 def rope_limit(backbone: nn.Module) -> int | None:

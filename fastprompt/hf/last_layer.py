@@ -1,0 +1,162 @@
+"""The last layer of a decoder, on the rows whose hidden states are wanted.
+
+Nothing passes from row to row behind the last attention, whose keys and values alone are needed of all rows. So the
+last layer runs, by its own code, on the rows that are wanted; only its attention is given all rows, made by what stands
+between the layer's input and its attention (a norm, or nothing), and projects the queries and the output of the wanted
+rows. The layer's output has zeros in the rows that nobody wants.
+
+That the rest of a layer treats each row alone is what running packed rows rests on already. How the states reach the
+attention is looked at in every call: they are the layer's input, or what one of its parts made of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpointing import without_checkpoints
+from .masks import UnsupportedAttention
+from .structure import has_own_forward, keeps_state
+
+# What projects queries alone, and the output, where attention modules have it.
+_QUERIES = "q_proj"
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+@dataclass(frozen=True, eq=False)
+class LastLayer:
+    """The last layer of a backbone.
+
+    Attributes:
+        layers: the list that it ends.
+        layer: the decoder layer, which takes hidden states ``[1, R, D]`` first.
+        attention: its attention, a direct child.
+    """
+
+    layers: nn.ModuleList
+    layer: nn.Module
+    attention: nn.Module
+
+    @staticmethod
+    def of(backbone: nn.Module, run: Callable[[], Any]) -> "LastLayer | None":
+        """The layer that ends a run of the backbone, if it has one attention and no state; else None."""
+        called: list[nn.Module] = []
+        with ExitStack() as hooks:
+            for module in backbone.modules():
+                hook = module.register_forward_pre_hook(lambda module, args: called.append(module))
+                hooks.callback(hook.remove)
+            run()
+        lists = [x for x in backbone.modules() if isinstance(x, nn.ModuleList) and any(y in called for y in x)]
+        if not lists:
+            return None
+        in_order = [module for module in called if any(module is layer for layer in lists[0])]
+        layer = in_order[-1]
+        attentions = [x for x in layer.children() if hasattr(x, "layer_idx") and called.count(x) == 1]
+        if len(attentions) != 1 or in_order.count(layer) != 1 or any(map(keeps_state, layer.modules())):
+            return None
+        return LastLayer(lists[0], layer, attentions[0])
+
+    def is_plain(self, backbone: nn.Module) -> bool:
+        """Does it still run the forward of its class, uncompiled, and nobody but itself runs it a second time?"""
+        if torch.compiler.is_compiling() or not any(layer is self.layer for layer in self.layers):
+            return False
+        if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
+            return False
+        return not any(
+            has_own_forward(module) or getattr(module, "_compiled_call_impl", None) is not None
+            for module in (self.layer, self.attention)
+        )
+
+    @contextmanager
+    def on_rows(self, keep: torch.Tensor) -> Iterator[None]:
+        """While the block runs, the layer gives the rows ``keep`` ``[M]``, each once, and zeros in place of others.
+
+        Raises:
+            UnsupportedAttention: in the layer's call; it has another structure.
+        """
+        with _forward_of(self.layer, partial(_run_layer, self, keep)):
+            yield
+
+
+@contextmanager
+def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).pop("forward", None)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _run_layer(last, keep, states, *args, **kwargs):
+    layer, attention = last.layer, last.attention
+    keep = keep.to(states.device)
+    rows = states.index_select(1, keep)  # [1, M, D]
+    made_by: list[tuple[torch.Tensor, nn.Module]] = []  # what parts of the layer made of its input, at these rows
+
+    def remember(part, inputs, output):
+        if len(inputs) == 1 and inputs[0] is rows:
+            made_by.append((output, part))
+
+    def attend(*args, **kwargs):
+        given, args, kwargs = _first(args, kwargs)
+        if given is rows:
+            everywhere = states
+        else:
+            part = next((part for output, part in made_by if output is given), None)
+            if part is None:
+                raise UnsupportedAttention(f"{type(layer).__name__} hands other states to attention than a norm's")
+            everywhere = part(states)
+        with ExitStack() as hooks:
+            for hook in _hooks(attention, keep, everywhere.shape[1]):
+                hooks.callback(hook.remove)
+            output = type(attention).forward(attention, everywhere, *args, **kwargs)
+        return _with_first(output, lambda x: x if x.shape[1] == len(keep) else x.index_select(1, keep))
+
+    with ExitStack() as block:
+        for part in layer.children():
+            if part is not attention:
+                block.callback(part.register_forward_hook(remember).remove)
+        block.enter_context(_forward_of(attention, attend))
+        block.enter_context(without_checkpoints(layer))  # what it keeps is less than one layer run again does
+        output = type(layer).forward(layer, rows, *args, **kwargs)
+    return _with_first(output, lambda x: _spread(x, keep, states, rows))
+
+
+def _hooks(attention, keep, count):
+    """Hooks by which the projections of queries and of the output run on the rows ``keep`` of ``count`` only."""
+    queries = getattr(attention, _QUERIES, None)
+    if isinstance(queries, nn.Module):
+        yield queries.register_forward_pre_hook(lambda part, args: (args[0].index_select(1, keep), *args[1:]))
+        yield queries.register_forward_hook(
+            lambda part, args, x: x.new_zeros(1, count, x.shape[2]).index_copy(1, keep, x)
+        )
+    outputs = next((x for name in _OUTPUTS if isinstance(x := getattr(attention, name, None), nn.Module)), None)
+    if outputs is not None:
+        yield outputs.register_forward_pre_hook(lambda part, args: (args[0].index_select(1, keep), *args[1:]))
+
+
+def _first(args, kwargs):
+    """The hidden states among a module's arguments, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), (), kwargs
+
+
+def _with_first(output, function):
+    """An output, or the first of several, after ``function``."""
+    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+
+def _spread(x, keep, states, rows):
+    """``[1, M, D]`` at the rows ``keep`` of ``[1, R, D]``."""
+    if x.shape != rows.shape:
+        raise UnsupportedAttention(f"a layer makes {list(x.shape)} of {list(rows.shape)} states")
+    return x.new_zeros(states.shape).index_copy(1, keep, x)
