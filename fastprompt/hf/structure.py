@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
