@@ -71,7 +71,7 @@ int64_t agreement(const Cells& cells, const Ints& tokens, int64_t b, int64_t oth
   return c;
 }
 
-// stats [8, B]: length, first, holes, labels, behind_padding, out_of_range, agree, prompt.
+// stats [9, B]: length, first, holes, labels, behind_padding, out_of_range, agree, prompt, needed.
 void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor token_ids,
              MaybeTensor prompts, MaybeTensor starts, MaybeTensor lengths, int64_t width, int64_t prompt_length,
              bool front, Tensor stats) {
@@ -80,13 +80,14 @@ void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, M
   auto const batch = stats.size(1);
   for (int64_t b = 0; b < batch; ++b) {
     auto const begin = cells.begin(b), columns = cells.columns(b);
-    int64_t length = 0, first = 0, runs = 0, wanted = 0, behind_padding = 0, out_of_range = 0;
+    int64_t length = 0, first = 0, runs = 0, wanted = 0, needed = 0, behind_padding = 0, out_of_range = 0;
     bool before = false;
     for (int64_t c = 0; c < columns; ++c) {
       auto const place = begin + c;
       auto const live = cells.is_real(place);
       if (cells.is_wanted(place, c)) {
         ++wanted;
+        needed = c;
         behind_padding += c > 0 && !before;
       }
       if (live) {
@@ -97,7 +98,7 @@ void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, M
       before = live;
     }
     const int64_t found[] = {length, first, runs > 1, wanted, behind_padding > 0, out_of_range > 0, 0,
-                             prompt ? prompt[b] : 0};
+                             prompt ? prompt[b] : 0, needed};
     for (int64_t i = 0; i < stats.size(0); ++i) line(stats, i)[b] = found[i];
   }
   if (!tokens) return;
@@ -110,7 +111,7 @@ void measure(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, M
   }
 }
 
-// table [6, E]: prompt_row, own_row, own_column, first_label, prompt, writes. What is read is written to the rest.
+// table [7, E]: prompt_row, own_row, own_column, first_label, prompt, writes, end. What is read is written to the rest.
 void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, MaybeTensor starts, MaybeTensor lengths,
           Tensor table, int64_t width, int64_t front, int64_t prompt_length, int64_t prefix_length, Tensor source,
           Tensor position_ids, Tensor grid, MaybeTensor label_rows, MaybeTensor shifted) {
@@ -122,7 +123,7 @@ void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, Mayb
   auto const batch = grid.size(0);
   for (int64_t e = 0; e < table.size(1); ++e) {
     auto const prompt_row = line(table, 0)[e], own_row = line(table, 1)[e], own_column = line(table, 2)[e];
-    auto const prompt = line(table, 4)[e];
+    auto const prompt = line(table, 4)[e], end = line(table, 6)[e];
     auto const writes = line(table, 5)[e] != 0;
     for (int64_t j = 0; writes && j < front; ++j) {
       to_source[prompt_row + j] = -1 - (prompt * front + j);
@@ -136,7 +137,7 @@ void fill(MaybeTensor real, MaybeTensor labels, MaybeTensor virtual_tokens, Mayb
     for (int64_t j = 0; j < front; ++j) cell[j] = prompt_row + j;
     for (int64_t c = 0; c < columns; ++c) {
       auto const place = begin + c, row = row_of(c);
-      auto const live = cells.is_real(place);
+      auto const live = cells.is_real(place) && c < end;
       cell[front + c] = live ? row : -1;
       if (live && (writes || c >= own_column)) {
         auto const number = cells.virtual_tokens ? cells.virtual_tokens[place] : -1;

@@ -21,6 +21,7 @@ STATS = (
     "out_of_range",  # whether a virtual token is none of the prompt's
     "agree",  # the tokens from the first column on that are those of the first sequence of the same prompt with a token
     "prompt",
+    "needed",  # the column of its last label, in front of which stands all that a label depends on; 0 without labels
 )
 # What `fill` is told about a sequence.
 ENTRY = (
@@ -30,6 +31,7 @@ ENTRY = (
     "first_label",  # how many labels the sequences before it have
     "prompt",
     "writes",  # whether it writes the rows of the prompt and what is shared
+    "end",  # the column from which on it has no rows
 )
 
 
@@ -89,9 +91,10 @@ def measure(batch: Batch) -> torch.Tensor:
     length, first = real.sum(1), _first(real)
     starts = real & ~_shifted(real, False)  # real tokens that none stands before
     holes = starts.sum(1) > 1
-    labels = behind_padding = out_of_range = agree = nothing
+    labels = needed = behind_padding = out_of_range = agree = nothing
     if batch.labels is not None:
         labels = cells.wanted.sum(1)
+        needed = (batch.width - 1 - _first(cells.wanted.flip(1))).clamp(min=0)
         behind_padding = (cells.wanted & ~_shifted(real, True)).sum(1) > 0
     if batch.virtual is not None:
         out_of_range = (real & (cells.of(batch.virtual) >= batch.prompt_length)).any(1)
@@ -104,7 +107,7 @@ def measure(batch: Batch) -> torch.Tensor:
         alike = code == code.index_select(0, leader)
         agree = _first(~(alike & real & real.index_select(0, leader)))
     prompts = nothing if batch.prompts is None else batch.prompts
-    return torch.stack([length, first, holes, labels, behind_padding, out_of_range, agree, prompts])
+    return torch.stack([length, first, holes, labels, behind_padding, out_of_range, agree, prompts, needed])
 
 
 def _first(flags: torch.Tensor) -> torch.Tensor:
@@ -136,9 +139,10 @@ def fill(batch: Batch, table: torch.Tensor, rows: int, labels: int, everywhere: 
         everywhere: padding has rows, too.
     """
     cells, front = batch.cells, batch.front
-    column, real = cells.column, cells.inside if everywhere else cells.real
     entry = dict(zip(ENTRY, table.unsqueeze(2)))  # [E, 1] each
-    prompt_row, own_row, own_column, first_label, prompt, writes = (x[: batch.size] for x in entry.values())
+    prompt_row, own_row, own_column, first_label, prompt, writes, end = (x[: batch.size] for x in entry.values())
+    column = cells.column
+    real = (cells.inside if everywhere else cells.real) & (column < end)
     own = real & (column >= own_column)
     row = torch.where(own, own_row, prompt_row + front).add_(column)
     in_front = torch.arange(front, device=batch.device)

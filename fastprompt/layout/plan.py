@@ -39,6 +39,7 @@ class RowPlan:
         label_rows: ``[M]`` int64, the rows that predict a label, in batch order (a row may predict several: the last
             prompt row predicts the first token of every sequence). None without labels.
         labels: ``[M]`` int64, what they predict: already shifted.
+        to_last_label: are tokens left out that no label depends on?
     """
 
     layout: str
@@ -49,6 +50,7 @@ class RowPlan:
     grid: torch.Tensor
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
+    to_last_label: bool = False
 
     def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""
@@ -76,6 +78,7 @@ def plan_padded_input(
     token_ids: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
+    to_last_label: bool = False,
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> RowPlan:
@@ -94,6 +97,8 @@ def plan_padded_input(
             share nothing.
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
+        to_last_label: leave out what no label depends on: the tokens from the last label of a sequence on, all of a
+            sequence without labels. The layout "shared" only; a batch without any labels keeps its tokens.
         device: where the plan lives; by default that of the mask or labels.
         backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a
             GPU and "cpu" on a CPU, if they are there.
@@ -124,7 +129,7 @@ def plan_padded_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, backend)
+    return _plan(cells_of, layout, to_last_label, backend)
 
 
 def plan_packed_input(
@@ -137,6 +142,7 @@ def plan_packed_input(
     token_ids: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
+    to_last_label: bool = False,
     backend: str = "auto",
 ) -> RowPlan:
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
@@ -144,7 +150,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, backend: as there; packed input has no layout "padded".
+        num_virtual_tokens, prompt_ids, prefix_length, layout, to_last_label, backend: as there; packed input has no
+            layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -170,7 +177,7 @@ def plan_packed_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, backend)
+    return _plan(cells_of, layout, to_last_label, backend)
 
 
 def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -193,11 +200,13 @@ def _length(name: str, value: int) -> int:
     return value
 
 
-def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
+def _plan(batch: cells.Batch, layout: str, to_last_label: bool, backend: str) -> RowPlan:
     rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
+        if to_last_label:
+            raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
     stats = _Stats(*on_device.measure(batch).cpu().numpy())
@@ -210,12 +219,16 @@ def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
             raise ValueError(
                 f"virtual_tokens must be below num_virtual_tokens {batch.prompt_length}, got {int(batch.virtual.max())}"
             )
+    labels = int(stats.labels.sum())
+    to_last_label = to_last_label and labels > 0
+    if to_last_label:
+        stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
     rows, entries, sequences, shared = rows_of[layout](batch, stats)
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
-    labels = int(stats.labels.sum())
     entries["first_label"] = stats.labels.cumsum() - stats.labels
+    entries["end"] = np.full(batch.size, batch.width) if layout == "padded" else stats.first + stats.length
     table = np.zeros((len(cells.ENTRY), len(entries["prompt"])), np.int64)
     for line, name in zip(table, cells.ENTRY):
         line[: len(entries[name])] = entries[name]
@@ -224,7 +237,15 @@ def _plan(batch: cells.Batch, layout: str, backend: str) -> RowPlan:
     on_batch = torch.from_numpy(table).to(batch.device)
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     return RowPlan(
-        layout, filled.source, filled.position_ids, sequences, shared, filled.grid, filled.label_rows, filled.labels
+        layout,
+        filled.source,
+        filled.position_ids,
+        sequences,
+        shared,
+        filled.grid,
+        filled.label_rows,
+        filled.labels,
+        to_last_label,
     )
 
 
@@ -239,6 +260,7 @@ class _Stats(NamedTuple):
     out_of_range: np.ndarray
     agree: np.ndarray
     prompt: np.ndarray
+    needed: np.ndarray
 
     @property
     def gaps(self) -> np.ndarray | None:
@@ -259,14 +281,17 @@ def _shared_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     common = np.full(count, batch.width)
     np.minimum.at(common, prompt[some], stats.agree[some])
     common[np.bincount(prompt[some], minlength=count) < 2] = 0
+    longest = np.zeros_like(common)
+    np.maximum.at(longest, prompt, stats.length)
+    common = np.minimum(common, longest)  # tokens may agree that are left out
     lengths = front + common  # [N]
     starts = lengths.cumsum() - lengths
     start = int(lengths.sum())
     taken = np.minimum(common[prompt], stats.length)  # [B] tokens that are shared rows
     own = stats.length - taken
     ends = start + own.cumsum()
-    # One sequence of each prompt writes its rows: the first with a token, if one has any.
-    order = np.lexsort((~some, prompt))
+    # One sequence of each prompt writes its rows: the first that has all of what is shared.
+    order = np.lexsort((stats.length < common[prompt], prompt))
     grouped = prompt[order]
     leads = grouped != np.append(-1, grouped[:-1])
     unused = np.flatnonzero(np.bincount(prompt, minlength=count) == 0)

@@ -40,15 +40,12 @@ def measure(
     real, labels, virtual, prompts, starts, lengths, stats, batch, width, prompt_length,
     FRONT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``stats [8, B]`` of a sequence, but for how far it agrees with others."""
+    """``stats [9, B]`` of a sequence, but for how far it agrees with others."""
     b, c = tl.program_id(0), tl.arange(0, BC)
     begin, columns = cells_of(b, starts, lengths, width)
     count, first, last = tl.zeros([BC], tl.int32), tl.full([BC], width, tl.int32), tl.full([BC], -1, tl.int32)
-    labelled, behind_padding, out_of_range = (
-        tl.zeros([BC], tl.int32),
-        tl.zeros([BC], tl.int32),
-        tl.zeros([BC], tl.int32),
-    )
+    labelled, needed = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32)
+    behind_padding, out_of_range = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32)
     for start in range(0, columns, BC):
         column = start + c  # [BC]
         inside = column < columns
@@ -60,6 +57,7 @@ def measure(
             wanted = are_wanted(tl.load(labels + begin + column, mask=inside, other=IGNORE), column, inside, FRONT)
             before = are_real(real, begin + column - 1, inside & (column > 0)) | (column == 0)
             labelled += wanted.to(tl.int32)
+            needed = tl.maximum(needed, tl.where(wanted, column, 0))
             behind_padding += (wanted & (before == 0)).to(tl.int32)
         if virtual is not None:
             out_of_range += (tl.load(virtual + begin + column, mask=live, other=-1) >= prompt_length).to(tl.int32)
@@ -76,6 +74,7 @@ def measure(
         tl.store(stats + 7 * batch + b, 0)
     else:
         tl.store(stats + 7 * batch + b, tl.load(prompts + b))
+    tl.store(stats + 8 * batch + b, tl.max(needed))
 
 
 @Kernel
@@ -123,6 +122,7 @@ def fill(
         tl.load(entry + 4 * entries),
         tl.load(entry + 5 * entries) != 0,
     )
+    end = tl.load(entry + 6 * entries)
     is_sequence = b < batch  # or a prompt that none has
     cells = grid + b.to(tl.int64) * (front + width)
     for start in range(0, front, BC):
@@ -136,7 +136,7 @@ def fill(
         for start in range(0, width, BC):
             column = start + c
             inside = column < columns
-            live = are_real(real, begin + column, inside)
+            live = are_real(real, begin + column, inside) & (column < end)
             row = tl.where(column >= own_column, own_row, prompt_row + front) + column
             tl.store(cells + front + column, tl.where(live, row, -1), mask=column < width)
             text = begin + column
