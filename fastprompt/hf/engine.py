@@ -9,20 +9,22 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..layout import IGNORE, NODE_COST, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
 from .request import Request
-from .runner import Inputs, gathered
+from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
 from .structure import why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+_MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
 
 class Engine:
@@ -119,6 +121,7 @@ class Engine:
             prompt_ids=_on(device, request.prompt_ids),
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
+            node_cost=_MIXER_COST if self.runner.mixers else NODE_COST,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
@@ -132,6 +135,7 @@ class Engine:
             width,
             request.num_virtual_tokens,
             attention_mask=_on(device, request.attention_mask),
+            share_padded=not self.abilities.has_window,
             device=device,
             **{name: _on(device, x) for name, x in like_tokens.items()},
             **options,
@@ -170,7 +174,7 @@ class Engine:
         loss = None
         if request.labels is not None:
             loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
-        output = CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits))
+        output = CausalLMOutputWithPast(loss=loss, logits=unpacked(plan, logits))
         if recorded is not None:
             output[self.abilities.cache_name] = self._cache(request, plan, recorded)
         return output
