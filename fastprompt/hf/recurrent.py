@@ -2,9 +2,9 @@
 
 A mixer of this kind (Mamba 2, gated delta rule, short convolution) reads the state of earlier tokens from the cache
 that it is handed, and leaves its own there. So it runs the shared rows of every prompt with an empty state, those of
-groups each from the state that is left before them, and then the sequences, padded on the right where it does not see,
-each from the state that its prompt or group left: autograd adds up the gradient of that state over all that start there. The results go back to where the rows came from; the layers around it
-see packed rows.
+groups each from the state that is left in front of them, and then the sequences, padded on the right where it does not
+see, each from the state that its prompt or group left: autograd adds up the gradient of a state over all that start
+from it. The results go back to where the rows came from; the layers around it see packed rows.
 """
 
 import inspect

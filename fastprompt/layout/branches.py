@@ -149,7 +149,7 @@ def _numbered(roots: list[_Branch], batch: int) -> Branches | None:
                 leaf[part] = number
     if not depth:
         return None
-    return Branches(*(np.array(x, np.int64) for x in (depth, parent, member)), leaf)
+    return Branches(np.array(depth), np.array(parent), np.array(member), leaf)
 
 
 class Fold(NamedTuple):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from .plan import RowPlan
-from .tree import Tree
 
 _BUCKET = 64  # what running one more bucket costs, in rows
 _LEAST = 2  # columns of a bucket that continues: one would be taken for a step of generation, which writes in place
@@ -86,13 +85,12 @@ def final_buckets(plan: RowPlan) -> tuple[list[torch.Tensor], list[Bucket]]:
     Returns:
         For each bucket the rows of the batch in it, and the bucket: of the columns behind the shared rows, maybe none.
     """
-    tree, grid, sequences = plan.shared, plan.grid, plan.sequences
+    tree, grid = plan.shared, plan.grid
+    sequences: Any = plan.sequences
     roots = tree.roots if tree.nodes else np.full(len(grid), -1)
-    lengths = np.append(tree.lengths, 0)[roots]
-    states = np.append(_levels(tree, sequences.host.gaps)[1], -1)[roots] if sequences is not None else roots
-    # A root behind padding is a group's alone: it is run again with the rest, from the first column on.
-    padded = np.append([node.gap > 0 for node in tree.nodes], False)[roots]
-    lengths[padded], states[padded] = 0, -1
+    # What stands behind padding is run again with the rest, from the first column on.
+    counted = np.array([0 if node.gap else node.length for node in tree.nodes] + [0], np.int64)
+    lengths, states = counted[roots], np.append(_levels(tree, sequences.host.gaps)[1], -1)[roots]
     members, buckets = [], []
     for length in np.unique(lengths):
         some = np.flatnonzero(lengths == length)

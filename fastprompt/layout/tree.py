@@ -92,7 +92,7 @@ class Tree:
         """
         first = prompts if prefix_length else 0
         source = np.full((first + len(self.nodes), prefix_length + int(self.depths.max(initial=0))), -1)
-        source[:first, :prefix_length] -= np.arange(first * prefix_length).reshape(first, -1)
+        source[:first, :prefix_length] -= np.arange(first * prefix_length).reshape(first, prefix_length)
         for number, node in enumerate(self.nodes):
             end = prefix_length + int(self.depths[number])
             begin = end - node.length
