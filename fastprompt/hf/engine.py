@@ -166,7 +166,7 @@ class Engine:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
         """
-        rows = self._rows(request, plan, embed)
+        rows = self.rows(request, plan, embed)
         if not request.wants_logits:
             return self._head.step(request, plan, rows)
         recorded = Recorded() if self._wants_cache(request) else None
@@ -181,7 +181,7 @@ class Engine:
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
-        return self._head.fused(request, plan, self._rows(request, plan, embed), **options)
+        return self._head.fused(request, plan, self.rows(request, plan, embed), **options)
 
     @property
     def _head(self):
@@ -331,8 +331,8 @@ class Engine:
     def _cache(self, request, plan, recorded):
         return PackedCache(plan, recorded, request.shared, request.prompt_ids, self.base.config)
 
-    def _rows(self, request, plan, embed):
-        """What the model is given: embeddings, or token ids where it may look them up itself."""
+    def rows(self, request: Request, plan: RowPlan, embed: Embed) -> torch.Tensor:
+        """What the model is given: ``[R, D]`` embeddings, or ``[R]`` token ids where it may look them up itself."""
         if request.prompts is None and request.has_ids and self._looks_up_ids():
             return plan.token_ids(request.tokens)
         prompt = None if request.prompts is None else request.prompts()

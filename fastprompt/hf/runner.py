@@ -16,7 +16,7 @@ from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache_names import CACHE_NAMES
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
-from .masks import PackedRows, UnsupportedAttention, active, running
+from .masks import AsBefore, PackedRows, UnsupportedAttention, active, running
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
@@ -115,7 +115,8 @@ class Runner:
         before = {name: module[name] for name in changed if name in module}
         try:
             module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
-            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+            with running(AsBefore()):  # nothing of this call is to be packed
+                return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
         finally:
             for name in changed:
                 module.pop(name, None)

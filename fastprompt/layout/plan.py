@@ -251,7 +251,7 @@ def _plan(
         planned = _shared_rows(batch, stats, tokens, node_cost, share_padded)
     else:
         planned = {"packed": _packed_rows, "padded": _padded_rows}[layout](batch, stats)
-    rows, entries, sequences, shared, folded = planned
+    rows, entries, sequences, tree, folded = planned
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
     entries["first_label"] = stats.labels.cumsum() - stats.labels
@@ -265,17 +265,8 @@ def _plan(
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     if folded is not None:
         filled = folded.of(filled)
-    return RowPlan(
-        layout,
-        filled.source,
-        filled.position_ids,
-        sequences,
-        shared,
-        filled.grid,
-        filled.label_rows,
-        filled.labels,
-        to_last_label,
-    )
+    made, of_labels = (filled.source, filled.position_ids, sequences), (filled.label_rows, filled.labels)
+    return RowPlan(layout, *made, tree, filled.grid, *of_labels, to_last_label)
 
 
 def _on_host(batch: cells.Batch, stats: torch.Tensor, node_cost: int | None) -> tuple["_Stats", Tokens | None]:
