@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from .ops.prefix_attention.api import prefix_attention
     from .ops.prompt_concat.api import prompt_concat
     from .ops.prompt_lstm.api import prompt_lstm
-    from .peft.accelerate import accelerate, get_peft_model, restore
+    from .peft.accelerate import accelerate, get_peft_model
     from .peft.model import SoftPromptModel
+    from .peft.sharing import share_prefixes
+    from .peft.state import restore
     from .peft.stats import StatsCallback, stats
     from .serving.bank import PromptBank
     from .serving.compile import CompiledPrompt, compile_prompt
@@ -53,6 +55,7 @@ __all__ = [
     "prompt_concat",
     "prompt_lstm",
     "restore",
+    "share_prefixes",
     "stats",
     "unpatch_attention",
 ]
@@ -83,7 +86,8 @@ _MODULES = {
     "prefix_of_text": "hf.prefix",
     "prompt_concat": "ops",
     "prompt_lstm": "ops",
-    "restore": "peft.accelerate",
+    "restore": "peft.state",
+    "share_prefixes": "peft.sharing",
     "stats": "peft.stats",
     "unpatch_attention": "hf.patch",
 }

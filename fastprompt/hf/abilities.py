@@ -50,6 +50,7 @@ class Abilities:
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
         last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
+        has_window: does a layer attend through a sliding window?
     """
 
     refusal: str | None = None
@@ -72,6 +73,7 @@ class Abilities:
     rope_limit: int | None = None
     row_limit: int | None = None
     last_layer: LastLayer | None = None
+    has_window: bool = False
 
     def why_not_loss_of_logits(self, num_items: torch.Tensor | int | None) -> str | None:
         """None if its loss, divided by ``num_items``, is that of its logits, else what is different."""
@@ -92,6 +94,7 @@ class Probe:
     expected: Expectations = field(init=False)
 
     def __post_init__(self) -> None:
+        self._has_window = False
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
         self.backbone = backbone_of(self.base) if self.is_lm else self.base.base_model
 
@@ -120,6 +123,7 @@ class Probe:
                 cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
                 row_limit=row_limit(self.backbone),
+                has_window=self._has_window,
             )
             if not self.is_lm:
                 return replace(found, pooled_column=column_read(self.expected))
@@ -170,7 +174,7 @@ class Probe:
         try:
             with self.expected.arithmetic():
                 plan, _ = self._packed(Abilities(is_lm=self.is_lm), "right", recorded)
-                schedule = recurrent_schedule(plan.sequences, len(plan.shared))
+                schedule = recurrent_schedule(plan)
                 reasons = (mixer.why_not_continued(schedule, shared) for mixer, shared in recorded.mixers)
                 return next(filter(None, reasons), None)
         except Exception:  # it does not run packed rows at all
@@ -219,9 +223,12 @@ class Probe:
         with self.expected.arithmetic():
             rows = runner.rows(plan, sample.prompt, sample.embeds)
             if self.is_lm:
-                return plan, plan.unpack(runner.logits(plan, rows, recorded=recorded))
-            with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
-                return plan, first_output(sample.run(self.base, mask))
+                output = plan.unpack(runner.logits(plan, rows, recorded=recorded))
+            else:
+                with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
+                    output = first_output(sample.run(self.base, mask))
+        self._has_window = runner.has_window
+        return plan, output
 
     def _cache_is_the_same(self, found):
         """Do packed rows leave the cache that the untouched model returned?"""

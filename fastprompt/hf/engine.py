@@ -10,20 +10,22 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..layout import IGNORE, NODE_COST, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
 from .request import Request
-from .runner import Inputs, gathered
+from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
 from .structure import draws, why_drawn_otherwise
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+_MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
 
 class Engine:
@@ -136,6 +138,7 @@ class Engine:
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
             to_last_label=to_last_label,
+            node_cost=_MIXER_COST if self.runner.mixers else NODE_COST,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
@@ -149,6 +152,7 @@ class Engine:
             width,
             request.num_virtual_tokens,
             attention_mask=_on(device, request.attention_mask),
+            share_padded=not self.abilities.has_window,
             device=device,
             **{name: _on(device, x) for name, x in like_tokens.items()},
             **options,
@@ -179,7 +183,7 @@ class Engine:
         if request.prompts is not None:
             prompts = request.prompts()
             request = replace(request, prompts=lambda: prompts)
-        rows = self._rows(request, plan, embed)
+        rows = self.rows(request, plan, embed)
         if not request.wants_logits:
             whole = self._whole_logits(request, embed) if plan.to_last_label else None
             return self._head.step(request, plan, rows, whole)
@@ -188,14 +192,14 @@ class Engine:
         loss = None
         if request.labels is not None:
             loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
-        output = CausalLMOutputWithPast(loss=loss, logits=plan.unpack(logits))
+        output = CausalLMOutputWithPast(loss=loss, logits=unpacked(plan, logits))
         if recorded is not None:
             output[self.abilities.cache_name] = self._cache(request, plan, recorded)
         return output
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
-        return self._head.fused(request, plan, self._rows(request, plan, embed), **options)
+        return self._head.fused(request, plan, self.rows(request, plan, embed), **options)
 
     def _needs_labels_alone(self, request):
         """May rows be left out on which the loss does not depend?
@@ -233,7 +237,7 @@ class Engine:
             attach(self.base, reader, packs=True)
             try:
                 plan = self._laid_out(again, to_last_label=False)
-                return plan.unpack(self.runner.logits(plan, self._rows(again, plan, embed), again.shared))
+                return plan.unpack(self.runner.logits(plan, self.rows(again, plan, embed), again.shared))
             finally:
                 detach(self.base, reader)
 
@@ -389,8 +393,8 @@ class Engine:
     def _cache(self, request, plan, recorded):
         return PackedCache(plan, recorded, request.shared, request.prompt_ids, self.base.config)
 
-    def _rows(self, request, plan, embed):
-        """What the model is given: embeddings, or token ids where it may look them up itself."""
+    def rows(self, request: Request, plan: RowPlan, embed: Embed) -> torch.Tensor:
+        """What the model is given: ``[R, D]`` embeddings, or ``[R]`` token ids where it may look them up itself."""
         if request.prompts is None and request.has_ids and self._looks_up_ids():
             return plan.token_ids(request.tokens)
         prompt = None if request.prompts is None else request.prompts()

@@ -119,6 +119,8 @@ class PackedRows:
         recorded: where layers with a state leave what a cache holds; None: nowhere.
 
     Attributes:
+        plan: the RowPlan.
+        has_window: did the model ask for the mask of a sliding window?
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
         ran: the layers with a state that ran these rows as sequences.
     """
@@ -126,12 +128,12 @@ class PackedRows:
     def __init__(
         self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
     ) -> None:
+        self.plan, self.has_window = plan, False
         self.sequences: Any = plan.sequences
-        self.positions = plan.position_ids
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
         self.ran: set[Any] = set()
-        self.shared = (shared or SharedState()).for_rows(plan.shared)
+        self.shared = (shared or SharedState()).for_rows(plan)
         self.carrier = carrier(self.sequences, self.shared)
 
     def mask(
@@ -158,7 +160,7 @@ class PackedRows:
             )
         pattern = read_pattern(mask_function)
         if pattern is not None and pattern.chunk is not None:
-            pattern = pattern.of_positions_below(int(self.positions.max()) + 1)
+            pattern = pattern.of_positions_below(int(self.plan.position_ids.max()) + 1)
         if pattern is None or not pattern.is_expressible:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
@@ -167,6 +169,9 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
+        self.has_window = self.has_window or pattern.window is not None
+        if pattern.window is not None and self.plan.shared.pads_between(self.shared.length):
+            raise UnsupportedAttention("its window reaches over padding that stands between rows that are shared")
         return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, carrier=self.carrier)
 
     def _splits_a_sequence(self, segments):

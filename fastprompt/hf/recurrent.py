@@ -1,10 +1,10 @@
 """Layers with a recurrent or convolution state on packed rows.
 
 A mixer of this kind (Mamba 2, gated delta rule, short convolution) reads the state of earlier tokens from the cache
-that it is handed, and leaves its own there. So it runs the shared rows of every prompt with an empty state, and then
-the sequences, padded on the right where it does not see, each from the state that its prompt left: autograd adds up
-the gradient of that state over the sequences. The results go back to where the rows came from; the layers around it
-see packed rows.
+that it is handed, and leaves its own there. So it runs the shared rows of every prompt with an empty state, those of
+groups each from the state that is left in front of them, and then the sequences, padded on the right where it does not
+see, each from the state that its prompt or group left: autograd adds up the gradient of a state over all that start
+from it. The results go back to where the rows came from; the layers around it see packed rows.
 """
 
 import inspect
@@ -83,8 +83,7 @@ def _run_packed(module, batch, args, kwargs):
 
 def schedule_of(batch: PackedRows) -> RecurrentSchedule:
     """The buckets of a packed batch: made by the first layer that asks."""
-    sequences, shared = batch.sequences, len(batch.shared.rows)
-    return sequences.cached(("recurrent", shared), lambda: recurrent_schedule(sequences, shared))
+    return batch.sequences.cached("recurrent", lambda: recurrent_schedule(batch.plan))
 
 
 class Mixer:
@@ -112,10 +111,15 @@ class Mixer:
 
     def run_shared(self, schedule: RecurrentSchedule) -> tuple[list[Any], States]:
         """What the buckets of shared rows give, and the states ``[N, ...]`` that they leave."""
-        ran = [self.run(bucket, {}) for bucket in schedule.shared]
-        states = [after for _, after in ran]
-        shared = {key: torch.cat([x[key] for x in states]) for key in (states[0] if states else ())}
-        return [output for output, _ in ran], shared
+        outputs: list[Any] = []
+        shared: States = {}
+        for level in schedule.shared:
+            ran = [self.run(bucket, gathered_states(shared, bucket)) for bucket in level]
+            outputs += [output for output, _ in ran]
+            left = [after for _, after in ran]
+            before = [shared] if shared else []
+            shared = {key: torch.cat([x[key] for x in (*before, *left)]) for key in left[0]}
+        return outputs, shared
 
     def run(self, bucket: Bucket, before: States) -> tuple[Any, States]:
         """The output ``[n, W, ...]`` of a bucket whose sequences start from ``before``, and the states they leave."""

@@ -18,7 +18,7 @@ from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .last_layer import LastLayer
-from .masks import PackedRows, UnsupportedAttention, active, running
+from .masks import AsBefore, PackedRows, UnsupportedAttention, active, running
 from .own_attention import is_patched, own_attention
 from .recurrent import mixers
 from .shared_state import SharedState
@@ -35,12 +35,14 @@ class Runner:
 
     Attributes:
         base: the model.
+        mixers: its layers with a state.
         backbone: the part of it that runs packed rows; what comes behind it sees padded hidden states.
         is_lm: is it a causal LM, whose whole forward runs packed rows?
         layout: "shared" for a causal model, whose prompt no text changes, else "packed".
         position_offset: the first position, as the model's embedding of positions counts them.
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
         last_layer: the last layer, if it can run on chosen rows.
+        has_window: has it asked for the mask of a sliding window so far?
     """
 
     base: nn.Module
@@ -50,14 +52,15 @@ class Runner:
     position_offset: int = 0
     compact_positions: bool = False
     last_layer: LastLayer | None = None
+    has_window: bool = False
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
         self._takes_positions = "position_ids" in parameters
         self._position_embeddings = position_embeddings(self.backbone)
-        self._mixers = mixers(self.backbone)
         self._own_attention = own_attention(self.backbone)
+        self.mixers = mixers(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -136,7 +139,8 @@ class Runner:
         before = {name: module[name] for name in changed if name in module}
         try:
             module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
-            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+            with running(AsBefore()):  # nothing of this call is to be packed
+                return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
         finally:
             for name in changed:
                 module.pop(name, None)
@@ -224,7 +228,7 @@ class Runner:
 
     def _check_mixers(self, batch):
         """A layer with a state that runs in another way than it was taught would take all rows for one sequence."""
-        replaced = [module for module in self._mixers if module not in batch.ran]
+        replaced = [module for module in self.mixers if module not in batch.ran]
         if replaced:
             raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
@@ -259,14 +263,15 @@ class Runner:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
-            if self._mixers:
+            if self.mixers:
                 block.enter_context(recomputing(self.base, batch))
             yield inputs
+            self.has_window = self.has_window or batch.has_window
 
     def _positions(self, plan):
-        positions, sequences = plan.position_ids, plan.sequences
-        if self.compact_positions and sequences.gaps is not None:
-            positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
+        positions, padding = plan.position_ids, plan.padding()
+        if self.compact_positions and padding is not None:
+            positions = positions - torch.repeat_interleave(padding, plan.sequences.lengths)
         return positions + self.position_offset
 
 
@@ -275,9 +280,15 @@ def gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return prompt_concat(index.to(rows.device), rows, rows[:0])
 
 
+def unpacked(plan: RowPlan, rows: torch.Tensor) -> torch.Tensor:
+    """``plan.unpack`` of ``[R, D]``, with a gradient that adds up what several cells show as :func:`gathered` does."""
+    cells = prompt_concat(plan.grid.flatten().to(rows.device), rows, rows.new_zeros(1, rows.shape[1]))
+    return cells.unflatten(0, plan.grid.shape)
+
+
 def _unpacked(plan, backbone, output):
     """A backbone's output with padded in place of packed states, and what it pools from them pooled again."""
-    output.last_hidden_state = plan.unpack(output.last_hidden_state.flatten(0, 1))
+    output.last_hidden_state = unpacked(plan, output.last_hidden_state.flatten(0, 1))
     return pooled_again(backbone, output)
 
 

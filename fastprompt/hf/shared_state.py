@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+from ..layout import RowPlan
+from ..ops import prompt_concat
 
 
 class KeysValues(NamedTuple):
@@ -24,13 +26,16 @@ class SharedState:
 
     Attributes:
         layers: for each layer its learned keys and values, or None if it has none; () if no layer has any.
-        rows: the rows of a packed batch whose keys and values the sequences of a prompt share: for each prompt the
-            first row and how many there are, as in ``RowPlan.shared``.
+        rows: the first row, the number and the length of runs of rows whose keys and values, as they lie, stand in
+            front of the sequences of a packed batch; None: there are none, or ``chains`` says where they are.
+        chains: ``[E, W]`` int64, what stands in front of the sequences of a packed batch where that is in several
+            places; see ``Tree.chains``. None: it is in one.
         ids: ``[B]`` int64, which of the N stands in front of each row of a padded batch; None: the first.
     """
 
     layers: tuple[KeysValues | None, ...] = ()
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, int, int] | None = None
+    chains: torch.Tensor | None = None
     ids: torch.Tensor | None = None
 
     @classmethod
@@ -87,9 +92,16 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
-    def for_rows(self, rows: tuple[tuple[int, int], ...]) -> "SharedState":
-        """The same for a packed batch whose sequences share ``rows``."""
-        return replace(self, rows=rows)
+    def for_rows(self, plan: RowPlan) -> "SharedState":
+        """The same for the packed batch of a plan."""
+        tree = plan.shared
+        if not tree.nodes:
+            return self
+        if tree.lies_in_order and not self.learned:
+            return replace(self, rows=(tree.nodes[0].start, len(tree.nodes), tree.nodes[0].length))
+        prompts = next((len(layer.keys) for layer in self.layers if layer is not None), 0)
+        chains = torch.from_numpy(tree.chains(prompts, self.length))
+        return replace(self, chains=chains.to(plan.source.device))
 
     def repeated(self, batch: int) -> torch.Tensor | None:
         """``ids`` for a batch that repeats each row, as beam search does; None if all rows have the first."""
@@ -103,26 +115,25 @@ class SharedState:
         return replace(self.with_tensors(x[ids] for x in self.tensors()), ids=None)
 
     def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
-        """What stands in front of the sequences, of a layer's keys or its values, ``[N, length, Hkv, width]``; or None.
+        """What stands in front of the sequences, of a layer's keys or its values, ``[E, W, Hkv, width]``; or None.
 
-        Learned ones, shared rows, or both: then every prompt stands there twice, the learned ones alone for the shared
-        rows behind them, and both for the rest; ``Sequences.prefix_lens`` tells the two apart.
+        Learned ones and rows that lie in one place are read there. Else every node of a tree has an entry, a copy of
+        the whole chain that ends with it, as long as the longest: one copy a node, whatever the number of sequences.
+        ``Sequences.prefix_lens`` tells where an entry ends. Gradients are summed in a fixed order.
 
         Args:
             learned: ``[N, P, Hkv, width]`` or None.
             own: ``[R, Hkv, width]``, those of the batch's rows.
         """
-        if not self.rows:
+        if self.rows is not None:
+            first, count, length = self.rows
+            return own[first : first + count * length].unflatten(0, (count, length))  # a view
+        if self.chains is None:
             return learned
-        (first, length), count = self.rows[0], len(self.rows)
-        if all(n == length for _, n in self.rows):
-            common = own[first : first + count * length].unflatten(0, (count, length))  # a view
-        else:
-            common = pad_sequence([own[start : start + n] for start, n in self.rows], batch_first=True)
-        if learned is None:
-            return common
-        both = torch.cat([learned, common], 1)
-        return both.expand(2, -1, -1, -1) if count == 1 else torch.cat([both, both])
+        rows = own.flatten(1)
+        nothing = rows.new_zeros(1, rows.shape[1]) if learned is None else learned.flatten(0, 1).flatten(1)
+        chained = prompt_concat(self.chains.flatten().to(rows.device), rows, nothing)
+        return chained.view(*self.chains.shape, *own.shape[1:])
 
     def to_cache(self, ids: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> DynamicCache:
         """A cache that starts with entry ``ids[b]`` in row b: what a model's own padded forward takes."""

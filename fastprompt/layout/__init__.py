@@ -5,17 +5,22 @@ batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``
 ``fastprompt.kernels.row_plan`` (``triton.py``).
 """
 
+from .branches import NODE_COST
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .recurrent import Bucket, RecurrentSchedule, final_buckets, recurrent_schedule
 from .sequences import Sequences
+from .tree import Node, Tree
 
 __all__ = [
     "IGNORE",
+    "NODE_COST",
     "Bucket",
     "CannotPack",
+    "Node",
     "RecurrentSchedule",
     "RowPlan",
     "Sequences",
+    "Tree",
     "final_buckets",
     "plan_packed_input",
     "plan_padded_input",

@@ -1,7 +1,8 @@
 """Row plans: the rows a batch needs, in one of three layouts.
 
 * ``shared``: what sequences have in common in front, once; then everything else of every sequence. That is the P rows
-  of every distinct prompt, and the tokens that all sequences of a prompt begin with. A causal model only.
+  of every distinct prompt, the tokens that all sequences of a prompt begin with, and behind them those that groups of
+  its sequences begin with (``tree.py``). A causal model only.
 * ``packed``: every sequence with a prompt of its own, no padding. Needed where the prompt sees the text.
 * ``padded``: ``[B, P + S]`` as every model takes it.
 """
@@ -15,8 +16,10 @@ import torch
 from ..backends import implementation
 from ..checks import INTS, check_tensor
 from . import cells
+from .branches import NODE_COST, Fold, Tokens, fold, grow, neighbours
 from .cells import IGNORE as IGNORE
-from .sequences import Ints, Sequences
+from .sequences import Ints, Sequences, move
+from .tree import Node, Tree, tree_sequences
 
 
 class CannotPack(ValueError):
@@ -34,7 +37,7 @@ class RowPlan:
         position_ids: ``[R]`` int64, as PEFT numbers them: a token in column c has position P + c, behind a learned
             prefix of Q keys Q + P + c.
         sequences: what attention needs. None for ``padded`` batches with holes in the mask.
-        shared: for each prompt the first of the rows that its sequences share, and their number; () if none are shared.
+        shared: the rows that sequences share.
         grid: ``[B, W]`` int64, the row of every cell of the padded result, -1 where there is none.
         label_rows: ``[M]`` int64, the rows that predict a label, in batch order (a row may predict several: the last
             prompt row predicts the first token of every sequence). None without labels.
@@ -46,7 +49,7 @@ class RowPlan:
     source: torch.Tensor
     position_ids: torch.Tensor
     sequences: Sequences | None
-    shared: tuple[tuple[int, int], ...]
+    shared: Tree
     grid: torch.Tensor
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
@@ -58,6 +61,13 @@ class RowPlan:
         if flat.numel() == 0:
             return self.source
         return torch.where(self.source >= 0, flat[self.source.clamp(min=0)], self.source)
+
+    def padding(self) -> torch.Tensor | None:
+        """``[sequences]`` the padding in front of each sequence and of what it continues; None: there is none."""
+        seq = self.sequences
+        if seq is None or seq.gaps is None:
+            return None
+        return seq.gaps if not self.shared.nodes else seq.gaps + torch.from_numpy(self.shared.gaps).to(seq.gaps.device)
 
     def unpack(self, rows: torch.Tensor, fill: float = 0) -> torch.Tensor:
         """``[R, ...]`` -> ``[B, W, ...]``; cells without a row hold ``fill``."""
@@ -78,6 +88,8 @@ def plan_padded_input(
     token_ids: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
+    node_cost: int | None = NODE_COST,
+    share_padded: bool = True,
     to_last_label: bool = False,
     device: torch.device | str | None = None,
     backend: str = "auto",
@@ -92,11 +104,15 @@ def plan_padded_input(
         prompt_ids: ``[B]`` int64, the prompt of each sequence; None: prompt 0. Ids are dense: N is the largest + 1.
         virtual_tokens: ``[B, S]`` int64, j >= 0 where virtual token j of the sequence's prompt stands (P-Tuning
             templates), -1 elsewhere. The prompt then stands where the template says and not in front.
-        token_ids: ``[B, S]`` int64; if given, the ``shared`` layout finds the tokens (and virtual tokens) that all
-            sequences of a prompt begin with, and runs them once. Left-padded sequences begin at different positions and
-            share nothing.
+        token_ids: ``[B, S]`` int64; if given, the ``shared`` layout finds the tokens (and virtual tokens) that
+            sequences of a prompt begin with, all of them or groups of them, and runs them once. Sequences that begin in
+            different columns share none.
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
+        node_cost: how many rows a node of the tree has to save: text that a group of sequences begins with. None: only
+            what all sequences of a prompt begin with is shared.
+        share_padded: may groups of left-padded sequences share what stands behind padding and something in front of it?
+            A window would count that padding to what is in front wrong.
         to_last_label: leave out what no label depends on: the tokens from the last label of a sequence on, all of a
             sequence without labels. The layout "shared" only; a batch without any labels keeps its tokens.
         device: where the plan lives; by default that of the mask or labels.
@@ -129,7 +145,7 @@ def plan_padded_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, to_last_label, backend)
+    return _plan(cells_of, layout, node_cost, share_padded, to_last_label, backend)
 
 
 def plan_packed_input(
@@ -142,6 +158,7 @@ def plan_packed_input(
     token_ids: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
+    node_cost: int | None = NODE_COST,
     to_last_label: bool = False,
     backend: str = "auto",
 ) -> RowPlan:
@@ -150,8 +167,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, to_last_label, backend: as there; packed input has no
-            layout "padded".
+        num_virtual_tokens, prompt_ids, prefix_length, layout, node_cost, to_last_label, backend: as there; packed input
+            has no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -177,7 +194,7 @@ def plan_packed_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, to_last_label, backend)
+    return _plan(cells_of, layout, node_cost, True, to_last_label, backend)
 
 
 def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -200,16 +217,22 @@ def _length(name: str, value: int) -> int:
     return value
 
 
-def _plan(batch: cells.Batch, layout: str, to_last_label: bool, backend: str) -> RowPlan:
-    rows_of = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
-    if layout not in rows_of:
+def _plan(
+    batch: cells.Batch,
+    layout: str,
+    node_cost: int | None,
+    share_padded: bool,
+    to_last_label: bool,
+    backend: str,
+) -> RowPlan:
+    if layout not in ("shared", "packed", "padded"):
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
         if to_last_label:
             raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
-    stats = _Stats(*on_device.measure(batch).cpu().numpy())
+    stats, tokens = _on_host(batch, on_device.measure(batch), node_cost)
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
@@ -224,7 +247,11 @@ def _plan(batch: cells.Batch, layout: str, to_last_label: bool, backend: str) ->
     if to_last_label:
         stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
-    rows, entries, sequences, shared = rows_of[layout](batch, stats)
+    if layout == "shared":
+        planned = _shared_rows(batch, stats, tokens, node_cost, share_padded)
+    else:
+        planned = {"packed": _packed_rows, "padded": _padded_rows}[layout](batch, stats)
+    rows, entries, sequences, tree, folded = planned
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
     entries["first_label"] = stats.labels.cumsum() - stats.labels
@@ -236,17 +263,22 @@ def _plan(batch: cells.Batch, layout: str, to_last_label: bool, backend: str) ->
         sequences = sequences.to(batch.device)
     on_batch = torch.from_numpy(table).to(batch.device)
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
-    return RowPlan(
-        layout,
-        filled.source,
-        filled.position_ids,
-        sequences,
-        shared,
-        filled.grid,
-        filled.label_rows,
-        filled.labels,
-        to_last_label,
-    )
+    if folded is not None:
+        filled = folded.of(filled)
+    made, of_labels = (filled.source, filled.position_ids, sequences), (filled.label_rows, filled.labels)
+    return RowPlan(layout, *made, tree, filled.grid, *of_labels, to_last_label)
+
+
+def _on_host(batch: cells.Batch, stats: torch.Tensor, node_cost: int | None) -> tuple["_Stats", Tokens | None]:
+    """What was measured and, if groups are looked for, the tokens of the batch: by one copy."""
+    if batch.token_ids is None or node_cost is None or batch.size < 3:
+        return _Stats(*stats.cpu().numpy()), None
+    given = [stats, batch.token_ids, batch.virtual, batch.starts]
+    there = [x.long() for x in given if x is not None]
+    measured, ids, *others = (x.numpy() for x in move(there, torch.device("cpu")))
+    virtual = None if batch.virtual is None else others.pop(0)
+    starts = np.arange(batch.size) * batch.width if batch.starts is None else others.pop(0)
+    return _Stats(*measured), Tokens(ids, virtual, starts)
 
 
 class _Stats(NamedTuple):
@@ -268,14 +300,16 @@ class _Stats(NamedTuple):
         return self.first if self.first.any() else None
 
 
-# Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, and
-# what is shared. All of it on the host.
-_Rows = tuple[int, dict[str, np.ndarray], Sequences | None, tuple[tuple[int, int], ...]]
+# Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
+# is shared, and how the plan is folded. All of it on the host.
+_Rows = tuple[int, dict[str, np.ndarray], Sequences | None, Tree, Fold | None]
 
 
-def _shared_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
-    """For each prompt its P rows and what its sequences have in common, then all other tokens."""
-    front, prefix, prompt = batch.front, batch.prefix_length, stats.prompt
+def _shared_rows(
+    batch: cells.Batch, stats: _Stats, tokens: Tokens | None, node_cost: int | None, share_padded: bool
+) -> _Rows:
+    """For each prompt its P rows and what its sequences have in common, then groups of them, then all other tokens."""
+    front, prompt = batch.front, stats.prompt
     count = 1 if batch.prompts is None else int(prompt.max(initial=-1)) + 1
     some = stats.length > 0  # sequences without a token have no say
     common = np.full(count, batch.width)
@@ -306,19 +340,25 @@ def _shared_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
         prompt=prompts,
         writes=writes,
     )
-    if not start:
-        return int(own.sum()), entries, Sequences.packed(np.append(0, ends), prompt, gaps=stats.gaps), ()
-    gaps = None if stats.gaps is None else np.concatenate([np.zeros_like(starts), stats.gaps])
-    prefix_lens: np.ndarray | None
-    if prefix:  # the bank holds every prompt twice: the learned prefix, and it with the shared rows behind it
-        prefix_ids = np.concatenate([np.arange(count), count + prompt])
-        prefix_lens = np.concatenate([np.full(count, prefix), prefix + lengths])
-    else:
-        prefix_ids = np.concatenate([np.full(count, -1), prompt])
-        prefix_lens = lengths if (lengths != lengths[0]).any() else None
-    sequences = Sequences.packed(np.concatenate([starts, [start], ends]), prefix_ids, prefix_lens, gaps)
-    shared = tuple(zip(starts.tolist(), lengths.tolist()))
-    return start + int(own.sum()), entries, sequences, shared
+    nodes = [Node(*root, prompt=i) for i, root in enumerate(zip(starts.tolist(), lengths.tolist()))] if start else []
+    leaves, total, folded = prompt if nodes else np.full(batch.size, -1), start + int(own.sum()), None
+    branches = None
+    if tokens is not None and node_cost is not None:
+        in_front = front + batch.prefix_length
+        alone = in_front > 0 and not share_padded
+        counted = np.where(stats.first > 0, 0, stats.length) if alone else stats.length
+        found = neighbours(tokens.codes(stats.first, counted, prompt), counted)
+        branches = grow(*found, prompt, common, in_front, node_cost)
+    if branches is not None:
+        firsts, counts, own, folded = fold(branches, start, taken, ends - own, own)
+        roots, of = len(nodes), branches.member
+        parents = np.where(branches.parent < 0, leaves[of], roots + branches.parent)
+        below = zip(*(x.tolist() for x in (firsts, counts, parents, prompt[of], stats.first[of])))
+        nodes += [Node(*node) for node in below]
+        leaves = np.where(branches.leaf < 0, leaves, roots + branches.leaf)
+        ends = start + int(counts.sum()) + own.cumsum()
+    tree = Tree(tuple(nodes), tuple(leaves.tolist()))
+    return total, entries, tree_sequences(tree, ends, prompt, count, batch.prefix_length, stats.gaps), tree, folded
 
 
 def _packed_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
@@ -327,7 +367,7 @@ def _packed_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
         raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
     ends = (batch.front + stats.length).cumsum()
     sequences = Sequences.packed(np.append(0, ends), stats.prompt if batch.prefix_length else None, gaps=stats.gaps)
-    return *_one_by_one(batch, stats, stats.length, stats.first), sequences, ()
+    return *_one_by_one(batch, stats, stats.length, stats.first), sequences, Tree(), None
 
 
 def _padded_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
@@ -336,7 +376,7 @@ def _padded_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     if not (stats.holes.any() or batch.front and stats.first.any()):
         sequences = Sequences.padded(stats.first, batch.front + stats.length, total)
     lengths, first = np.full(batch.size, batch.width), np.zeros(batch.size, np.int64)
-    return *_one_by_one(batch, stats, lengths, first), sequences, ()
+    return *_one_by_one(batch, stats, lengths, first), sequences, Tree(), None
 
 
 def _one_by_one(

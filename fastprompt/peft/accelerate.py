@@ -1,28 +1,19 @@
 """accelerate(peft_model): PEFT prompt learning on the packed engine, in place; restore(peft_model) undoes it."""
 
-import functools
-import inspect
-import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import peft
-import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
-from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.checkpointing import without_checkpoints
-from ..hf.engine import Engine
 from . import resuming
-from .adapter import is_prefix
 from .forward import disable_adapter, forward
 from .generation import CompiledPrompts, generate
-from .renamed_cache import former_name, generates_wrongly, prepare_inputs_for_generation
+from .renamed_cache import generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
-
-_STATE = "_fastprompt"
+from .state import State, restore
 
 
 def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
@@ -70,17 +61,15 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     if not config.is_prompt_learning:
         raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
-    state = _State(peft_model, heads)
-    try:
-        peft_model.__dict__[_STATE] = state
-        engine = state.attach(peft_model)
-        state.attached = True
-    finally:
-        if not state.attached:
-            restore(peft_model)
+    unneeded = () if generates_wrongly(peft_model) else ("prepare_inputs_for_generation",)
+    methods = {name: run for name, run in _REPLACED.items() if name not in unneeded}
+    base: Any = peft_model.base_model
+    state = State(base, methods, heads)
+    state.compiled = CompiledPrompts()
+    state.attach(peft_model)
     smooth_by_text()
-    if engine.refusal is not None:
-        state.warn(engine.refusal)
+    if state.engine.refusal is not None:
+        state.warn(state.engine.refusal)
     return peft_model
 
 
@@ -100,139 +89,6 @@ def get_peft_model(
     with without_checkpoints(model):
         peft_model = peft.get_peft_model(model, peft_config, adapter_name, **options)
     return accelerate(peft_model, heads=heads)
-
-
-def restore(peft_model: PeftModel) -> PeftModel:
-    """Undo :func:`accelerate`; a model that is not accelerated is left alone. Returns the model."""
-    state = peft_model.__dict__.get(_STATE)
-    if state is not None:
-        state.detach(peft_model)
-        peft_model.__dict__.pop(_STATE, None)
-    return peft_model
-
-
-def engine_of(module: torch.nn.Module) -> Engine | None:
-    """The engine of an accelerated model; None if it is not."""
-    state = state_of(module)
-    return None if state is None else state.engine
-
-
-def state_of(module: torch.nn.Module) -> Any:
-    """What an accelerated model remembers; None if it is not accelerated."""
-    return module.__dict__.get(_STATE)
-
-
-class _State:
-    """What an accelerated model remembers.
-
-    Attributes:
-        engine: the engine of its base model.
-        heads: see accelerate.
-        own: the methods that were the instance's own already.
-        outputs: a prompt encoder -> its CachedOutput.
-        compiled: its prompts, compiled for generate.
-    """
-
-    engine = None
-    attached = False
-
-    def __init__(self, model, heads):
-        self.heads = heads
-        self.own = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
-        self.config = model.__dict__.get("config")
-        self.config_is_base_s = self.config is not None and self.config is model.base_model.config
-        self.warned, self.outputs, self.compiled = set(), weakref.WeakKeyDictionary(), CompiledPrompts()
-
-    def attach(self, model):
-        base = model.base_model
-        self.engine = Engine(base)
-        if self.config_is_base_s:
-            model.config = base.config
-        replaced = set(_REPLACED) - (set() if generates_wrongly(model) else {"prepare_inputs_for_generation"})
-        model.__dict__.update({name: _Method(model, name) for name in replaced})
-        model.__dict__[REPLICATE] = refuse_replicas
-        return self.engine
-
-    def detach(self, model):
-        for name in (*_REPLACED, REPLICATE):
-            model.__dict__.pop(name, None)
-        model.__dict__.update(self.own)
-        if self.engine is not None:
-            self.engine.detach()
-        if self.config_is_base_s:  # where another user keeps the base attached, that is not the model's own yet
-            model.config = self.config if is_attached(model.base_model) else model.base_model.config
-
-    def original(self, model, name="forward"):
-        """The method that the model had before."""
-        method = self.own.get(name) or functools.partial(getattr(type(model), name), model)
-        classifies = is_prefix(model.active_peft_config) and hasattr(model, "_prefix_tuning_forward")
-        return _classifying(model, method) if name == "forward" and classifies else method
-
-    def fell_back(self, reason):
-        """Count a call that takes PEFT's own forward, and say why."""
-        self.engine.stats.count_padded(reason)
-        self.warn(reason)
-
-    def warn(self, reason):
-        self.tell(f"fastprompt runs PEFT's own padded forward: {reason}")
-
-    def tell(self, text):
-        """A warning, the first time."""
-        if text not in self.warned:
-            self.warned.add(text)
-            warnings.warn(text, stacklevel=9)
-
-    def __getstate__(self):
-        return {**vars(self), "outputs": None}
-
-    def __setstate__(self, state):
-        vars(self).update(state, outputs=weakref.WeakKeyDictionary())
-
-
-def _classifying(model, forward):
-    """``forward`` of a classifier behind a prefix, which looks for what the base model or its backbone call a cache."""
-
-    @functools.wraps(forward, assigned=())
-    def wrapper(*args, **kwargs):
-        with former_name(model.base_model, model.base_model.get_submodule(model.transformer_backbone_name)):
-            return forward(*args, **kwargs)
-
-    return wrapper
-
-
-class _Method:
-    """A method of one accelerated model: bound, and unlike Python's a pickle brings it back."""
-
-    def __init__(self, model, name):
-        self.__self__, self.__func__ = model, _method_like(type(model), name)
-
-    def __call__(self, *args, **kwargs):
-        return self.__func__(self.__self__, *args, **kwargs)
-
-    def __reduce__(self):
-        return _Method, (self.__self__, self.__func__.__name__)
-
-    def __getattr__(self, name):
-        return getattr(self.__func__, name)  # as of a bound method
-
-    @property
-    def __signature__(self):
-        return inspect.signature(functools.partial(self.__func__, None))
-
-
-@functools.cache
-def _method_like(peft_class, name):
-    """``peft_class.name`` as an accelerated model has it, under the same name and signature."""
-    run, original = _REPLACED[name], getattr(peft_class, name)
-
-    def method(self, *args, **kwargs):
-        return run(self, self.__dict__[_STATE], *args, **kwargs)
-
-    # Not functools.wraps: who strips wrappers by __wrapped__ (Accelerate does) would strip this one, too.
-    for attribute in ("__name__", "__qualname__", "__doc__", "__module__"):
-        setattr(method, attribute, getattr(original, attribute))
-    method.__signature__ = inspect.signature(original)
-    return method
 
 
 # The methods of a PeftModel that an accelerated one replaces.

@@ -144,7 +144,7 @@ class Call:
             raise CannotPack("a cache is given")
         # PEFT ignores positions behind prompts.
         understood = _UNDERSTOOD - _OF_ADAPTERS if self.disabled else _UNDERSTOOD
-        return {name for name, value in given.items() if _says_something(value)} - understood - OF_SAMPLES
+        return {name for name, value in given.items() if says_something(value)} - understood - OF_SAMPLES
 
     def _samples(self):
         """``cu_seqlens`` of several samples that come as one row, or None."""
@@ -286,7 +286,7 @@ class Call:
 
     def _packed(self, given):
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
-        unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE
+        unknown = {name for name, value in given.items() if says_something(value)} - _OF_BACKBONE
         if self.cu_seqlens is not None:
             unknown -= OF_SAMPLES
         if unknown:
@@ -328,5 +328,6 @@ def shared_of(model: PeftModel, state: Any, cache: Any) -> SharedState:
     return shared
 
 
-def _says_something(value):
+def says_something(value: Any) -> bool:
+    """Is it more than the default of an argument that switches something on?"""
     return value is not None and value is not False

@@ -48,7 +48,7 @@ def _run(model, state, args, kwargs):
 @torch.compiler.disable
 def _understood(model, state, original, front, args, kwargs):
     """The arguments of a call by name, are its outputs wanted of the text only, and what makes a block to run it in."""
-    given = _by_name(original, args, kwargs)
+    given = by_name(original, args, kwargs)
     if state.heads != "text":
         return given, False, nullcontext
     given, of_text = targets_of_text(model, front, given, state.tell)
@@ -59,7 +59,7 @@ def _understood(model, state, original, front, args, kwargs):
     return given, of_text, reading
 
 
-def _by_name(function, args, kwargs):
+def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     given = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
     given.update(given.pop("kwargs", {}))
@@ -113,7 +113,7 @@ def _without_adapter(model, state, original, *args, **kwargs):
     """The base model's forward ``original``, on packed rows where they give the same."""
     if torch.compiler.is_compiling():
         return original(*args, **kwargs)
-    given = _by_name(original, args, kwargs)
+    given = by_name(original, args, kwargs)
     call = _translate(model, state, given, disabled=True)
     if call is not None:
         try:

@@ -12,9 +12,9 @@ from ..hf.request import Request
 from ..hf.shared_state import SharedState
 from ..layout import IGNORE, CannotPack
 from ..ops import prompt_lstm
-from .accelerate import state_of
 from .adapter import is_prefix, rows_in_front
 from .call import shared_of
+from .state import state_of
 
 # Name in the encoder -> values. Of one adapter, or [N, ...] of all.
 Values = dict[str, torch.Tensor]

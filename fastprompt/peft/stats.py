@@ -7,8 +7,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..hf.stats import Stats
-from .accelerate import engine_of
 from .model import SoftPromptModel
+from .state import engine_of
 
 
 def stats(model: nn.Module) -> Stats:
