@@ -36,9 +36,9 @@ def _small_tiles(monkeypatch, request):
 FLAGS = [dict(causal=causal, window=window) for causal, window in itertools.product([True, False], [None, 9])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", ["alibi", "bias"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_biases_with_every_flag(kind, feature, flags, dtype):
     seq = sequences(kind, LENGTHS, 2, 19)
