@@ -125,6 +125,20 @@ def test_strided_inputs_and_expanded_gradients(backend):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(bool(native.missing), reason="no library")
+def test_same_bits_with_any_number_of_threads():
+    """Queries of one sequence in several chunks, whose parts of the keys' gradients are added up."""
+    case, before, results = Cross((700, 2, 40), (90, 300, 5), dtype=torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(case.run("cpu")[:7])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
 def test_gradcheck():
     case = Cross((3, 1, 0, 2), (2, 0, 1, 4), 2, 1, (4, 3), room=3, sinks=True)
     leaves = [x.requires_grad_() for x in case.inputs]

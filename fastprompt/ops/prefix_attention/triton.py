@@ -133,7 +133,8 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"])
+        biases = dict(alibi=self.scores.slopes is not None, bias=self.scores.bias is not None)
+        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"], **biases)
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -171,7 +172,8 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = self._tiles(config.backward_tiles, group=self.group, dropout=self.dropout is not None)
+        features = dict(dropout=self.dropout is not None, bias=self.scores.bias is not None)
+        tiles = self._tiles(config.backward_tiles, group=self.group, **features)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
