@@ -59,7 +59,8 @@ def patch_own_attention(model: nn.Module) -> None:
     module: Any
     for module in own_attention(model):
         for name, method in _METHODS.items():
-            if _known(module, name) is None or has_own_forward(module) or "_attn" in vars(module):
+            replaced = has_own_forward(module) if name == "forward" else name in vars(module)
+            if _known(module, name) is None or replaced:
                 continue
             setattr(module, name, types.MethodType(method, module))
             config = vars(module).get("config")
