@@ -274,9 +274,9 @@ def test_an_interruption_leaves_no_trace(kind):
     assert tried > 20
 
 
-@pytest.mark.parametrize("kind", ["bloom", "error", "leak"])
+@pytest.mark.parametrize("kind", ["openai_gpt", "error", "leak"])
 def test_a_refused_model_is_left_as_it_was(kind):
-    base = build("bloom" if kind == "bloom" else "llama")
+    base = build("openai_gpt" if kind == "openai_gpt" else "llama")
     if kind == "leak":
         before_layer(base, 0.1, 1)
     if kind == "error":

@@ -47,7 +47,7 @@ def test_several_devices_are_refused(make, replicate_twice):
 @pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward")
 def test_a_model_that_is_never_packed_is_refused_too(replicate_twice):
     with pytest.raises(NotImplementedError, match="nn.DataParallel cannot copy"):
-        replicate_twice(fastprompt.accelerate(peft_model("bloom")))
+        replicate_twice(fastprompt.accelerate(peft_model("openai_gpt")))
 
 
 def test_a_model_that_was_given_back_is_copied(replicate_twice):

@@ -1,14 +1,9 @@
-"""The most used families of causal language models, tiny: nothing is wrong, nothing breaks, most run packed."""
+"""The most used families of causal language models, tiny: nothing is wrong, nothing breaks, all run packed."""
 
 import pytest
 
 from benchmarks.families import COMMON, survey
 from benchmarks.tiny_families import families
-
-# PEFT's own forward, for a reason that is true.
-PADDED = {
-    "falcon": "attention in code of its own",
-}
 
 
 @pytest.mark.parametrize("family", COMMON)
@@ -16,10 +11,7 @@ def test_family(family):
     if family not in families():
         pytest.skip("this transformers does not have it")
     outcome = survey(family)
-    if family in PADDED:
-        assert outcome.path == "PEFT's forward" and PADDED[family] in outcome.reason
-    else:
-        assert outcome.path == "packed", outcome
+    assert outcome.path == "packed" and not outcome.reason, outcome
 
 
 @pytest.mark.parametrize(

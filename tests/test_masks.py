@@ -9,6 +9,7 @@ from parity import batch, peft_model
 from test_patch_attention import IDS, MASK, calls, prefix_model  # noqa: F401 (a fixture)
 from tiny_models import VOCABULARY, build
 from transformers import masking_utils as masking
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import fastprompt
@@ -313,7 +314,6 @@ def test_planned_rows_take_the_direction_and_window_from_the_mask():
             "the mask function <lambda> has no form for packed rows",
         ),
         (masking.sliding_window_overlay(3), {}, "has no form for packed rows"),
-        (masking.bidirectional_mask_function, {}, "not causal"),
         (masking.causal_mask_function, dict(rows=9), "9 queries and 9 keys for 10 packed rows"),
         (
             masking.causal_mask_function,
@@ -326,6 +326,14 @@ def test_planned_rows_take_the_direction_and_window_from_the_mask():
 def test_planned_rows_refuse_a_mask_they_were_not_told_about(mask_function, options, reason):
     with pytest.raises(UnsupportedAttention, match=reason):
         ask(mask_function, **options)
+
+
+def test_a_mask_that_is_not_causal_is_refused_where_attention_meets_it():
+    """Decoders ask for one over the states of an encoder that they have none of."""
+    mask = ask(masking.bidirectional_mask_function)
+    states = torch.zeros(1, 2, 10, 8)
+    with pytest.raises(UnsupportedAttention, match="its attention is not causal"):
+        ALL_ATTENTION_FUNCTIONS["fastprompt"](torch.nn.Module(), states, states, states, mask)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from parity import P, assert_equal, assert_identical, batch, both, peft_model, step
 from test_abilities import leaked
+from test_parity import assert_within_rounding
 from tiny_models import VOCABULARY, drawn
 from transformers.models.gpt_neo import modeling_gpt_neo
 
@@ -134,6 +135,12 @@ def test_same_as_peft(name, padding):
 def test_tasks_and_few_labels(name, method):
     inputs = batch("right", "part", common=3, method=method)
     assert_equal(*both(model(name, method), inputs), inputs)
+
+
+@pytest.mark.parametrize("name", ["gptj", "mpt"])
+def test_bf16_within_the_rounding_of_peft(name):
+    low, high = (model(name).to(dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert_within_rounding(low, high, batch("right"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -144,13 +144,18 @@ def test_gradient_checkpointing(name, method, reentrant):
     assert_equal(plain, step(model, inputs), inputs)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "falcon", "bloom"])
 def test_bf16_within_the_rounding_of_peft(name):
     """Against float64, what rounding the result of every operation to bf16 may do."""
     # transformers' eager attention gives NaN in float64 where a padding row sees nothing within its window
     inputs = batch("none" if name in ("gemma2", "gpt_oss") else "right")
     experts = {"experts_implementation": "eager"} if name == "gpt_oss" else {}  # grouped_mm has no float64
     low, high = (peft_model(name, dtype=dtype, **experts) for dtype in (torch.bfloat16, torch.float64))
+    assert_within_rounding(low, high, inputs)
+
+
+def assert_within_rounding(low, high, inputs):
+    """A step of ``low``, in bf16, against float64 in ``high``, which is given its weights."""
     with torch.no_grad():
         for target, source in zip(high.parameters(), low.parameters()):
             target.copy_(source)  # the rounded weights

@@ -176,7 +176,9 @@ def _learned(module, shared, key, value):
         return None
     layer = _layer_of(module)
     if layer >= len(shared.layers):
-        raise UnsupportedAttention(f"layer {layer} of the model is none of the prefix's {len(shared.layers)}")
+        raise UnsupportedAttention(
+            f"{type(module).__name__} has no layer_idx below the prefix's {len(shared.layers)} layers"
+        )
     learned = shared.layers[layer]
     if learned is None:
         return None

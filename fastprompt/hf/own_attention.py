@@ -59,7 +59,8 @@ def patch_own_attention(model: nn.Module) -> None:
     module: Any
     for module in own_attention(model):
         for name, method in _METHODS.items():
-            if _known(module, name) is None or has_own_forward(module) or "_attn" in vars(module):
+            replaced = has_own_forward(module) if name == "forward" else name in vars(module)
+            if _known(module, name) is None or replaced:
                 continue
             setattr(module, name, types.MethodType(method, module))
             config = vars(module).get("config")
@@ -89,7 +90,7 @@ def _known(module, name):
     return known_method(getattr(type(module), name, None))
 
 
-# What stands in the modules, by the name that it has there: pickle looks that up, and finds the method of the class.
+# What stands in the modules.
 
 
 def _attn(self, query, key, value, attention_mask=None):
@@ -111,7 +112,7 @@ def _attn(self, query, key, value, attention_mask=None):
     return out.transpose(1, 2).to(dtype), weights
 
 
-def forward(self, *args, **kwargs):
+def _forward(self, *args, **kwargs):
     """As the forward of its class."""
     given = _arguments(type(self), args, kwargs)
     if is_ours(self, given.get("attention_mask")):
@@ -119,7 +120,9 @@ def forward(self, *args, **kwargs):
     return type(self).forward(self, *args, **kwargs)
 
 
-_METHODS = {"_attn": _attn, "forward": forward}
+# What pickle looks up in the module when it loads it: the method of its class, so that it comes back unpatched.
+_forward.__name__ = "forward"
+_METHODS = {"_attn": _attn, "forward": _forward}
 
 
 def _arguments(kind, args, kwargs):

@@ -72,6 +72,7 @@ class PaddedCalls:
 
     def __init__(self, model: PreTrainedModel, shared: SharedState | None = None) -> None:
         self.model, self.shared = model, shared
+        self._counting = position_embeddings(model)
         self._open: list[Any] = []
         self._hooks: list[Any] = []
 
@@ -116,10 +117,10 @@ class PaddedCalls:
             return args, kwargs
         block = ExitStack()
         if self.shared is not None:
-            positions, counting = self._positions(args, kwargs), position_embeddings(self.model)
-            for module in counting:
+            positions = self._positions(args, kwargs)
+            for module in self._counting:
                 block.callback(tell_positions(module, positions[0]).remove)
-            kwargs = kwargs if counting else {**kwargs, "position_ids": positions}
+            kwargs = kwargs if self._counting else {**kwargs, "position_ids": positions}
         block.enter_context(running(PaddedBatch(self.shared)))
         self._open.append(block)
         return args, kwargs
