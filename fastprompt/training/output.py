@@ -1,6 +1,7 @@
 """The folder that a run writes into, and what it must not change when it goes on there."""
 
 import os
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def check_output(folder: Path, record: dict[str, Any], resume: bool) -> None:
         raise InputError("data", "its contents changed since the run to resume began")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
     return {name: version(name) for name in ("torch", "transformers", "peft")}

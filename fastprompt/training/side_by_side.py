@@ -32,6 +32,7 @@ from .trainer import LOG_FILE, deterministic
 # Packed rows up to which several prompts meet in a batch: enough for matrix products to be as fast as they get.
 ROWS_PER_STEP = {"cpu": 1024}
 ROWS_ELSEWHERE = 4096
+CARD = "README.md"  # beside an adapter
 METHODS = ("prompt-tuning", "prefix-tuning", "p-tuning")
 
 
@@ -102,6 +103,7 @@ class SideBySide:
         if config.keeps_best:
             self.best = {name: x.clone() for name, x in self.stack.values.items()}
         self.round = 0
+        self._card: bytes | None = None  # the same for all
 
     @property
     def active(self) -> list[int]:
@@ -147,8 +149,14 @@ class SideBySide:
         write_json(folder / RUN_FILE, {**record, **own, "base": self.base, "versions": versions()})
         self.put(index)
         with staged(folder) as staging:
+            if self._card is not None:  # PEFT takes longer for a card than a small prompt for its training
+                self.model.__dict__["create_or_update_model_card"] = self._write_card
             self.model.save_pretrained(str(staging), save_embedding_layers=False)
+            self._card = (staging / CARD).read_bytes()
         write_json(folder / LOG_FILE, {"finished": True, "history": member.history})
+
+    def _write_card(self, folder):
+        Path(folder, CARD).write_bytes(self._card)
 
     def groups(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Runs that meet in a batch of this round: so many as the configuration says, or as have enough rows."""

@@ -25,7 +25,11 @@ from fastprompt.training.stacked_adamw import gradient_norms
 from fastprompt.training.tasks import folder_names
 
 TASKS = ["a/b", "a b", "Ü", "[x]", "../y"]  # names that are no folders
-THREE = {name: METHODS[name] for name in METHODS if name not in ("multitask", "prefix-tuning zero")}
+THREE = {
+    name: METHODS[name]
+    for name in METHODS
+    if name not in ("multitask", "prefix-tuning zero", "prefix-tuning projection zero")
+}
 
 
 def write_tasks(file, rows, task_of):
