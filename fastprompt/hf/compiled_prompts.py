@@ -54,9 +54,12 @@ class CompiledPrompts:
             keep: may it be used again?
         """
         of_base = tuple((x.data_ptr(), x._version) for x in base.parameters())
-        found = {}
+        found, values = {}, {}
         for key in dict.fromkeys(keys):
-            now = of_base, values_of(list(encoder(key).parameters()))
+            module = encoder(key)
+            if module not in values:  # one module may give many prompts
+                values[module] = values_of(list(module.parameters()))
+            now = of_base, values[module]
             kept = self._kept.get(key)
             if kept is None or kept[0] != now:
                 # Not inference tensors, which a later call outside of inference_mode could not take.
