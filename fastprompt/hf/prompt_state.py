@@ -82,11 +82,8 @@ class PromptState:
             raise ValueError(f"a {type(base).__name__} keeps more in its cache than keys and values ({indexed[0]})")
         attention = {layer: found[layer, "keys", 0].shape[2] for layer, kind, _ in found if kind == "keys"}
         longest = max(lengths := list(lengths))
-        if (
-            not found
-            or set(attention) < set(layers_with_keys(base.config))
-            or min(attention.values(), default=longest) < longest
-        ):
+        missing = set(layers_with_keys(base.config)) - set(attention)
+        if not found or missing or min(attention.values(), default=longest) < longest:
             raise ValueError(f"a {type(base).__name__} does not keep all {longest} tokens in its cache, got {cache}")
         for row, length in enumerate(lengths):
             layers, states = {}, {}
