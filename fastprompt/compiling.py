@@ -6,9 +6,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .hf.compiled_prompts import prompt_of_method
 from .hf.fingerprint import fingerprint
 from .peft import checkpoint
-from .peft.prompts import prompt_of_method
 from .serving.compile import compiled
 from .serving.export import save_prompt_embeds, to_peft
 from .training import InputError, load_base, read_adapter, read_record

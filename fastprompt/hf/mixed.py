@@ -20,6 +20,7 @@ from transformers import (
     StaticCache,
 )
 
+from .attachment import evaluation_mode
 from .cache_names import CACHE_NAMES, cache_argument
 from .generation_options import GenerationOptions
 from .masks import AsBefore, running
@@ -68,6 +69,7 @@ class Mixed:
         self._rope_limit = rope_limit(backbone_of(base))
         self._parameters = inspect.signature(base.forward).parameters
         prepare: Any = base.prepare_inputs_for_generation
+        self._assisted: str | None = None  # why it cannot be; "": it can; None: that was not asked yet
         self._takes_embeds = "inputs_embeds" in inspect.signature(prepare).parameters and not needs_ids
 
     def generate(
@@ -110,8 +112,10 @@ class Mixed:
         past = options.pop(names[0]) if names else None
         asked = GenerationOptions(self.base, {name: x for name, x in options.items() if name not in CACHE_NAMES})
         batch, width = checked_mask(input_ids, attention_mask).shape
-        if asked.assisted and batch != 1:
-            raise ValueError(f"input_ids must have one row for assisted decoding, got {batch}")
+        if asked.assisted:
+            if batch != 1:
+                raise ValueError(f"input_ids must have one row for assisted decoding, got {batch}")
+            self._check_assisted()
         if past is not None:
             return self._go_on(past, prompts, input_ids, attention_mask, asked)
         if rows is None or len(rows) != batch:
@@ -290,6 +294,32 @@ class Mixed:
                 f"prompt, text and new tokens must stay within {self._rope_limit} positions, for rotary frequencies "
                 f"depend on the longest row from there on, got {reach}"
             )
+
+    def _check_assisted(self):
+        """Raises if this transformers does not decode with guesses behind a cache that starts with a prompt."""
+        if self._assisted is None:
+            self._assisted = self._why_not_assisted()
+        if self._assisted:
+            raise NotImplementedError(f"assisted decoding does not run behind a prompt here: {self._assisted}")
+
+    def _why_not_assisted(self):
+        """ "" if a text goes on in the same way with guesses as without, else what is different."""
+        asked = Mixed(self.base, self.needs_ids)
+        asked._assisted = ""
+        table: Any = self.base.get_input_embeddings()
+        ids = torch.tensor([[3, 5, 8, 3, 5]], device=table.weight.device) % len(table.weight)
+        options: dict[str, Any] = dict(max_new_tokens=2, do_sample=False, num_beams=1, num_return_sequences=1)
+        options.update(return_dict_in_generate=True, output_logits=True, pad_token_id=0, repetition_penalty=1.0)
+        try:
+            with torch.no_grad(), evaluation_mode(self.base), running(AsBefore()):
+                row = PromptState.of_rows(self.base, table(ids)[0, :3])
+                plain = asked.generate([row], ids, **options).logits[0].float()
+                guessed = asked.generate([row], ids, prompt_lookup_num_tokens=2, **options).logits[0].float()
+        except Exception as error:  # transformers' loop can fail in any way on a cache that it did not fill
+            return f"{type(error).__name__}: {error}"
+        worst = float((plain - guessed.reshape(plain.shape)).abs().max() / plain.abs().max())
+        allowed = max(16 * torch.finfo(self.base.dtype).eps, 1e-4)
+        return "" if worst <= allowed else f"its logits differ (relative difference {worst:.1e})"
 
     def _check_stepwise(self, asked, what):
         """Raises if a text cannot be run on in steps, as ``what`` makes it."""

@@ -82,11 +82,8 @@ class PromptState:
             raise ValueError(f"a {type(base).__name__} keeps more in its cache than keys and values ({indexed[0]})")
         attention = {layer: found[layer, "keys", 0].shape[2] for layer, kind, _ in found if kind == "keys"}
         longest = max(lengths := list(lengths))
-        if (
-            not found
-            or set(attention) < set(layers_with_keys(base.config))
-            or min(attention.values(), default=longest) < longest
-        ):
+        missing = set(layers_with_keys(base.config)) - set(attention)
+        if not found or missing or min(attention.values(), default=longest) < longest:
             raise ValueError(f"a {type(base).__name__} does not keep all {longest} tokens in its cache, got {cache}")
         for row, length in enumerate(lengths):
             layers, states = {}, {}
@@ -137,6 +134,8 @@ class Prompt:
         """What it leaves in ``base``. Raises ValueError where that cannot be told."""
         if base.config.is_encoder_decoder:
             raise ValueError(f"model must be a decoder, got the encoder-decoder {type(base).__name__}")
+        if base.get_output_embeddings() is None or not base.can_generate():
+            raise ValueError(f"model must be a causal LM, got a {type(base).__name__}")
         if self.rows is not None:
             return PromptState.of_rows(base, self.rows.detach())
         shared = self.shared or SharedState()

@@ -8,9 +8,10 @@ from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from ..hf.checkpointing import without_checkpoints
+from ..hf.compiled_prompts import CompiledPrompts
 from . import resuming
 from .forward import disable_adapter, forward
-from .generation import CompiledPrompts, generate
+from .generation import generate
 from .renamed_cache import generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
 from .state import State, restore

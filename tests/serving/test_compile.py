@@ -114,6 +114,9 @@ def test_other_models_are_refused_by_name():
     seq2seq = hf.AutoModelForSeq2SeqLM.from_config(hf.T5Config(**T5))
     with pytest.raises(ValueError, match="model must be a decoder, got the encoder-decoder"):
         compile_prompt(SoftPromptModel(seq2seq, PromptTuning(3, 48)))
+    head = hf.AutoModelForSequenceClassification.from_config(hf.LlamaConfig(**base.config.to_dict()))
+    with pytest.raises(ValueError, match="model must be a causal LM, got a LlamaForSequenceClassification"):
+        compile_prompt(SoftPromptModel(head, PromptTuning(3, 48)))
     with pytest.raises(TypeError, match="model must be a causal LM of PEFT's"):
         compile_prompt(peft_model(None, task_type="FEATURE_EXTRACTION", base=base))
 

@@ -119,8 +119,8 @@ def test_processors_see_the_text(bank, options):
 
 
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])
-def test_assisted_decoding(kind):
-    bank = bank_of(frozen("llama"))
+def test_assisted_decoding(llama, kind):
+    bank = llama
     ids, mask = texts("none", lengths=(7,))
     ids[0, 3:] = ids[0, :4].clone()
     guess = dict(prompt_lookup_num_tokens=3) if kind == "lookup" else dict(assistant_model=frozen("llama", seed=1))
