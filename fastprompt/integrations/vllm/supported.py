@@ -94,7 +94,8 @@ def prompt_of(request: "Request", prompts: PromptFolder) -> PromptInfo | None:
     Raises:
         PromptError: it asks for one in a way that would give a wrong answer, to it or to others.
     """
-    name = (request.kv_transfer_params or {}).get(FIELD)
+    fields = request.kv_transfer_params
+    name = fields.get(FIELD) if isinstance(fields, dict) else None
     if name is None:
         if (request.cache_salt or "").startswith(SALT):
             raise PromptError(
