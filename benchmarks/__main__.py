@@ -1,7 +1,7 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers, which needs trl. By
-their names alone run families and integrations: they measure nothing, but try what runs packed, and write
+The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm, serve and trainers, which needs
+trl. By their names alone run families and integrations: they measure nothing, but try what runs packed, and write
 docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
@@ -39,6 +39,7 @@ BENCHMARKS = {
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
+    "serve": imported_late("serve"),
     "trainers": imported_late("trainers"),
     "families": imported_late("families"),
     "integrations": imported_late("integrations"),

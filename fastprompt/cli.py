@@ -1,4 +1,4 @@
-"""``fastprompt train | eval | generate | inspect | doctor``."""
+"""``fastprompt train | eval | generate | compile | inspect | doctor``."""
 
 import argparse
 import json
@@ -67,6 +67,14 @@ def generate(
         print(adapter.generate(start, max_new_tokens, temperature, seed, task))
 
 
+def compile(**options: Any) -> None:
+    """Write each prompt as what it leaves in its model; print what was written, a line each."""
+    from fastprompt.compiling import compile_adapters
+
+    for written in compile_adapters(**options):
+        print(json.dumps(written))
+
+
 def inspect(output: str | None = None, as_json: bool = False, **options: Any) -> None:
     """Print what a soft prompt looks like, and write pictures of it into ``output``."""
     from pathlib import Path
@@ -105,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(command("train", train, "train a soft prompt"))
     _add_eval(command("eval", evaluate, "loss, and accuracy on labelled data, of a trained soft prompt"))
     _add_generate(command("generate", generate, "complete text with a trained soft prompt"))
+    _add_compile(command("compile", compile, "run soft prompts through their model once, for serving"))
     _add_inspect(command("inspect", inspect, "what a soft prompt looks like: nearest tokens, norms, similarity"))
     command("doctor", doctor, "what is installed, and which backend each operator uses")
     return parser
@@ -197,6 +206,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 (default): the most probable token each time")
     parser.add_argument("--seed", type=int, help="for sampling (default 0)")
     parser.add_argument("--task", metavar="NAME", help="of a multitask run: whose prompt to use")
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", required=True, nargs="+", metavar="DIR", help="outputs of runs, or any prompt adapters of PEFT")
+    add("--output", required=True, metavar="PATH", help="a .safetensors file, or a folder with one for each prompt")
+    add("--task", metavar="NAME", help="of a multitask adapter: only the prompt of this task (default: one file each)")
+    formats = "compiled (default), embeds (for vLLM's prompt embeddings) or peft (a Prefix-Tuning adapter)"
+    add("--format", choices=("compiled", "embeds", "peft"), help=formats)
+    _add_model(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

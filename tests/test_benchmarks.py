@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, memory, methods, models, small_ops, step
+from benchmarks import common, memory, methods, models, serve, small_ops, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -113,6 +113,15 @@ def test_memory_compares_two_processes(tmp_path, capsys):
     assert memory.run(tmp_path, quick=True, sizes=TINY)
     assert "of PEFT's peak" in capsys.readouterr().out
     assert (tmp_path / "memory.csv").exists()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_serving_is_reported_unless_a_row_has_other_tokens(right, tmp_path, monkeypatch, capsys):
+    if not right:
+        monkeypatch.setattr(serve.Requests, "grouped", lambda self, new=None: torch.zeros(32, new or 2).long())
+    assert serve.run(tmp_path, quick=True, sizes=TINY, numbers=(1, 3), new=2) == right
+    assert ("WRONG" in capsys.readouterr().out) != right
+    assert (tmp_path / "serve.csv").exists()
 
 
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))

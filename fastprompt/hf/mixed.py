@@ -172,10 +172,10 @@ class Mixed:
         columns = torch.cat([turn.columns, between, new.mask], 1)
         reach = columns.shape[1] + asked.new_tokens(width)
         self.check_reach(reach)
-        if (new.is_padded or not bool(between.all())) and self._sees_padding(reach):
+        if bool((columns.diff(dim=1) < 0).any()) and self._sees_padding(reach):
             raise NotImplementedError(
-                "attention_mask must be 1 on all that stands behind the first turn, for a model whose layers keep a "
-                "state or a sliding window"
+                f"attention_mask must leave no padding between what a row holds by now, up to {reach} positions, for a "
+                "model whose layers keep a state or a sliding window"
             )
         limit = _room(past)
         if limit is not None and limit < reach - 1:

@@ -14,10 +14,10 @@ from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
 from .arguments import Method, check_method, checked_prompt_ids
 from .attachment import refuse_replicas
-from .cache_names import cache_argument
+from .cache_names import CACHE_NAMES, cache_argument
+from .compiled_prompts import CompiledPrompts, prompt_of_method
 from .engine import Engine
 from .masks import UnsupportedAttention
-from .patch import PaddedCalls
 from .request import Request
 from .shared_state import SharedState
 from .trained_state import is_head, keep_what_trains
@@ -56,6 +56,7 @@ class SoftPromptModel(nn.Module):
         self._required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._engine: Any = None
         self._warned: set[str] = set()
+        self._compiled = CompiledPrompts()
         self._prefix_reason, ready = None, False
         try:
             for name, parameter in base.named_parameters():
@@ -192,23 +193,41 @@ class SoftPromptModel(nn.Module):
     ) -> Any:
         """``base.generate`` behind the prompt; returns ``[B, S + new]`` ids, the input in front, as PEFT does.
 
-        Left-pad a batch of several lengths; positions then count text only.
+        The prompts are run once, and again only when a parameter has changed; each row gives what it gives alone,
+        wherever it is padded.
 
         Raises:
-            CannotPack: Prefix-Tuning with a model whose attention cannot be reached.
+            CannotPack: Prefix-Tuning with a model that cannot run rows behind learned keys and values.
+            ValueError, TypeError, NotImplementedError: an option that cannot be done behind a prompt.
         """
+        ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
+        keys = [0] * len(input_ids) if ids is None else ids.tolist()
+        try:
+            if self.config.is_encoder_decoder:
+                raise NotImplementedError("an encoder-decoder's prompt stands in front of its encoder's text")
+            mixed = self._compiled.mixed(self.base)
+            if not self._is_prefix and mixed.needs_ids:
+                raise NotImplementedError(f"a {type(self.base).__name__} looks more up by token id than embeddings")
+        except NotImplementedError as reason:
+            if self._is_prefix:
+                raise CannotPack(str(reason)) from None
+            return self._generate_from_embeddings(input_ids, attention_mask, ids, options)
+        if any(options.get(name) is not None for name in CACHE_NAMES):
+            return mixed.generate(None, input_ids, attention_mask, **options)
+        rows = self._compiled.states(
+            self.base,
+            keys,
+            lambda key: self.method,
+            lambda key: prompt_of_method(self.base, self.method, key),
+            keep=not self.training,
+        )
+        return mixed.generate(rows, input_ids, attention_mask, prompts=keys, **options)
+
+    def _generate_from_embeddings(self, input_ids, attention_mask, prompt_ids, options):
+        """``base.generate`` of prompt and text as embeddings, for models whose cache cannot start with a prompt."""
         batch = len(input_ids)
-        prompt, shared, ids = self._prompts(checked_prompt_ids(prompt_ids, self.method.num_prompts))
+        prompt, _, ids = self._prompts(prompt_ids)
         ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
-        if self._is_prefix:
-            if (reason := self._engine.refusal or self._prefix_reason) is not None:
-                raise CannotPack(f"generation behind a prefix needs the attention interface, but {reason}")
-            calls = PaddedCalls(self.base, replace(shared, ids=ids))
-            try:
-                calls.start()
-                return self.base.generate(input_ids, attention_mask=attention_mask, **options)
-            finally:
-                calls.remove()
         embeds = self._embed(input_ids)
         prompt = prompt.unflatten(0, (-1, self.method.num_virtual_tokens)).to(embeds.dtype)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -216,11 +235,11 @@ class SoftPromptModel(nn.Module):
         result = self.base.generate(inputs_embeds=torch.cat([prompt[ids], embeds], 1), attention_mask=mask, **options)
         if self.config.is_encoder_decoder:
             return result
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        sequences = torch.cat([input_ids.repeat_interleave(len(sequences) // batch, 0), sequences], 1)
         if isinstance(result, torch.Tensor):
-            return torch.cat([input_ids.repeat_interleave(len(result) // batch, 0), result], 1)
-        result.sequences = torch.cat(
-            [input_ids.repeat_interleave(len(result.sequences) // batch, 0), result.sequences], 1
-        )
+            return sequences
+        result.sequences = sequences
         return result
 
     def trained_head(self) -> dict[str, nn.Parameter]:

@@ -137,6 +137,8 @@ class Prompt:
         """What it leaves in ``base``. Raises ValueError where that cannot be told."""
         if base.config.is_encoder_decoder:
             raise ValueError(f"model must be a decoder, got the encoder-decoder {type(base).__name__}")
+        if base.get_output_embeddings() is None or not base.can_generate():
+            raise ValueError(f"model must be a causal LM, got a {type(base).__name__}")
         if self.rows is not None:
             return PromptState.of_rows(base, self.rows.detach())
         shared = self.shared or SharedState()

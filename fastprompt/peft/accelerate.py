@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.checkpointing import without_checkpoints
+from ..hf.compiled_prompts import CompiledPrompts
 from ..hf.engine import Engine
 from . import resuming
 from .adapter import is_prefix
 from .forward import disable_adapter, forward
-from .generation import CompiledPrompts, generate
+from .generation import generate
 from .renamed_cache import former_name, generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
 

@@ -5,65 +5,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftType
-from transformers import PreTrainedModel
 
 from ..hf.cache_names import CACHE_NAMES
-from ..hf.mixed import Mixed
-from ..hf.mixed_probe import mixed_model
-from ..hf.prompt_state import PromptState
-from ..methods.cached import values_of
 from .adapter import is_prefix
 from .prompts import prompt_of_adapter
-
-Key = tuple[str, int | None]  # an adapter, and one of its tasks
-
-
-class CompiledPrompts:
-    """What the prompts of an accelerated model leave in its base model, kept until one of the two changes."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Key, tuple[tuple, PromptState]] = {}
-        self._mixed: Mixed | None = None
-        self._why_not: str | None = None
-
-    def mixed(self, base: PreTrainedModel) -> Mixed:
-        """The base model for mixed batches. Raises NotImplementedError with the reason why it is not one."""
-        if self._mixed is None and self._why_not is None:
-            try:
-                self._mixed = mixed_model(base)
-            except NotImplementedError as reason:
-                self._why_not = str(reason)
-        if self._mixed is None:
-            raise NotImplementedError(self._why_not)
-        return self._mixed
-
-    def states(self, model: PeftModel, keys: list[Key]) -> list[PromptState]:
-        """What stands in front of each row; compiled where it is not known. Raises as ``prompt_of_adapter``."""
-        self._kept = {key: kept for key, kept in self._kept.items() if key[0] in model.peft_config}
-        base: Any = model.base_model
-        of_base = tuple((x.data_ptr(), x._version) for x in base.parameters())
-        found = {key: self._state(model, key, of_base) for key in dict.fromkeys(keys)}
-        return [found[key] for key in keys]
-
-    def _state(self, model, key, of_base):
-        name, task = key
-        encoder = model.prompt_encoder[name]
-        now = of_base, values_of(list(encoder.parameters()))
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] == now:
-            return kept[1]
-        # Not inference tensors, which a later call without inference_mode could not put into a cache of its own.
-        with torch.inference_mode(False), torch.no_grad():
-            state = prompt_of_adapter(model, name, task).state(model.base_model)
-        if not model.training:
-            self._kept[key] = now, state
-        return state
-
-    def __deepcopy__(self, memo: dict) -> "CompiledPrompts":
-        return CompiledPrompts()
-
-    def __reduce__(self) -> tuple:
-        return CompiledPrompts, ()
 
 
 def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +59,15 @@ def _prepared(model, state, args, kwargs):
     of_rows = [name for name, _ in keys if not is_prefix(model.peft_config[name])]
     if mixed.needs_ids and of_rows:
         raise NotImplementedError(f"a {type(base).__name__} looks more up by token id than embeddings")
-    return mixed.prepare(state.compiled.states(model, keys), ids, mask, prompts=keys, **options)
+    state.compiled.keep_only(lambda key: key[0] in model.peft_config)
+    rows = state.compiled.states(
+        base,
+        keys,
+        lambda key: model.prompt_encoder[key[0]],
+        lambda key: prompt_of_adapter(model, *key),
+        keep=not model.training,
+    )
+    return mixed.prepare(rows, ids, mask, prompts=keys, **options)
 
 
 def _keys(model, batch, names, task_ids):

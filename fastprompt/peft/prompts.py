@@ -8,11 +8,10 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftType
 from transformers import Cache, PreTrainedModel
 
-from ..hf.arguments import Method, check_method
 from ..hf.attachment import evaluation_mode
+from ..hf.compiled_prompts import checked_task, prompt_of_method
 from ..hf.prompt_state import Prompt
 from ..hf.shared_state import SharedState
-from ..methods import MultitaskPromptTuning, PrefixTuning, PTuning
 from . import checkpoint
 from .adapter import is_prefix
 
@@ -45,7 +44,7 @@ def prompt_of_adapter(model: PeftModel, adapter_name: str | None = None, task_id
     if not config.is_prompt_learning:
         raise TypeError(f"adapter_name must name an adapter that learns a prompt, got {name!r}, {kind.value}")
     has_tasks = kind == PeftType.MULTITASK_PROMPT_TUNING
-    task = torch.tensor([_checked_task(task_id, config.num_tasks if has_tasks else 1, f"the adapter {name!r}")])
+    task = torch.tensor([checked_task(task_id, config.num_tasks if has_tasks else 1, f"the adapter {name!r}")])
     active, base = model.active_adapter, cast(PreTrainedModel, model.base_model)
     try:
         model.active_adapter = name
@@ -60,32 +59,6 @@ def prompt_of_adapter(model: PeftModel, adapter_name: str | None = None, task_id
     return Prompt(method_name(kind.value), shared=SharedState.of_cache(found, base.config))
 
 
-@torch.no_grad()
-def prompt_of_method(base: PreTrainedModel, method: Method, index: int | None = None) -> Prompt:
-    """One of the prompts of a method, in evaluation mode.
-
-    Args:
-        base: the model in front of whose text it stands.
-        method: one of ours.
-        index: which of its prompts or tasks; None: the only one.
-
-    Raises:
-        ValueError: no such prompt, or one that does not fit the model.
-    """
-    check_method(base, method)
-    entry = _checked_task(index, method.num_prompts, "the method")
-    with evaluation_mode(method):
-        if isinstance(method, PrefixTuning):
-            prefix = method()[:, :, entry]
-            shared = SharedState.of_tensor(prefix, base.config, method.layers)
-            return Prompt("cartridge" if method.frozen_tokens else "prefix-tuning", shared=shared)
-        if isinstance(method, MultitaskPromptTuning):
-            rows = method(torch.tensor([entry], device=method.shared.device))
-            return Prompt("multitask-prompt-tuning", rows=rows)
-        rows = method().unflatten(0, (method.num_prompts, -1))[entry]
-        return Prompt("p-tuning" if isinstance(method, PTuning) else "prompt-tuning", rows=rows)
-
-
 def prompt_of_folder(base: PreTrainedModel, folder: str | os.PathLike[str], task_id: int | None = None) -> Prompt:
     """The prompt in an adapter's folder, written by PEFT or by us; ``base`` gets no wrapper.
 
@@ -98,14 +71,3 @@ def prompt_of_folder(base: PreTrainedModel, folder: str | os.PathLike[str], task
 def method_name(peft_type: str) -> str:
     """``P_TUNING`` -> ``p-tuning``."""
     return peft_type.lower().replace("_", "-")
-
-
-def _checked_task(task_id, tasks, of):
-    if task_id is None and tasks == 1:
-        return 0
-    if isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < tasks:
-        expected = (
-            f"one of the {tasks} prompts 0 to {tasks - 1} of {of}" if tasks > 1 else f"None, for {of} has one prompt"
-        )
-        raise ValueError(f"task_id must be {expected}, got {task_id!r}")
-    return task_id

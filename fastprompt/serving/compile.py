@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..hf.compiled_prompts import prompt_of_method
 from ..hf.fingerprint import fingerprint
 from ..hf.model import SoftPromptModel
 from ..hf.prompt_cache import fill
 from ..hf.prompt_state import Prompt, PromptState
 from ..hf.shared_state import KeysValues, text_config
 from ..hf.states import StateKey
-from ..peft.prompts import is_peft_model, prompt_of_adapter, prompt_of_folder, prompt_of_method
+from ..peft.prompts import is_peft_model, prompt_of_adapter, prompt_of_folder
 
 FORMAT, VERSION = "fastprompt-compiled-prompt", "1"
 _KINDS = {"conv_state": "conv", "recurrent_state": "recurrent"}

@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 from parity import METHODS, peft_model
-from serving_models import WIDTH, ready, texts
+from serving_models import WIDTH, frozen, ready, texts
 from test_renamed_cache import greedy as greedy_step_by_step
 
 import fastprompt
+from fastprompt import PrefixTuning, PromptTuning, SoftPromptModel
 from fastprompt.peft.renamed_cache import right_generation
 
 NEW = 5
@@ -78,7 +79,8 @@ def calls_of_rows(model, run):
     def note(module, args, kwargs, output):
         widths.append(output.last_hidden_state.shape[:2])
 
-    hook = model.base_model.model.register_forward_hook(note, with_kwargs=True)
+    base = model.base if isinstance(model, SoftPromptModel) else model.base_model
+    hook = base.model.register_forward_hook(note, with_kwargs=True)
     try:
         run()
     finally:
@@ -184,3 +186,25 @@ def test_sequences_follow_step_by_step(method):
     got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                          pad_token_id=0, eos_token_id=None, **given)  # fmt: skip
     assert torch.equal(got, greedy_step_by_step(model, method))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_soft_prompt_model_runs_its_prompts_once_and_padded_rows_as_alone(learned):
+    base = ready(frozen("llama"))
+    method = PrefixTuning(4, 3, 2, 8, num_prompts=2) if learned else PromptTuning(4, 48, 2, torch.randn(2, 4, 48))
+    model = SoftPromptModel(base, method).eval()
+    ids, mask = texts("right")
+    prompts = [1, 0, 1, 1]
+    got = model.generate(ids, mask, prompt_ids=prompts, **GREEDY)
+    for row, prompt in enumerate(prompts):
+        text = ids[row, mask[row].bool()][None]
+        for _ in range(NEW):
+            with torch.no_grad():
+                logits = model(input_ids=text, prompt_ids=[prompt]).logits
+            text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
+        assert got[row, WIDTH:].tolist() == text[0, -NEW:].tolist()
+    widths = calls_of_rows(model, lambda: model.generate(ids, mask, prompt_ids=prompts, **GREEDY))
+    assert widths == [(4, WIDTH)] + [(4, 1)] * (NEW - 1)
+    with torch.no_grad():
+        next(method.parameters()).mul_(-1)
+    assert not torch.equal(model.generate(ids, mask, prompt_ids=prompts, **GREEDY), got)

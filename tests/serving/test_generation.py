@@ -13,11 +13,14 @@ from serving_models import (
     embeddings,
     frozen,
     greedy_alone,
+    ready,
     texts,
 )
 from tiny_hybrids import PACKED
+from tiny_models import drawn
 from transformers.generation.streamers import BaseStreamer
 
+from fastprompt import PrefixTuning, SoftPromptModel, compile_prompt
 from fastprompt.serving.bank import PromptBank
 
 FAMILIES = ["gpt2", "mistral_window", "gemma2", "gemma3", "gpt_oss", "bloom", "falcon", "opt"]
@@ -326,8 +329,48 @@ def test_turns_that_do_not_fit_are_refused(llama, hybrid):
     with pytest.raises(ValueError, match="past_key_values must be a cache"):
         go_on(hybrid, start(llama))
     real = torch.cat([mask, torch.tensor([[0, 1, 1]] * 4)], 1)
-    with pytest.raises(NotImplementedError, match="attention_mask must be 1 on all that stands behind the first turn"):
+    with pytest.raises(NotImplementedError, match="attention_mask must leave no padding between"):
         go_on(hybrid, start(hybrid), attention_mask=real)
+
+
+def test_a_turn_that_grows_beyond_a_window_with_padding_inside_is_refused():
+    base = frozen("mistral_window", sliding_window=24)
+    bank, (ids, mask) = bank_of(base), texts()
+    options = dict(do_sample=False, return_dict_in_generate=True)
+    output = bank.generate(ids, mask, prompts=PROMPTS, max_new_tokens=2, **options)
+    longer, real = torch.cat([output.sequences, ids[:, :1]], 1), torch.cat([mask, torch.ones(4, 3).long()], 1)
+    with pytest.raises(NotImplementedError, match="attention_mask must leave no padding between"):
+        bank.generate(longer, real, past_key_values=output.past_key_values, max_new_tokens=20, **options)
+    output = bank.generate(longer, real, past_key_values=output.past_key_values, max_new_tokens=3, **options)
+    assert_greedy(base, output.sequences, longer, real, new=3)
+
+
+def test_learned_keys_and_values_before_layers_with_a_state():
+    """Those start from nothing; a batch may mix them with prompts of embeddings."""
+    base = frozen("qwen3_5_text")
+    bank, (ids, mask) = bank_of(base), texts()
+    learned = SoftPromptModel(frozen("qwen3_5_text"), PrefixTuning(4, 1, 2, 8, layers=[1]))
+    bank.add("learned", compile_prompt(learned))
+    prompts = ["learned", "long", None, "learned"]
+    sequences = bank.generate(ids, mask, prompts=prompts, max_new_tokens=NEW, do_sample=False)
+    for row in (0, 3):
+        text = ids[row, mask[row].bool()][None]
+        for _ in range(NEW):
+            with torch.no_grad():
+                text = torch.cat([text, learned(input_ids=text).logits[:, -1:].argmax(-1)], 1)
+        assert text[0, -NEW:].tolist() == sequences[row, WIDTH:].tolist()
+    assert sequences[1, WIDTH:].tolist() == greedy_alone(base, "long", ids[1, mask[1].bool()])
+
+
+def test_chunked_attention():
+    config = hf.Llama4TextConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, intermediate_size_mlp=80, num_hidden_layers=4, head_dim=8,
+        num_attention_heads=6, num_key_value_heads=2, num_local_experts=2, attention_chunk_size=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = ready(drawn(hf.Llama4ForCausalLM(config)))
+    bank, (ids, mask) = bank_of(base), texts()
+    assert_greedy(base, bank.generate(ids, mask, prompts=PROMPTS, max_new_tokens=NEW, do_sample=False), ids, mask)
 
 
 def test_models_that_answer_otherwise_in_a_batch_are_refused():
