@@ -122,7 +122,7 @@ def test_prompt_embeddings(task, client, tmp_path):
     embeds = embed_prompt(tmp_path / "prompt.safetensors", text, model.get_input_embeddings())
     answer = client.completions.create(
         model="base",
-        prompt="",
+        prompt=None,
         max_tokens=NEW_TOKENS,
         temperature=0,
         extra_body={**IDS, "prompt_embeds": encode_prompt_embeds(embeds)},
