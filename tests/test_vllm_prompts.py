@@ -75,7 +75,7 @@ def test_names_come_and_go(prompts):
         prompts.info("sql")
 
 
-@pytest.mark.parametrize("name", ["", ".part", "../sql", "a/../sql", "sql\0", None, 3])
+@pytest.mark.parametrize("name", ["", ".part", "../sql", "a/../sql", "sql\0", "x" * 300, "\ud800", None, 3])
 def test_a_name_is_no_path(prompts, name):
     (prompts.folder / "a").mkdir()
     save(prompts.folder / ".part.safetensors")
@@ -109,6 +109,7 @@ BAD = {
     "a missing layer": ({"layers.0.keys": None, "layers.0.values": None}, "nothing else"),
     "two dimensions": ({"layers.1.keys": torch.zeros(P, 4)}, "P at least 1"),
     "other heads": ({"layers.1.keys": torch.zeros(P, 1, 4)}, "P at least 1"),
+    "integers": ({"layers.1.keys": torch.zeros(P, 2, 4, dtype=torch.int32)}, "expected ..BF16"),
     "no layer": ({f"layers.{i}.{part}": None for i in (0, 1) for part in ("keys", "values")}, "has none"),
 }
 
@@ -145,6 +146,34 @@ def test_prompts_of_another_model_are_refused_where_the_model_is_known(prompts):
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match="kv_connector_extra_config must be"):
         prompt_folder(SimpleNamespace(kv_connector_extra_config=options))
+
+
+HEADERS = [
+    b"[]",
+    b"{",
+    b"1",
+    b'{"__metadata__": 1}',
+    b'{"layers.0.keys": 1}',
+    b'{"layers.0.keys": {"dtype": "F32", "shape": 3, "data_offsets": [0, 0]}}',
+    b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_strange_headers_are_refused(prompts, header):
+    (prompts.folder / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(PromptError, match="odd"):
+        prompts.info("odd")
+    assert prompts.served() == ["sql"]
+
+
+def test_shapes_that_do_not_fit_the_bytes_are_refused(prompts):
+    data = (prompts.folder / "sql.safetensors").read_bytes()
+    odd = data.replace(b"[3,2,4]", b"[3,2,5]")
+    assert odd != data
+    (prompts.folder / "odd.safetensors").write_bytes(odd)
+    with pytest.raises(PromptError, match="not a safetensors file"):
+        prompts.info("odd")
 
 
 def test_no_folder(tmp_path):

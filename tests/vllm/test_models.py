@@ -46,6 +46,10 @@ def learned_positions():
 CASES = {
     "windows": (windows, {}),
     "learned positions": (learned_positions, {}),
+    "speculation": (
+        lambda: None,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+    ),
     "two ranks": (lambda: None, {"tensor_parallel_size": 2}),
 }
 

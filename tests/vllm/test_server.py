@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import models
 import openai
 import pytest
+from safetensors.torch import save_file
+
+from fastprompt.integrations.vllm import embed_prompt, encode_prompt_embeds
 
 NEW_TOKENS = 12
 KEY = "secret"
@@ -23,6 +26,7 @@ def client(task, start_server):
         f"--kv-transfer-config={json.dumps(transfer)}",
         "--middleware=fastprompt.integrations.vllm.Middleware",
         "--enable-scale-out",
+        "--enable-prompt-embeds",
         "--served-model-name=base",
         f"--api-key={KEY}",
     )
@@ -110,6 +114,20 @@ def test_a_salt_of_the_clients_own(task, client):
             model="task9", prompt="salted", max_tokens=NEW_TOKENS, temperature=0, extra_body={**IDS, "cache_salt": salt}
         )
         assert answer.choices[0].token_ids == expected
+
+
+def test_prompt_embeddings(task, client, tmp_path):
+    model, text = task.adapters["task8"], [1, 2, 3]
+    save_file({"prompt_embeds": model.get_prompt(batch_size=1)[0].detach().clone()}, tmp_path / "prompt.safetensors")
+    embeds = embed_prompt(tmp_path / "prompt.safetensors", text, model.get_input_embeddings())
+    answer = client.completions.create(
+        model="base",
+        prompt=None,
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        extra_body={**IDS, "prompt_embeds": encode_prompt_embeds(embeds)},
+    )
+    assert answer.choices[0].token_ids == task.expected("task8", text, NEW_TOKENS)
 
 
 BAD = {

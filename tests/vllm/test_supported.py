@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3TextConfig, Llama4TextConfig, LlamaConfig
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.v1.kv_cache_interface import (
@@ -22,7 +22,16 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 
 
-def check(*specs, rope=None, max_model_len=512, parallel=None, speculative=None, config=LlamaConfig, **transfer):
+def check(
+    *specs,
+    rope=None,
+    max_model_len=512,
+    parallel=None,
+    speculative=None,
+    config=LlamaConfig,
+    quantization=None,
+    **transfer,
+):
     text = config(rope_parameters=rope) if rope else config()
     parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, **(parallel or {})}
     engine = SimpleNamespace(
@@ -31,7 +40,7 @@ def check(*specs, rope=None, max_model_len=512, parallel=None, speculative=None,
         ),
         parallel_config=SimpleNamespace(**parallel),
         speculative_config=speculative and SimpleNamespace(method=speculative),
-        model_config=SimpleNamespace(hf_text_config=text, max_model_len=max_model_len),
+        model_config=SimpleNamespace(hf_text_config=text, max_model_len=max_model_len, quantization=quantization),
     )
     groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["model.layers.0.attn"]) for spec in specs or [FULL]]
     check_engine(engine, SimpleNamespace(kv_cache_groups=groups))
@@ -83,6 +92,8 @@ def test_what_is_right_passes(engine):
         ({"specs": [FullAttentionSpec(**SIZES, attention_chunk_size=64)]}, NotImplementedError, "chunked"),
         ({"specs": [FullAttentionSpec(**SIZES, non_causal=True)]}, NotImplementedError, "bidirectional"),
         ({"rope": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, NotImplementedError, "'dynamic'"),
+        ({"config": Llama4TextConfig}, NotImplementedError, "another order than transformers, for 'llama4_text'"),
+        ({"quantization": "gguf"}, NotImplementedError, "another order than transformers"),
         ({"rope": LONGROPE, "max_model_len": 257}, NotImplementedError, "max_model_len is 257: above 256"),
     ],
 )

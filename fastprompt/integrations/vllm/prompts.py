@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 FORMAT, VERSION, SUFFIX = "fastprompt-compiled-prompt", "1", ".safetensors"
 SALT = "fastprompt-"  # what the salts of prompts begin with
 _TENSOR = re.compile(r"layers\.(\d+)\.(keys|values)")
 _LONGEST_HEADER = 2**24
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Shapes = tuple[tuple[list[int], list[int]], ...]  # of the keys and of the values of every layer
 
@@ -75,7 +78,7 @@ class PromptFolder:
         return sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"[!.]*{SUFFIX}"))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and _is_name(name) and self._file(name).is_file()
+        return isinstance(name, str) and _is_name(name) and os.path.isfile(self._file(name))
 
     def served(self) -> list[str]:
         """The names whose files look like compiled prompts, told by their headers alone."""
@@ -95,6 +98,7 @@ class PromptFolder:
         if known is None or known[0] != signature:
             data = self._read(name)
             length, shapes, metadata = self._parse(name, data, len(data))
+            _load(name, data)  # or a worker would be the first to find that it cannot
             known = signature, PromptInfo(name, _digest(data), length, shapes, metadata)
             self._infos[name] = known
         return known[1]
@@ -109,7 +113,7 @@ class PromptFolder:
             data = self._read(info.name)
             if _digest(data) != info.digest:
                 raise PromptError(f"the file of prompt {info.name!r} was replaced while a request for it was waiting")
-            tensors = load(data)
+            tensors = _load(info.name, data)
             layers = range(len(info.shapes))
             self._layers[info.digest] = [(tensors[f"layers.{i}.keys"], tensors[f"layers.{i}.values"]) for i in layers]
         self._layers.move_to_end(info.digest)
@@ -195,9 +199,25 @@ def _header(name: str, data: bytes, size: int) -> dict[str, Any]:
     begin = 8 + int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8:begin])
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        entries = [entry for key, entry in header.items() if key != "__metadata__"]
+        kinds, ends = {entry["dtype"] for entry in entries}, [entry["data_offsets"][1] for entry in entries]
+        end = max(ends, default=0)
+        well_formed = all(isinstance(entry["shape"], list) for entry in entries) and isinstance(
+            header.get("__metadata__", {}), dict
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise PromptError(f"the file of prompt {name!r} is not a safetensors file, or not all of one") from error
-    if size != begin + max(ends, default=0):
+    if not well_formed:
+        raise PromptError(f"the file of prompt {name!r} is not a safetensors file")
+    if size != begin + end:
         raise PromptError(f"the file of prompt {name!r} has {size} bytes, not as many as its header says: is it whole?")
+    if not kinds <= _FLOATS:
+        raise PromptError(f"prompt {name!r} has tensors of {sorted(kinds)}; expected {sorted(_FLOATS)}")
     return header
+
+
+def _load(name: str, data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise PromptError(f"the file of prompt {name!r} is not a safetensors file: {error}") from error

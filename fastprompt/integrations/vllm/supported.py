@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Speculation whose drafts come from no layers of their own, which would lack the prompt's keys.
 DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+# Models whose rotated columns vLLM keeps in another order than transformers.
+PERMUTED_MODELS = ("llama4", "llama4_text")
 
 
 def check_engine(config: "VllmConfig", cache: "KVCacheConfig") -> None:
@@ -59,7 +61,10 @@ def _check_layer_kind(spec: Any, names: list[str]) -> None:
 
 
 def _check_positions(model: "ModelConfig") -> None:
-    """Keys stand in a compiled prompt as transformers rotates them; there vLLM must rotate in the same way."""
+    """Keys stand in a compiled prompt as transformers rotates them; vLLM must rotate its own in the same way."""
+    if model.hf_text_config.model_type in PERMUTED_MODELS or model.quantization == "gguf":
+        which = f"{model.hf_text_config.model_type!r} with quantization {model.quantization!r}"
+        raise NotImplementedError(f"vLLM keeps the columns of keys in another order than transformers, for {which}")
     for rope in _rope_parameters(model.hf_text_config):
         kind = rope.get("rope_type", rope.get("type"))
         original = rope.get("original_max_position_embeddings") or getattr(
@@ -89,7 +94,8 @@ def prompt_of(request: "Request", prompts: PromptFolder) -> PromptInfo | None:
     Raises:
         PromptError: it asks for one in a way that would give a wrong answer, to it or to others.
     """
-    name = (request.kv_transfer_params or {}).get(FIELD)
+    fields = request.kv_transfer_params
+    name = fields.get(FIELD) if isinstance(fields, dict) else None
     if name is None:
         if (request.cache_salt or "").startswith(SALT):
             raise PromptError(
