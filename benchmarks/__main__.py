@@ -1,7 +1,7 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
-The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm and trainers, which needs trl. By
-their names alone run families and integrations: they measure nothing, but try what runs packed, and write
+The names are memory, step, methods, common, small_ops, prefix_attention, prompt_lstm, trees and trainers, which needs
+trl. By their names alone run families and integrations: they measure nothing, but try what runs packed, and write
 docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
@@ -19,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
-from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
+from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step, trees  # noqa: E402
 
 
 def imported_late(name):
@@ -39,6 +39,7 @@ BENCHMARKS = {
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
     "prompt_lstm": prompt_lstm.run,
+    "trees": trees.run,
     "trainers": imported_late("trainers"),
     "families": imported_late("families"),
     "integrations": imported_late("integrations"),

@@ -38,6 +38,8 @@ class Engine:
         base: the model: a causal LM, or any other head on a decoder or an encoder.
         abilities: what the engine may do with it.
         stats: how the calls were run.
+        node_cost: what a node of a tree of shared text has to save, in rows; None: only what all rows begin with is
+            shared.
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
@@ -47,6 +49,7 @@ class Engine:
         self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
         self._ask()
+        self.node_cost: int | None = _MIXER_COST if self.runner.mixers else NODE_COST
 
     def _ask(self):
         self._asked = vars(self.base).get("forward")
@@ -121,7 +124,7 @@ class Engine:
             prompt_ids=_on(device, request.prompt_ids),
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
-            node_cost=_MIXER_COST if self.runner.mixers else NODE_COST,
+            node_cost=self.node_cost,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {
