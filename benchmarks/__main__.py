@@ -28,6 +28,7 @@ from . import (  # noqa: E402
     report,
     small_ops,
     step,
+    trees,
 )
 
 
@@ -51,6 +52,7 @@ BENCHMARKS = {
     "prompt_lstm": prompt_lstm.run,
     "compiled": imported_late("compiled"),
     "serve": imported_late("serve"),
+    "trees": trees.run,
     "trainers": imported_late("trainers"),
     "families": imported_late("families"),
     "integrations": imported_late("integrations"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, many_prompts, memory, methods, models, serve, small_ops, step
+from benchmarks import common, many_prompts, memory, methods, models, serve, small_ops, step, trees
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -153,3 +153,12 @@ def test_the_exit_status_tells_of_a_wrong_result(right, code, tmp_path, monkeypa
     assert command.main(["--quick", "--out", str(tmp_path)]) == code
     with pytest.raises(SystemExit):
         command.main(["nothing"])
+
+
+def test_trees_are_right_and_reported(tmp_path, capsys):
+    assert trees.run(tmp_path, quick=True, sizes=TINY, groups=trees.Groups(3, 4, 24, 5))
+    with open(tmp_path / "trees.csv") as stream:
+        records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    assert [record["step"] for record in records] == ["trees", "trees", "LoRA trees", "trees", "LoRA trees"]
+    rows = 20 + 3 * 24 + 12 * 5
+    assert records[0]["rows"] == f"{20 + 12 * 29} {rows}" and all(float(record["ratio"]) > 0 for record in records)

@@ -167,3 +167,11 @@ def test_what_cannot_be_packed_runs_as_before():
 def test_other_models_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
         fastprompt.share_prefixes(make())
+
+
+def test_dropout_of_lora_runs_packed():
+    """Other numbers than in a padded batch, of the same expectation: nothing is refused."""
+    model, inputs = shared(lora(lora_dropout=0.5)), batch()
+    losses = torch.stack([model(**inputs).loss.detach() for _ in range(3)])
+    assert losses.isfinite().all() and losses.unique().numel() == 3
+    assert fastprompt.stats(model).padded == {}

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import transformers as hf
 from parity import assert_equal, assert_identical, both, peft_model, step
 from tiny_hybrids import build_hybrid
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, build, drawn
 
 import fastprompt
 from fastprompt.layout import plan_padded_input
+from fastprompt.peft.state import engine_of
 
 # The rows of a batch: blocks of text, each a number and a length. Two groups that share more; one of them in groups.
 TEXTS = [
@@ -127,3 +129,41 @@ def test_caches_are_those_of_peft():
     for ours, theirs in zip(fast.layers, plain.layers):
         for x, y in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             torch.testing.assert_close(x.transpose(1, 2)[real], y.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window"])
+def test_trees_give_what_rows_give(name):
+    """SoftPromptModel with two prompts in one batch, and the same without trees."""
+    inputs = dict(batch(), prompt_ids=torch.tensor([0, 0, 1, 0, 1, 1, 1, 0]))
+    torch.manual_seed(1)
+    method = fastprompt.PromptTuning(num_virtual_tokens=3, token_dim=48, num_prompts=2)
+    with torch.no_grad():
+        method.prompt.copy_(torch.randn(method.prompt.shape) * 0.5)
+    model = fastprompt.SoftPromptModel(build(name), method)
+    trees = step(model, inputs)
+    rows = fastprompt.stats(model).rows
+    model._engine.node_cost = None
+    assert_equal(step(model, inputs), trees, inputs)
+    assert rows < fastprompt.stats(model).rows - rows
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_classifiers_read_trees(padding):
+    base = hf.AutoModelForSequenceClassification.from_config(
+        hf.LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80,
+            pad_token_id=0, num_labels=3,
+        )
+    )  # fmt: skip
+    model = peft_model(None, task_type="SEQ_CLS", base=drawn(base))
+    inputs = dict(batch(padding), labels=torch.arange(len(TEXTS)) % 3)
+    fastprompt.accelerate(model)
+    trees = step(model, inputs)
+    rows = fastprompt.stats(model).rows
+    engine_of(model).node_cost = None
+    plain = step(model, inputs)
+    torch.testing.assert_close(trees[0], plain[0], rtol=1e-5, atol=0)
+    for key, expected in plain[1].items():
+        torch.testing.assert_close(trees[1][key], expected, rtol=1e-4, atol=1e-5)
+    assert rows < fastprompt.stats(model).rows - rows
+    assert fastprompt.stats(model).padded == {}

@@ -175,6 +175,44 @@ def test_text_goes_as_deep_as_it_pays():
     assert len(plan.source) == 2 + 12 + 2 * 18 + 8 * 10 + 40
 
 
+def test_a_caller_may_tell_what_ids_would():
+    ids = torch.cat([grouped(), grouped(groups=1, members=3)[:, :25]])
+    prompts = torch.tensor([0] * 12 + [1] * 3)
+    alike = torch.tensor([0, 20, 20, 20] * 3 + [0, 20, 20])
+    told = plan_padded_input(*ids.shape, 2, common=alike, prompt_ids=prompts)
+    found = plan_padded_input(*ids.shape, 2, token_ids=ids, prompt_ids=prompts)
+    assert len(told.source) == len(found.source) == 2 * 2 + 4 * 20 + 15 * 5
+    for grid in (told.grid, found.grid):
+        assert len(grid[:12, 2:22].unique()) == 3 * 20 and len(grid[12:, 2:22].unique()) == 20
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(common=torch.tensor([0, 26, 0])),
+            "common must be at most .* got 26 for sequence 1, which has room for 25",
+        ),
+        (dict(common=torch.tensor([0, -1, 0])), "common must be at most"),
+        (dict(common=torch.tensor([0, 3])), r"common must have shape \[3\]"),
+        (
+            dict(common=torch.tensor([0, 3, 3]), token_ids=torch.zeros(3, 25, dtype=torch.int64)),
+            "must not both be given",
+        ),
+        (
+            dict(
+                common=torch.tensor([0, 9, 9]),
+                attention_mask=(torch.arange(25) >= torch.tensor([[0], [2], [2]])).long(),
+            ),
+            "got 9 for sequence 1, which has room for 0",
+        ),
+    ],
+)
+def test_what_a_caller_cannot_mean_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_padded_input(3, 25, 2, **options)
+
+
 def test_nothing_is_looked_for_where_nothing_is_shared():
     ids = torch.arange(64).view(8, 8)
     plan = plan_padded_input(8, 8, 0, token_ids=ids)

@@ -45,11 +45,11 @@ def model_of(folder, method):
     return peft.get_peft_model(base, METHODS[method]())
 
 
-def arguments(kind, tmp_path, **changes):
+def arguments(kind, tmp_path, batch=4, **changes):
     return kind(
         output_dir=str(tmp_path),
         max_steps=STEPS,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch,
         learning_rate=0.05,
         logging_steps=1,
         report_to="none",
@@ -214,3 +214,38 @@ def test_sft_with_packing_keeps_samples_apart(method, folder, tokenizer, tmp_pat
             count += int((labels[:, 1:] != -100).sum())
     assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-4)
     assert_all_packed(model)
+
+
+def lora_of(folder):
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+
+
+def dpo(model, data, tokenizer, tmp_path):
+    options = arguments(trl.DPOConfig, tmp_path, gradient_checkpointing=False)
+    return trl.DPOTrainer(model, args=options, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+
+
+def grpo(model, data, tokenizer, tmp_path):
+    options = arguments(
+        trl.GRPOConfig, tmp_path, gradient_checkpointing=False, num_generations=4, max_completion_length=6,
+        batch=8,
+    )  # fmt: skip
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in data])
+    reward = lambda completions, **kwargs: [float(len(set(x))) for x in completions]  # noqa: E731
+    return trl.GRPOTrainer(model, reward_funcs=reward, args=options, train_dataset=prompts, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("make", [dpo, grpo])
+@pytest.mark.parametrize("method", ["lora", "prompt tuning"])
+def test_groups_run_their_prompt_once(make, method, folder, tokenizer, tmp_path):
+    """Pairs of DPO and completions of GRPO are trees of rows, behind a prompt and without."""
+    data = [{"prompt": prompt * 2, "chosen": answer, "rejected": other(answer)} for prompt, answer in rows()]
+    if method == "lora":
+        plain, fast = lora_of(folder), fastprompt.share_prefixes(lora_of(folder))
+    else:
+        plain, fast = model_of(folder, method), fastprompt.accelerate(model_of(folder, method))
+    assert_same(run(make(plain, data, tokenizer, tmp_path)), run(make(fast, data, tokenizer, tmp_path)))
+    assert_all_packed(fast)
+    assert fastprompt.stats(fast).rows < 0.7 * fastprompt.stats(fast).rows_padded

@@ -39,6 +39,8 @@ class Engine:
         base: the model: a causal LM, or any other head on a decoder or an encoder.
         abilities: what the engine may do with it.
         stats: how the calls were run.
+        node_cost: what a node of a tree of shared text has to save, in rows; None: only what all rows begin with is
+            shared.
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
@@ -49,6 +51,7 @@ class Engine:
         self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
         self._ask()
+        self.node_cost: int | None = _MIXER_COST if self.runner.mixers else NODE_COST
 
     def _ask(self):
         self._asked = vars(self.base).get("forward")
@@ -138,7 +141,7 @@ class Engine:
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
             to_last_label=to_last_label,
-            node_cost=_MIXER_COST if self.runner.mixers else NODE_COST,
+            node_cost=self.node_cost,
         )
         if request.cu_seqlens is not None:
             flat: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .cells import Filled
+from .cells import STATS, Batch, Filled
 from .sequences import move
 
 NODE_COST = 8  # what a node costs, in rows: its keys are copied in every layer, and a tile of attention ends with it
@@ -42,8 +42,16 @@ class Tokens(NamedTuple):
     virtual: np.ndarray | None
     starts: np.ndarray
 
-    def codes(self, first: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        """``[B, 2 + W]`` int64 for :func:`neighbours`: prompt, first column, and ``lengths`` tokens from there on."""
+    def neighbours(self, first: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences in an order in which those that begin alike stand side by side, and what neighbours have in common.
+
+        Args:
+            first, lengths, prompts: ``[B]`` the column of each sequence's first token, its tokens, and its prompt.
+
+        Returns:
+            ``[B]`` the order, and ``[B]`` how many tokens each has in common with the one before it; 0 where their
+            prompts or first columns differ.
+        """
         column = np.arange(int(lengths.max(initial=0)))
         codes = np.empty((len(lengths), 2 + len(column)), np.int64)
         codes[:, 0], codes[:, 1] = prompts, first
@@ -53,26 +61,55 @@ class Tokens(NamedTuple):
             virtual = self.virtual[place]
             codes[:, 2:][virtual >= 0] = -1 - virtual[virtual >= 0]
         codes[:, 2:][column >= lengths[:, None]] = np.iinfo(np.int64).min
-        return codes
+        # Bytes in any order of significance: equal beginnings stand together, and nothing else is asked for.
+        order = codes.view(f"V{codes.itemsize * codes.shape[1]}")[:, 0].argsort(kind="stable")
+        codes, lengths = codes[order], lengths[order]
+        differ = codes[1:] != codes[:-1]
+        alike = np.where(differ.any(1), differ.argmax(1), codes.shape[1]) - 2
+        return order, np.append(0, np.clip(alike, 0, np.minimum(lengths[1:], lengths[:-1])))
 
 
-def neighbours(codes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences in an order in which those that begin alike stand side by side, and what neighbours have in common.
+class Told(NamedTuple):
+    """What a caller says: ``common [B]``, and ``lengths [B]`` of the sequences that it says it of."""
 
-    Args:
-        codes: ``[B, 2 + W]`` int64: what tells sequences apart before their tokens, in two columns, then the tokens,
-            with one number that is no token behind the end of each.
-        lengths: ``[B]`` their tokens.
+    common: np.ndarray
+    lengths: np.ndarray
 
-    Returns:
-        ``[B]`` the order, and ``[B]`` how many tokens each has in common with the one before it, 0 for the first.
-    """
-    # Bytes in any order of significance: equal beginnings stand together, and nothing else is asked for.
-    order = codes.view(f"V{codes.itemsize * codes.shape[1]}")[:, 0].argsort(kind="stable")
-    codes, lengths = codes[order], lengths[order]
-    differ = codes[1:] != codes[:-1]
-    alike = np.where(differ.any(1), differ.argmax(1), codes.shape[1]) - 2
-    return order, np.append(0, np.clip(alike, 0, np.minimum(lengths[1:], lengths[:-1])))
+    def neighbours(self, first: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Tokens.neighbours`.
+
+        Raises:
+            ValueError: two sequences cannot have so much in common.
+        """
+        order = prompts.argsort(kind="stable")
+        before = np.append(order[:1], order[:-1])
+        common = np.where(prompts[order] == prompts[before], self.common[order], 0)[: len(order)]
+        common[:1] = 0
+        room = np.minimum(self.lengths[order], self.lengths[before]) * (first[order] == first[before])
+        if (wrong := (common < 0) | (common > room)).any():
+            row = wrong.argmax()
+            raise ValueError(
+                f"common must be at most what a sequence and the one before it have room for, got {common[row]} for "
+                f"sequence {order[row]}, which has room for {room[row]}"
+            )
+        return order, np.minimum(common, np.minimum(lengths[order], lengths[before]))
+
+
+def on_host(
+    batch: Batch, stats: torch.Tensor, common: torch.Tensor | None, wanted: bool
+) -> tuple[np.ndarray, Tokens | Told | None]:
+    """What was measured, and what groups are looked for in, if they are ``wanted``: by one copy."""
+    if not wanted or batch.size < 2 or (batch.token_ids is None and common is None):
+        return stats.cpu().numpy(), None
+    given = [stats, common] if common is not None else [stats, batch.token_ids, batch.virtual, batch.starts]
+    measured, there, *others = (
+        x.numpy() for x in move([x.long() for x in given if x is not None], torch.device("cpu"))
+    )
+    if common is not None:
+        return measured, Told(there, measured[STATS.index("length")])
+    virtual = None if batch.virtual is None else others.pop(0)
+    starts = np.arange(batch.size) * batch.width if batch.starts is None else others.pop(0)
+    return measured, Tokens(there, virtual, starts)
 
 
 class _Branch:
@@ -90,7 +127,7 @@ def grow(
     """The branches that save more rows than they cost, or None if none does.
 
     Args:
-        order, common: of :func:`neighbours`; the sequences of a prompt stand together.
+        order, common: of :meth:`Tokens.neighbours`; the sequences of a prompt stand together.
         prompts: ``[B]``.
         depths: ``[N]`` the tokens that all sequences of a prompt begin with, and that its root holds.
         front: what stands in front of the tokens, in rows.

@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ import torch
 from ..backends import implementation
 from ..checks import INTS, check_tensor
 from . import cells
-from .branches import NODE_COST, Fold, Tokens, fold, grow, neighbours
+from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host
 from .cells import IGNORE as IGNORE
-from .sequences import Ints, Sequences, move
+from .sequences import Ints, Sequences
 from .tree import Node, Tree, tree_sequences
 
 
@@ -86,6 +86,7 @@ def plan_padded_input(
     prompt_ids: torch.Tensor | None = None,
     virtual_tokens: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    common: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
     node_cost: int | None = NODE_COST,
@@ -107,6 +108,8 @@ def plan_padded_input(
         token_ids: ``[B, S]`` int64; if given, the ``shared`` layout finds the tokens (and virtual tokens) that
             sequences of a prompt begin with, all of them or groups of them, and runs them once. Sequences that begin in
             different columns share none.
+        common: ``[B]`` int64, what token_ids would tell, in their place: how many tokens each sequence has in common
+            with the one before it of the same prompt, from the same first column on.
         prefix_length: Q, the length of the learned keys and values that stand in front of everything.
         layout: "shared", "packed" or "padded".
         node_cost: how many rows a node of the tree has to save: text that a group of sequences begins with. None: only
@@ -145,7 +148,8 @@ def plan_padded_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, node_cost, share_padded, to_last_label, backend)
+    common = _told(common, token_ids, batch, device)
+    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, backend)
 
 
 def plan_packed_input(
@@ -156,6 +160,7 @@ def plan_packed_input(
     prompt_ids: torch.Tensor | None = None,
     virtual_tokens: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    common: torch.Tensor | None = None,
     prefix_length: int = 0,
     layout: str = "shared",
     node_cost: int | None = NODE_COST,
@@ -167,8 +172,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, prefix_length, layout, node_cost, to_last_label, backend: as there; packed input
-            has no layout "padded".
+        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, backend: as there.
+            There is no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -194,7 +199,8 @@ def plan_packed_input(
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
-    return _plan(cells_of, layout, node_cost, True, to_last_label, backend)
+    common = _told(common, token_ids, batch, device)
+    return _plan(cells_of, layout, common, node_cost, True, to_last_label, backend)
 
 
 def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -211,6 +217,17 @@ def _prompts(ids: torch.Tensor | None, batch: int, device: torch.device) -> torc
     return ids.to(device, torch.int64)
 
 
+def _told(
+    common: torch.Tensor | None, token_ids: torch.Tensor | None, batch: int, device: torch.device
+) -> torch.Tensor | None:
+    if common is None:
+        return None
+    if token_ids is not None:
+        raise ValueError("common and token_ids must not both be given: either tells what sequences begin with")
+    check_tensor("common", common, [batch], dtypes=INTS)
+    return common.to(device)
+
+
 def _length(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be an int >= 0, got {value!r}")
@@ -220,19 +237,22 @@ def _length(name: str, value: int) -> int:
 def _plan(
     batch: cells.Batch,
     layout: str,
+    common: torch.Tensor | None,
     node_cost: int | None,
     share_padded: bool,
     to_last_label: bool,
     backend: str,
 ) -> RowPlan:
-    if layout not in ("shared", "packed", "padded"):
+    rows_of: dict[str, Any] = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
+    if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
     if layout != "shared":
         if to_last_label:
             raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
-    stats, tokens = _on_host(batch, on_device.measure(batch), node_cost)
+    measured, tokens = on_host(batch, on_device.measure(batch), common, node_cost is not None)
+    stats = _Stats(*measured)
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
@@ -247,11 +267,8 @@ def _plan(
     if to_last_label:
         stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
-    if layout == "shared":
-        planned = _shared_rows(batch, stats, tokens, node_cost, share_padded)
-    else:
-        planned = {"packed": _packed_rows, "padded": _padded_rows}[layout](batch, stats)
-    rows, entries, sequences, tree, folded = planned
+    options: tuple = (tokens, node_cost, share_padded) if layout == "shared" else ()
+    rows, entries, sequences, tree, folded = rows_of[layout](batch, stats, *options)
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
     entries["first_label"] = stats.labels.cumsum() - stats.labels
@@ -265,20 +282,8 @@ def _plan(
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     if folded is not None:
         filled = folded.of(filled)
-    made, of_labels = (filled.source, filled.position_ids, sequences), (filled.label_rows, filled.labels)
-    return RowPlan(layout, *made, tree, filled.grid, *of_labels, to_last_label)
-
-
-def _on_host(batch: cells.Batch, stats: torch.Tensor, node_cost: int | None) -> tuple["_Stats", Tokens | None]:
-    """What was measured and, if groups are looked for, the tokens of the batch: by one copy."""
-    if batch.token_ids is None or node_cost is None or batch.size < 3:
-        return _Stats(*stats.cpu().numpy()), None
-    given = [stats, batch.token_ids, batch.virtual, batch.starts]
-    there = [x.long() for x in given if x is not None]
-    measured, ids, *others = (x.numpy() for x in move(there, torch.device("cpu")))
-    virtual = None if batch.virtual is None else others.pop(0)
-    starts = np.arange(batch.size) * batch.width if batch.starts is None else others.pop(0)
-    return _Stats(*measured), Tokens(ids, virtual, starts)
+    rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label)
 
 
 class _Stats(NamedTuple):
@@ -306,7 +311,7 @@ _Rows = tuple[int, dict[str, np.ndarray], Sequences | None, Tree, Fold | None]
 
 
 def _shared_rows(
-    batch: cells.Batch, stats: _Stats, tokens: Tokens | None, node_cost: int | None, share_padded: bool
+    batch: cells.Batch, stats: _Stats, tokens: Tokens | Told | None, node_cost: int | None, share_padded: bool
 ) -> _Rows:
     """For each prompt its P rows and what its sequences have in common, then groups of them, then all other tokens."""
     front, prompt = batch.front, stats.prompt
@@ -345,9 +350,8 @@ def _shared_rows(
     branches = None
     if tokens is not None and node_cost is not None:
         in_front = front + batch.prefix_length
-        alone = in_front > 0 and not share_padded
-        counted = np.where(stats.first > 0, 0, stats.length) if alone else stats.length
-        found = neighbours(tokens.codes(stats.first, counted, prompt), counted)
+        counted = stats.length if share_padded or not in_front else np.where(stats.first > 0, 0, stats.length)
+        found = tokens.neighbours(stats.first, counted, prompt)
         branches = grow(*found, prompt, common, in_front, node_cost)
     if branches is not None:
         firsts, counts, own, folded = fold(branches, start, taken, ends - own, own)

@@ -62,10 +62,8 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     if not config.is_prompt_learning:
         raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
-    unneeded = () if generates_wrongly(peft_model) else ("prepare_inputs_for_generation",)
-    methods = {name: run for name, run in _REPLACED.items() if name not in unneeded}
     base: Any = peft_model.base_model
-    state = State(base, methods, heads)
+    state = State(base, _REPLACED, heads, unneeded=_right_already)
     state.compiled = CompiledPrompts()
     state.attach(peft_model)
     smooth_by_text()
@@ -90,6 +88,11 @@ def get_peft_model(
     with without_checkpoints(model):
         peft_model = peft.get_peft_model(model, peft_config, adapter_name, **options)
     return accelerate(peft_model, heads=heads)
+
+
+def _right_already(model):
+    """The methods that need no replacing in one model."""
+    return () if generates_wrongly(model) else ("prepare_inputs_for_generation",)
 
 
 # The methods of a PeftModel that an accelerated one replaces.

@@ -4,7 +4,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,7 @@ class State:
         methods: what takes the place of methods, by name: functions of the model, its state, and the arguments.
         heads: see accelerate.
         whose: the padded forward is, in words.
+        unneeded: which of the methods a model, whose base is attached, does not need replaced.
 
     Attributes:
         engine: the engine of ``base``.
@@ -63,8 +64,10 @@ class State:
         methods: Mapping[str, Callable[..., Any]],
         heads: str = "text",
         whose: str = "PEFT's",
+        unneeded: Callable[[Any], Collection[str]] = lambda model: (),
     ) -> None:
         self.base, self.methods, self.heads, self.whose = base, methods, heads, whose
+        self._unneeded = unneeded
         self.warned: set[str] = set()
         self.outputs: Any = weakref.WeakKeyDictionary()
 
@@ -79,7 +82,8 @@ class State:
             self.engine = Engine(self.base)
             if self.config_is_base_s:
                 model.config = self.base.config
-            model.__dict__.update({name: _Method(model, name) for name in self.methods})
+            replaced = set(self.methods).difference(self._unneeded(model))
+            model.__dict__.update({name: _Method(model, name) for name in replaced})
             model.__dict__[REPLICATE] = refuse_replicas
             attached = True
         finally:
@@ -118,7 +122,7 @@ class State:
             warnings.warn(text, stacklevel=9)
 
     def __getstate__(self):
-        return {**vars(self), "outputs": None}
+        return {**vars(self), "outputs": None, "_unneeded": None}
 
     def __setstate__(self, state):
         vars(self).update(state, outputs=weakref.WeakKeyDictionary())
