@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ops.prefix_attention.api import prefix_attention
     from .ops.prompt_concat.api import prompt_concat
     from .ops.prompt_lstm.api import prompt_lstm
+    from .ops.rms_norm.api import rms_norm
     from .peft.accelerate import accelerate, get_peft_model, restore
     from .peft.model import SoftPromptModel
     from .peft.stats import StatsCallback, stats
@@ -48,6 +49,7 @@ __all__ = [
     "prompt_concat",
     "prompt_lstm",
     "restore",
+    "rms_norm",
     "stats",
     "unpatch_attention",
 ]
@@ -76,6 +78,7 @@ _MODULES = {
     "prompt_concat": "ops",
     "prompt_lstm": "ops",
     "restore": "peft.accelerate",
+    "rms_norm": "ops",
     "stats": "peft.stats",
     "unpatch_attention": "hf.patch",
 }

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .norms import patch_norms, unpatch_norms
 from .recurrent import patch_mixers, unpatch_mixers
 
 _RECORD = "_fastprompt_attachment"
@@ -44,7 +45,8 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
     Args:
         model: a Hugging Face model.
         user: who asks; a plain ``object()`` to name in :func:`detach`.
-        packs: does it run packed rows? Then layers with a state run these, and gated MLPs keep less for their backward.
+        packs: does it run packed rows? Then layers with a state run these, gated MLPs keep less for their backward, and
+            norms pass over their rows once.
 
     Raises:
         UnsupportedAttention: the model's present attention is not one that can be handed back to.
@@ -83,6 +85,7 @@ def attach_again(model: PreTrainedModel) -> None:
     _switch(model)
     if any(record.users.values()):
         patch_gated_mlps(model)
+        patch_norms(model)
         patch_mixers(model)
     record.complete = True
 
@@ -99,6 +102,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
     record.users.pop(user, None)
     if not any(record.users.values()):
         unpatch_gated_mlps(model)
+        unpatch_norms(model)
         unpatch_mixers(model)
     if record.users:
         return
@@ -118,6 +122,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     try:
         _switch_back(model)
         unpatch_gated_mlps(model)
+        unpatch_norms(model)
         unpatch_mixers(model)
         yield
     finally:
