@@ -15,7 +15,12 @@ from ..layout import RowPlan
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache_names import CACHE_NAMES
-from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
+from .checkpointing import (
+    checkpoints_reentrantly,
+    others_checkpoint,
+    recomputing,
+    through_reentrant_checkpoints,
+)
 from .last_layer import LastLayer
 from .masks import PackedRows, UnsupportedAttention, active, running
 from .recurrent import mixers
@@ -245,8 +250,8 @@ class Runner:
             if self._takes_use_cache:
                 inputs["use_cache"] = False
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
-            if self._mixers:
-                block.enter_context(recomputing(self.base, batch))
+            batch.run_again_by_others = others_checkpoint(self.base)
+            block.enter_context(recomputing(self.base, batch))
             yield inputs
 
     def _positions(self, plan):

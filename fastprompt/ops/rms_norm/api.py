@@ -66,8 +66,12 @@ _library.define(
 def _forward(x, weight, eps, backend):
     runner = implementation("rms_norm", backend, x.device.type, x.dtype)
     with without_autocast(x.device.type):
-        out, factors = runner.forward(x.reshape(-1, x.shape[-1]), weight, eps)
+        out, factors = runner.forward(_rows(x), weight, eps)
     return out.view(x.shape), factors
+
+
+def _rows(x):
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 @torch.library.register_fake("fastprompt::rms_norm", lib=_library)
@@ -81,7 +85,7 @@ def _forward_fake(x, weight, eps, backend):
 def _backward(grad, x, weight, factors, need_x, need_weight, backend):
     """Gradients of x and weight; an empty tensor stands for one that nobody asked for."""
     runner = implementation("rms_norm", backend, x.device.type, x.dtype)
-    flat_grad, flat = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+    flat_grad, flat = _rows(grad), _rows(x)
     with without_autocast(x.device.type):
         dx = runner.backward(flat_grad, flat, weight, factors).view(x.shape) if need_x else x.new_empty(0)
         dweight = weight_gradient(flat_grad, flat, factors) if need_weight else x.new_empty(0)
