@@ -42,6 +42,14 @@ def test_training_runs_the_head_on_labelled_rows_only():
     assert output.logits.isfinite().all() and head_rows == [B, rows[1]] and rows[1:] == [P + sum((9, 4, 1, 6))]
 
 
+def test_a_prefix_is_asked_for_before_the_first_step():
+    model, calls = fastprompt.accelerate(peft_model("llama", "prefix")), []
+    model.base_model.model.norm.register_forward_hook(lambda m, i, o: calls.append(1))
+    for _ in range(2):
+        model.train()(**batch("right"))
+    assert len(calls) == 2
+
+
 def test_logits_in_evaluation_without_labels_and_on_request():
     model, inputs = peft_model("llama"), batch("right")
     shape = (B, P + S, VOCABULARY)

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from ..hf.attachment import REPLICATE, is_attached, refuse_replicas
 from ..hf.checkpointing import without_checkpoints
 from ..hf.engine import Engine
+from ..layout import CannotPack
 from . import resuming
 from .adapter import is_prefix
+from .call import PACKED_CLASSES, shared_of_prefix
 from .forward import disable_adapter, forward
 from .renamed_cache import former_name, generates_wrongly, prepare_inputs_for_generation
 from .smoothing import smooth_by_text
@@ -71,14 +73,27 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     try:
         peft_model.__dict__[_STATE] = state
         engine = state.attach(peft_model)
+        reason = engine.refusal or _why_not_behind_prefix(peft_model, state)
         state.attached = True
     finally:
         if not state.attached:
             restore(peft_model)
     smooth_by_text()
-    if engine.refusal is not None:
-        state.warn(engine.refusal)
+    if reason is not None:
+        state.warn(reason)
     return peft_model
+
+
+@torch.no_grad()
+def _why_not_behind_prefix(model, state):
+    """None if the model gives the same behind its learned keys and values, packed, or has none, else what differs."""
+    if not is_prefix(model.active_peft_config) or not isinstance(model, PACKED_CLASSES):
+        return None
+    try:
+        shared_of_prefix(model, state, model.get_prompt(batch_size=1))
+    except CannotPack as reason:
+        return str(reason)
+    return None
 
 
 def get_peft_model(

@@ -245,17 +245,7 @@ class Call:
 
     def _shared_of_active(self):
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
-        if not isinstance(cache, Cache):
-            raise CannotPack(f"its prefix is a {type(cache).__name__}")
-        shared = SharedState.of_cache(cache, self.engine.base.config)
-        reason = self.engine.why_not_prefix(
-            lambda: SharedState.of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config),
-            (self.model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
-            self.state.original(self.model),
-        )
-        if reason is not None:
-            raise CannotPack(reason)
-        return shared
+        return shared_of_prefix(self.model, self.state, cache)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
@@ -316,6 +306,28 @@ class Call:
         cells = row * (front + width) + column
         names = [name for name in ("input_ids", "inputs_embeds", "token_type_ids") if given.get(name) is not None]
         return {name: given[name].flatten(0, 1)[cells] for name in names}
+
+
+def shared_of_prefix(model: PeftModel, state: Any, prefix: Any) -> SharedState:
+    """The learned keys and values that the active adapter puts in front, ``prefix``, of a batch of one row.
+
+    The first time for an adapter of this shape, the model is asked whether it gives the same behind them, packed.
+
+    Raises:
+        CannotPack: it does not.
+    """
+    if not isinstance(prefix, Cache):
+        raise CannotPack(f"its prefix is a {type(prefix).__name__}")
+    config = state.engine.base.config
+    shared = SharedState.of_cache(prefix, config)
+    reason = state.engine.why_not_prefix(
+        lambda: SharedState.of_cache(model.get_prompt(batch_size=1), config),
+        (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
+        state.original(model),
+    )
+    if reason is not None:
+        raise CannotPack(reason)
+    return shared
 
 
 def _says_something(value):
