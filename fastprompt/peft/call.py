@@ -321,7 +321,7 @@ def shared_of_prefix(model: PeftModel, state: Any, prefix: Any) -> SharedState:
     config = state.engine.base.config
     shared = SharedState.of_cache(prefix, config)
     reason = state.engine.why_not_prefix(
-        lambda: SharedState.of_cache(model.get_prompt(batch_size=1), config),
+        lambda: SharedState.of_cache(cast(Cache, model.get_prompt(batch_size=1)), config),
         (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
         state.original(model),
     )
