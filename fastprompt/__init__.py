@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ops.prefix_attention.api import prefix_attention
     from .ops.prompt_concat.api import prompt_concat
     from .ops.prompt_lstm.api import prompt_lstm
+    from .ops.rms_norm.api import rms_norm
     from .peft.accelerate import accelerate, get_peft_model
     from .peft.model import SoftPromptModel
     from .peft.sharing import share_prefixes
@@ -55,6 +56,7 @@ __all__ = [
     "prompt_concat",
     "prompt_lstm",
     "restore",
+    "rms_norm",
     "share_prefixes",
     "stats",
     "unpatch_attention",
@@ -88,6 +90,7 @@ _MODULES = {
     "prompt_lstm": "ops",
     "restore": "peft.state",
     "share_prefixes": "peft.sharing",
+    "rms_norm": "ops",
     "stats": "peft.stats",
     "unpatch_attention": "hf.patch",
 }

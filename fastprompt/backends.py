@@ -208,6 +208,8 @@ TABLE = (
     Backend("linear_cross_entropy", "blocked", "PyTorch's own operations", (), (*_REAL, torch.float64)),
     _reference("linear_cross_entropy"),
     _reference("gated_activation"),
+    _cpp("rms_norm"),
+    _reference("rms_norm"),
     Backend("row_plan", "cpu", "the C++ kernels", ("cpu",), (), CPP, module="fastprompt.layout.cpu"),
     Backend(
         "row_plan",

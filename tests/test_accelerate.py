@@ -36,10 +36,18 @@ def test_training_runs_the_head_on_labelled_rows_only():
     head_rows = []
     model.base_model.lm_head.register_forward_hook(lambda m, i, o: head_rows.append(o.shape[1]))
     output = model(**inputs)
-    assert rows == [P + sum((9, 4, 1, 6))]  # the prompt once, the real tokens, no padding
+    assert rows == [P + sum((9, 4, 1, 6)) - B]  # the prompt once, the tokens that predict something, no padding
     assert head_rows == [B]  # a head with a hook is called, not read
     assert output.logits.shape == (B, P + S, VOCABULARY) and head_rows == [B]  # its shape is known
-    assert output.logits.isfinite().all() and head_rows == [B, rows[0]] and len(rows) == 1
+    assert output.logits.isfinite().all() and head_rows == [B, rows[1]] and rows[1:] == [P + sum((9, 4, 1, 6))]
+
+
+def test_a_prefix_is_asked_for_before_the_first_step():
+    model, calls = fastprompt.accelerate(peft_model("llama", "prefix")), []
+    model.base_model.model.norm.register_forward_hook(lambda m, i, o: calls.append(1))
+    for _ in range(2):
+        model.train()(**batch("right"))
+    assert len(calls) == 2
 
 
 def test_logits_in_evaluation_without_labels_and_on_request():

@@ -82,7 +82,7 @@ def test_the_library_plans_as_pytorch_does(make, examples):
 def test_what_no_label_depends_on_is_left_out(example):
     *sizes, options = example
     options.update(layout="shared", to_last_label=False)
-    labels, mask = options.get("labels"), options.get("attention_mask")
+    labels = options.get("labels")
     try:
         whole = plan_padded_input(*sizes, **options)
     except (CannotPack, ValueError) as error:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .norms import patch_norms, unpatch_norms
 from .own_attention import patch_own_attention, unpatch_own_attention
 from .recurrent import patch_mixers, unpatch_mixers
 
@@ -45,7 +46,8 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
     Args:
         model: a Hugging Face model.
         user: who asks; a plain ``object()`` to name in :func:`detach`.
-        packs: does it run packed rows? Then layers with a state run these, and gated MLPs keep less for their backward.
+        packs: does it run packed rows? Then layers with a state run these, gated MLPs keep less for their backward, and
+            norms pass over their rows once.
 
     Raises:
         UnsupportedAttention: the model's present attention is not one that can be handed back to.
@@ -85,6 +87,7 @@ def attach_again(model: PreTrainedModel) -> None:
     patch_own_attention(model)
     if any(record.users.values()):
         patch_gated_mlps(model)
+        patch_norms(model)
         patch_mixers(model)
     record.complete = True
 
@@ -101,6 +104,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
     record.users.pop(user, None)
     if not any(record.users.values()):
         unpatch_gated_mlps(model)
+        unpatch_norms(model)
         unpatch_mixers(model)
     if record.users:
         return
@@ -122,6 +126,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
         _switch_back(model)
         unpatch_own_attention(model)
         unpatch_gated_mlps(model)
+        unpatch_norms(model)
         unpatch_mixers(model)
         yield
     finally:

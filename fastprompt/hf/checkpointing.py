@@ -50,7 +50,7 @@ def through_reentrant_checkpoints(
 def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
     """While the block runs, the model's own checkpoints are told to recompute their layers as layers of ``batch``.
 
-    Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state is given no mask.
+    Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state, or a norm, is given no mask.
     """
     name = "_gradient_checkpointing_func"
     checkpoints = {module: vars(module)[name] for module in _checkpointing(model) if name in vars(module)}
@@ -81,6 +81,11 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
 
     with told():
         yield
+
+
+def others_checkpoint(model: nn.Module) -> bool:
+    """Are parts of the model wrapped into checkpoints that are not its own (torch's CheckpointWrapper)?"""
+    return any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -122,6 +122,7 @@ class PackedRows:
         plan: the RowPlan.
         has_window: did the model ask for the mask of a sliding window?
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
+        run_again_by_others: may layers be run again outside of a block that says of what batch they are?
         ran: the layers with a state that ran these rows as sequences.
     """
 
@@ -132,6 +133,7 @@ class PackedRows:
         self.sequences: Any = plan.sequences
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
+        self.run_again_by_others = False
         self.ran: set[Any] = set()
         self.shared = (shared or SharedState()).for_rows(plan)
         self.carrier = carrier(self.sequences, self.shared)

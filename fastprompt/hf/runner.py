@@ -263,8 +263,8 @@ class Runner:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
             batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
-            if self.mixers:
-                block.enter_context(recomputing(self.base, batch))
+            batch.run_again_by_others = others_checkpoint(self.base)
+            block.enter_context(recomputing(self.base, batch))
             yield inputs
             self.has_window = self.has_window or batch.has_window
 

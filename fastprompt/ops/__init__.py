@@ -6,6 +6,7 @@ from .multitask_prompt.api import multitask_prompt
 from .prefix_attention.api import prefix_attention
 from .prompt_concat.api import prompt_concat
 from .prompt_lstm.api import prompt_lstm
+from .rms_norm.api import rms_norm
 
 __all__ = [
     "gated_activation",
@@ -14,4 +15,5 @@ __all__ = [
     "prefix_attention",
     "prompt_concat",
     "prompt_lstm",
+    "rms_norm",
 ]

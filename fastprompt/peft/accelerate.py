@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from ..hf.checkpointing import without_checkpoints
 from ..hf.compiled_prompts import CompiledPrompts
+from ..layout import CannotPack
 from . import resuming
+from .adapter import is_prefix
+from .call import PACKED_CLASSES, shared_of_prefix
 from .forward import disable_adapter, forward
 from .generation import generate
 from .renamed_cache import generates_wrongly, prepare_inputs_for_generation
@@ -66,10 +70,27 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     state = State(base, _REPLACED, heads, unneeded=_right_already)
     state.compiled = CompiledPrompts()
     state.attach(peft_model)
+    try:
+        reason = state.engine.refusal or _why_not_behind_prefix(peft_model, state)
+    except BaseException:
+        restore(peft_model)
+        raise
     smooth_by_text()
-    if state.engine.refusal is not None:
-        state.warn(state.engine.refusal)
+    if reason is not None:
+        state.warn(reason)
     return peft_model
+
+
+@torch.no_grad()
+def _why_not_behind_prefix(model, state):
+    """None if the model gives the same behind its learned keys and values, packed, or has none, else what differs."""
+    if not is_prefix(model.active_peft_config) or not isinstance(model, PACKED_CLASSES):
+        return None
+    try:
+        shared_of_prefix(model, state, model.get_prompt(batch_size=1))
+    except CannotPack as reason:
+        return str(reason)
+    return None
 
 
 def get_peft_model(

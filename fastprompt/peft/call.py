@@ -245,7 +245,7 @@ class Call:
 
     def _shared_of_active(self):
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
-        return shared_of(self.model, self.state, cache)
+        return shared_of_prefix(self.model, self.state, cache)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
@@ -308,18 +308,20 @@ class Call:
         return {name: given[name].flatten(0, 1)[cells] for name in names}
 
 
-def shared_of(model: PeftModel, state: Any, cache: Any) -> SharedState:
-    """The keys and values of the active adapter, from what ``model.get_prompt(batch_size=1)`` gave.
+def shared_of_prefix(model: PeftModel, state: Any, prefix: Any) -> SharedState:
+    """The learned keys and values that the active adapter puts in front, ``prefix``, of a batch of one row.
+
+    The first time for an adapter of this shape, the model is asked whether it gives the same behind them, packed.
 
     Raises:
-        CannotPack: behind them packed rows would not give what PEFT's own forward does.
+        CannotPack: it does not.
     """
-    if not isinstance(cache, Cache):
-        raise CannotPack(f"its prefix is a {type(cache).__name__}")
-    engine, give = state.engine, cast(Any, model.get_prompt)
-    shared = SharedState.of_cache(cache, engine.base.config)
-    reason = engine.why_not_prefix(
-        lambda: SharedState.of_cache(give(batch_size=1), engine.base.config),
+    if not isinstance(prefix, Cache):
+        raise CannotPack(f"its prefix is a {type(prefix).__name__}")
+    config = state.engine.base.config
+    shared = SharedState.of_cache(prefix, config)
+    reason = state.engine.why_not_prefix(
+        lambda: SharedState.of_cache(cast(Cache, model.get_prompt(batch_size=1)), config),
         (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
         state.original(model),
     )

@@ -13,7 +13,7 @@ from ..hf.shared_state import SharedState
 from ..layout import IGNORE, CannotPack
 from ..ops import prompt_lstm
 from .adapter import is_prefix, rows_in_front
-from .call import shared_of
+from .call import shared_of_prefix
 from .state import state_of
 
 # Name in the encoder -> values. Of one adapter, or [N, ...] of all.
@@ -51,7 +51,7 @@ class AdapterStack:
             raise CannotPack(self.engine.refusal)
         if is_prefix(self.config):
             with torch.no_grad():
-                shared_of(model, state, model.get_prompt(batch_size=1))
+                shared_of_prefix(model, state, model.get_prompt(batch_size=1))
         self.values: Values = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
 
     @property

@@ -1,0 +1,87 @@
+"""Root-mean-square norms that pass over their rows once.
+
+Llama's norm, and that of most decoders after it, is seven operations, each a pass over all rows, and twice as many in
+its backward. A norm is patched for what it is: the code of its class's forward is Llama's, number for number. It rounds
+otherwise, so that packed rows alone run through it: what else a model is called with gives the bits it gave.
+"""
+
+import functools
+import types
+
+import torch
+from torch import nn
+
+from ..backends import implementation
+from ..ops.rms_norm import reference
+from ..ops.rms_norm.api import RMSNorm
+from .masks import PackedRows, active
+from .structure import has_own_forward
+
+
+def patch_norms(model: nn.Module) -> None:
+    """Let the model's norms pass over their rows once, on devices with a kernel; :func:`unpatch_norms` undoes it.
+
+    Modules with a forward of their own are left alone, and so are those whose class computes anything else.
+    """
+    for module in model.modules():
+        forward = type(module).forward
+        if not has_own_forward(module) and isinstance(forward, types.FunctionType) and _is_llama_s(forward):
+            module.forward = types.MethodType(_forward, module)
+
+
+def unpatch_norms(model: nn.Module) -> None:
+    """Undo :func:`patch_norms`."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+            del module.forward
+
+
+def _forward(self, *args, **kwargs):
+    # A compiler fuses itself what it sees.
+    plain = not torch.compiler.is_compiling() and len(args) == 1 and not kwargs
+    if not plain or not _runs_packed() or not _has_kernel(self, args[0]):
+        return type(self).forward(self, *args, **kwargs)
+    return RMSNorm.apply(args[0], self.weight, float(self.variance_epsilon))
+
+
+# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
+_forward.__name__ = "forward"
+
+
+def _runs_packed():
+    """Do packed rows run, which nobody runs a second time without saying so?"""
+    batch = active()
+    if not isinstance(batch, PackedRows) or batch.run_again_by_others:
+        return False
+    return torch.is_grad_enabled() or not batch.differentiable
+
+
+def _has_kernel(module, states):
+    weight = module.weight
+    if type(states) is not torch.Tensor or type(weight) is not nn.Parameter or not states.dim():
+        return False
+    alike = weight.dtype == states.dtype and weight.device == states.device and weight.shape == states.shape[-1:]
+    device = states.device.type
+    if not alike or torch.is_autocast_enabled(device):
+        return False
+    return implementation("rms_norm", "auto", device, states.dtype) is not reference
+
+
+@functools.cache
+def _is_llama_s(forward):
+    """Does ``forward`` compute what :func:`_llama` does, and does it mean torch by ``torch``?"""
+    return _computes(forward.__code__) == _computes(_llama.__code__) and forward.__globals__.get("torch") is torch
+
+
+def _computes(code):
+    constants = [x for x in code.co_consts if x is not None and not isinstance(x, str)]  # without a docstring
+    return code.co_code, code.co_names, code.co_argcount, code.co_flags, constants
+
+
+# Compared and never called.
+def _llama(self, hidden_states):
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
