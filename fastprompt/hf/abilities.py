@@ -50,7 +50,7 @@ class Abilities:
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
         last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
-        has_window: does a layer attend through a sliding window?
+        has_window: does a layer count positions in attention: through a sliding window, or by ALiBi?
     """
 
     refusal: str | None = None
@@ -227,7 +227,7 @@ class Probe:
             else:
                 with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
                     output = first_output(sample.run(self.base, mask))
-        self._has_window = runner.has_window
+        self._has_window = runner.has_window or adds_alibi(self.backbone)
         return plan, output
 
     def _cache_is_the_same(self, found):

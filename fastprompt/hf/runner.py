@@ -16,7 +16,7 @@ from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
-from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
+from .checkpointing import checkpoints_reentrantly, others_checkpoint, recomputing, through_reentrant_checkpoints
 from .last_layer import LastLayer
 from .masks import AsBefore, PackedRows, UnsupportedAttention, active, running
 from .own_attention import is_patched, own_attention
