@@ -38,6 +38,7 @@ class Abilities:
         plain_head: is its forward behind the decoder nothing but a linear head and the ordinary loss?
         own_loss: None if its loss is that of its logits, else what is different; with ``num_items_in_batch`` see
             own_loss_of_items.
+        ignores_items: is its loss the mean, whatever ``num_items_in_batch`` says? Asked of encoder-decoders alone.
         packs_own_loss: if its loss is different, is it right when its own forward runs around the packed backbone?
         needs_ids: does it look more up by token id than embeddings?
         returns_cache: does it return a cache when asked?
@@ -60,6 +61,7 @@ class Abilities:
     plain_head: bool = False
     own_loss: str | None = None
     own_loss_of_items: str | None = None
+    ignores_items: bool = False
     packs_own_loss: bool = False
     needs_ids: bool = False
     returns_cache: bool = False

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
+from .positions import patch_relative_attention, unpatch_relative_attention
 from .recurrent import patch_mixers, unpatch_mixers
 
 _RECORD = "_fastprompt_attachment"
@@ -84,6 +85,7 @@ def attach_again(model: PreTrainedModel) -> None:
     if any(record.users.values()):
         patch_gated_mlps(model)
         patch_mixers(model)
+        patch_relative_attention(model)
     record.complete = True
 
 
@@ -98,8 +100,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
         return
     record.users.pop(user, None)
     if not any(record.users.values()):
-        unpatch_gated_mlps(model)
-        unpatch_mixers(model)
+        _unpatch(model)
     if record.users:
         return
     changed = record.unchanged is not None and not _same(record.root, record.unchanged)
@@ -117,11 +118,16 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, an attached model computes as it did before, whoever is attached to it."""
     try:
         _switch_back(model)
-        unpatch_gated_mlps(model)
-        unpatch_mixers(model)
+        _unpatch(model)
         yield
     finally:
         attach_again(model)
+
+
+def _unpatch(model):
+    unpatch_gated_mlps(model)
+    unpatch_mixers(model)
+    unpatch_relative_attention(model)
 
 
 def refuse_replicas(*args: Any) -> NoReturn:

@@ -9,20 +9,20 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..layout import IGNORE, CannotPack, PairPlan, RowPlan, plan_packed_input, plan_padded_input
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
+from .encoder_decoder import planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
-from .request import Request
+from .pair_probe import PairProbe
+from .request import Embed, Request
 from .runner import Inputs, gathered
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import why_drawn_otherwise
-
-Embed = Callable[[torch.Tensor], torch.Tensor]
+from .structure import is_encoder_decoder, why_drawn_otherwise
 
 
 class Engine:
@@ -69,7 +69,7 @@ class Engine:
         return replaced or self.abilities.why_not_loss_of_logits(num_items) is not None
 
     def _probe(self):
-        probe = Probe(self.base)
+        probe: Any = (PairProbe if is_encoder_decoder(self.base) else Probe)(self.base)
         self.runner = probe.runner(Abilities(is_lm=probe.is_lm))
         try:
             with suspended(self.base) if is_attached(self.base) else nullcontext():
@@ -93,25 +93,28 @@ class Engine:
         detach(self.base, self._user)
 
     @torch.compiler.disable
-    def plan(self, request: Request) -> RowPlan:
-        """The rows of a request.
+    def plan(self, request: Request) -> Any:
+        """The rows of a request, a RowPlan, or the PairPlan of an encoder-decoder.
 
         Raises:
             CannotPack: the reason why it has to take the padded path.
             ValueError, TypeError: wrong arguments.
         """
         plan = self._planned(request)
-        self.stats.count_packed(len(plan.source), plan.grid.numel())
+        self.stats.count_packed(*plan.counts)
         return plan
 
-    def uncount(self, plan: RowPlan) -> None:
+    def uncount(self, plan: RowPlan | PairPlan) -> None:
         """A planned call was not run on packed rows after all."""
-        self.stats.count_packed(-len(plan.source), -plan.grid.numel(), calls=-1)
+        rows, padded = plan.counts
+        self.stats.count_packed(-rows, -padded, calls=-1)
 
     def _planned(self, request):
         reason = self._why_not(request)
         if reason is not None:
             raise CannotPack(reason)
+        if request.target is not None:
+            return planned_pairs(request, request.target)
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
@@ -155,13 +158,17 @@ class Engine:
                 )
         return replace(plan, grid=torch.cat([plan.grid[:1, :front], text], 1))
 
-    def run(self, request: Request, plan: RowPlan, embed: Embed) -> CausalLMOutputWithPast:
+    def run(self, request: Request, plan: Any, embed: Embed) -> Any:
         """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]``, and the cache if it is wanted.
+
+        Or that of an encoder-decoder; see :meth:`PairRunner.run`.
 
         Args:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
         """
+        if request.target is not None:
+            return self.runner.run(request, request.target, plan, embed, self.abilities)
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
             return self._head.step(request, plan, rows)
@@ -207,6 +214,8 @@ class Engine:
             forward: takes ``input_ids`` and ``attention_mask`` and returns the model's output behind the prefix.
         """
         reason = self.refusal or why_not_learned(self.base.config)
+        if reason is None and is_encoder_decoder(self.base):
+            reason = "the keys and values of a prefix stand in the decoder of an encoder-decoder"
         if reason is not None:
             return reason
         if key not in self._prefixes:
@@ -317,6 +326,8 @@ class Engine:
     def _wants_cache(self, request):
         """Would the model's own forward return a cache?"""
         if not self.abilities.returns_cache or not request.wants_logits:
+            return False
+        if request.target is not None and request.labels is not None:  # with labels, an encoder-decoder returns none
             return False
         backbone = self.runner.backbone
         if backbone.training and getattr(backbone, "gradient_checkpointing", False):

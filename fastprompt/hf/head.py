@@ -1,5 +1,6 @@
 """What comes behind the layers of a causal LM: the head on labelled rows, the loss, and logits for who reads them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,18 +56,11 @@ class LanguageHead:
 
     def _logits_later(self, plan, states, vocabulary, dtype):
         """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
-        kind = states.last_hidden_state.device.type
-        autocast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
-        head = self.base.get_output_embeddings().weight
-        version = head._version
 
-        def compute(hidden):
-            if head._version != version:
-                raise RuntimeError("the head has changed since the step whose logits are read; read them before")
-            with torch.autocast(kind, **autocast):
-                return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
+        def logits_of(hidden):
+            return self.runner.head(states, hidden).logits[0]
 
-        return later(states.last_hidden_state, compute, (*plan.grid.shape, vocabulary), dtype)
+        return logits_later(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
 
     def loss_of_logits(self, request: Request, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
         """The loss of the labelled rows' logits ``[M, V]``."""
@@ -109,6 +103,38 @@ class LanguageHead:
             elif x.dim():
                 raise CannotPack(f"the head's {name} is not a number for each label")
         return output
+
+
+def logits_later(
+    base: PreTrainedModel,
+    plan: RowPlan,
+    states: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Logits ``[B, W, vocabulary]`` that are computed when they are read.
+
+    Args:
+        base: whose head they are of.
+        plan: of the rows.
+        states: ``[1, R, D]``, what they are computed of.
+        logits_of: ``[R, D]`` -> ``[R, vocabulary]``.
+        vocabulary, dtype: what is known of them before.
+    """
+    kind = states.device.type
+    autocast: dict[str, Any] = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+    head: Any = base.get_output_embeddings()
+    weight = head.weight
+    version = weight._version
+
+    def compute(hidden):
+        if weight._version != version:
+            raise RuntimeError("the head has changed since the step whose logits are read; read them before")
+        with torch.autocast(kind, **autocast):
+            return plan.unpack(logits_of(hidden[0]))
+
+    return later(states, compute, torch.Size((*plan.grid.shape, vocabulary)), dtype)
 
 
 def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,6 +34,7 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
+        keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
         recorded: where attention leaves keys and values; None: nowhere.
     """
 
@@ -42,6 +43,7 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
+    keys: Sequences | None = None
     recorded: Recorded | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
@@ -98,6 +100,7 @@ class PackedRows:
         causal: is the plan one for causal attention only? (It is if rows are shared.)
         shared: the learned keys and values in front of the sequences; None: there are none.
         recorded: where layers leave what a cache holds; None: nowhere.
+        sources: what the rows of each sequence see in cross-attention, the rows of an encoder; None: there are none.
 
     Attributes:
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
@@ -105,9 +108,15 @@ class PackedRows:
     """
 
     def __init__(
-        self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
+        self,
+        plan: RowPlan,
+        causal: bool = True,
+        shared: SharedState | None = None,
+        recorded: Recorded | None = None,
+        sources: Sequences | None = None,
     ) -> None:
         self.sequences: Any = plan.sequences
+        self.sources = sources
         self.positions = plan.position_ids
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
@@ -131,12 +140,15 @@ class PackedRows:
             UnsupportedAttention: the model asks for more than that: a mask that is neither causal, bidirectional nor a
                 sliding window, one with padding or sequences of its own, or one of other rows.
         """
-        rows = self.sequences.rows
-        if (batch_size, q_length, kv_length) != (1, rows, rows):
+        pattern, rows = read_pattern(mask_function), self.sequences.rows
+        # A decoder's self-attention is causal, and its cross-attention is not.
+        sources = None if pattern is None or pattern.causal else self.sources
+        keys = rows if sources is None else sources.rows
+        if (batch_size, q_length, kv_length) != (1, rows, keys):
             raise UnsupportedAttention(
                 f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
+                + ("" if keys == rows else f" and {keys} of their sources")
             )
-        pattern = read_pattern(mask_function)
         if pattern is not None and pattern.chunk is not None:
             pattern = pattern.of_positions_below(int(self.positions.max()) + 1)
         if pattern is None or not pattern.is_expressible:
@@ -147,6 +159,10 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
+        if sources is not None:
+            if pattern.window is not None or pattern.segments is not None:
+                raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for cross-attention")
+            return PackedMask(self.sequences, causal=False, keys=sources)
         return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from ..layout import RowPlan
+from ..layout import RowPlan, Sequences
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache_names import CACHE_NAMES
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, UnsupportedAttention, active, running
+from .positions import counted
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
+from .structure import row_counters
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -49,6 +51,7 @@ class Runner:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
         self._takes_positions = "position_ids" in parameters
+        self._counters = [] if self._takes_positions else row_counters(self.backbone)
         self._mixers = mixers(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
@@ -62,9 +65,22 @@ class Runner:
         flat = embeds.reshape(-1, embeds.shape[-1])
         return prompt_concat(plan.source, flat, flat[:0] if prompt is None else prompt.to(embeds.dtype))
 
-    def states(self, plan: RowPlan, rows: torch.Tensor, shared: SharedState | None = None) -> Any:
-        """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``."""
-        return self._call(self.backbone, plan, rows, shared)
+    def states(
+        self,
+        plan: RowPlan,
+        rows: torch.Tensor,
+        shared: SharedState | None = None,
+        sources: Sequences | None = None,
+        **options: Any,
+    ) -> Any:
+        """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``.
+
+        Args:
+            plan, rows, shared: see :meth:`rows` and :class:`PackedRows`.
+            sources: the sequences of the encoder's rows that a decoder's sequences attend to; None: there are none.
+            options: what the backbone's forward takes besides.
+        """
+        return self._call(self.backbone, plan, rows, shared, sources=sources, **options)
 
     def logits(
         self,
@@ -107,12 +123,18 @@ class Runner:
         """
         states = copy.copy(states)
         states.last_hidden_state = hidden[None]
+        with self.replaced(lambda *args, **kwargs: states):
+            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+
+    @contextmanager
+    def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """While the block runs, calls of the backbone are calls of ``forward``, without its hooks."""
         changed = ("forward", "_forward_hooks", "_forward_pre_hooks")
         module = self.backbone.__dict__
         before = {name: module[name] for name in changed if name in module}
         try:
-            module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
-            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+            module.update(forward=forward, _forward_hooks={}, _forward_pre_hooks={})
+            yield
         finally:
             for name in changed:
                 module.pop(name, None)
@@ -186,9 +208,9 @@ class Runner:
         finally:
             hook.remove()
 
-    def _call(self, model, plan, rows, shared, recorded=None, **extra):
+    def _call(self, model, plan, rows, shared, recorded=None, sources=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
-        with self._running(plan, {name: rows}, shared, recorded) as inputs:
+        with self._running(plan, {name: rows}, shared, recorded, sources) as inputs:
             output = model(**inputs, **extra)
             self._check_mixers(active())
             return output
@@ -200,7 +222,7 @@ class Runner:
             raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
-    def _running(self, plan, rows, shared, recorded):
+    def _running(self, plan, rows, shared, recorded, sources=None):
         """The block that the model has to run in, and the backbone's keyword arguments for ``{argument: [R, ...]}``."""
         if not is_attached(self.base):  # set_attn_implementation was called meanwhile
             attach_again(self.base)
@@ -220,7 +242,11 @@ class Runner:
             inputs["return_dict"] = True
             if self._takes_use_cache:
                 inputs["use_cache"] = False
-            batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            if self._counters:
+                positions, longest = self._positions(plan), _span(plan, shared)
+                block.enter_context(counted(self._counters, positions, longest + self.position_offset))
+            packed = PackedRows(plan, self.layout == "shared", shared, recorded, sources)
+            batch = block.enter_context(running(packed))
             if self._mixers:
                 block.enter_context(recomputing(self.base, batch))
             yield inputs
@@ -230,6 +256,12 @@ class Runner:
         if self.compact_positions and sequences.gaps is not None:
             positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
         return positions + self.position_offset
+
+
+def _span(plan, shared):
+    """One more than the largest position of a plan behind learned keys and values."""
+    room = max((length for _, length in plan.shared), default=0) + (0 if shared is None else shared.length)
+    return plan.sequences.span(room)
 
 
 def gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ _WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 # What a layer calls to read and write a state, so that it can be given another one.
 _STATE_METHODS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"}
+# The flag by which T5's attention says that it adds a bias by distance.
+RELATIVE = "has_relative_attention_bias"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -33,13 +35,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
     name = type(backbone).__name__
-    if getattr(base.config, "is_encoder_decoder", False):
-        return "an encoder-decoder's cross-attention has no packed layout"
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
-    if not with_state and "position_ids" not in inspect.signature(backbone.forward).parameters:
+    if not (with_state or _is_told_positions(backbone)):
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
@@ -58,10 +58,36 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     return None
 
 
+def _is_told_positions(backbone):
+    """Can a backbone be told where its rows stand, or does it look at distances alone?"""
+    if "position_ids" in inspect.signature(backbone.forward).parameters or row_counters(backbone):
+        return True
+    return any(map(is_relative_attention, backbone.modules()))
+
+
+def row_counters(backbone: nn.Module) -> list[nn.Module]:
+    """The embeddings of positions in a backbone that number the rows of a batch, whatever these are."""
+    found = getattr(backbone, "embed_positions", None)
+    by_ids = hasattr(found, "create_position_ids_from_input_ids")
+    return [found] if isinstance(found, nn.Module) and not by_ids else []
+
+
+def is_relative_attention(module: nn.Module) -> bool:
+    """Is it attention that adds a bias by distance as T5's does?"""
+    kind: Any = type(module)
+    return callable(getattr(module, "compute_bias", None)) and {"compute_bias", RELATIVE} <= names_used(kind)
+
+
+def is_encoder_decoder(base: nn.Module) -> bool:
+    """Has a model an encoder and a decoder that attends to its states?"""
+    config: Any = getattr(base, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def keeps_state(module: nn.Module) -> bool:
     """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
     kind: Any = type(module)
-    return bool(_STATE_METHODS & _names_used(kind))
+    return bool(_STATE_METHODS & names_used(kind))
 
 
 def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -83,9 +109,9 @@ def _carries_state(module):
 
 
 @cache
-def _names_used(kind):
+def names_used(kind: type) -> set[str]:
     """The names of attributes that the methods of a module's class use."""
-    names = set()
+    names: set[str] = set()
     for parent in kind.__mro__:
         if parent is nn.Module:
             break

@@ -5,6 +5,7 @@ batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``
 ``fastprompt.kernels.row_plan`` (``triton.py``).
 """
 
+from .pairs import PairPlan, plan_pairs
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .recurrent import Bucket, RecurrentSchedule, final_buckets, recurrent_schedule
 from .sequences import Sequences
@@ -13,11 +14,13 @@ __all__ = [
     "IGNORE",
     "Bucket",
     "CannotPack",
+    "PairPlan",
     "RecurrentSchedule",
     "RowPlan",
     "Sequences",
     "final_buckets",
     "plan_packed_input",
     "plan_padded_input",
+    "plan_pairs",
     "recurrent_schedule",
 ]
