@@ -31,8 +31,8 @@ class _Record:
     def __init__(self) -> None:
         self.users: dict[object, bool] = {}  # user -> does it run packed rows?
         self.replaced: list[tuple[Any, Any, Any]] = []  # (module, its config before, its config meanwhile)
-        self.root: Any = None  # the config meanwhile
-        self.unchanged: Any = None  # what it would still equal had nobody changed it
+        self.roots: list[Any] = []  # the configs meanwhile
+        self.unchanged: Any = None  # what they would still equal had nobody changed them
         self.complete = False
 
     def __setstate__(self, state):
@@ -53,12 +53,12 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
     record = model.__dict__.get(_RECORD)
     if record is None:
         copies: dict[int, Any] = {}
-        root = copy.deepcopy(model.config, copies)
+        roots = copy.deepcopy(_roots(model), copies)
         configs = [(module, module.__dict__.get("config")) for module in model.modules()]
         found = [(module, config, copies[id(config)]) for module, config in configs if id(config) in copies]
         _check(config for _, config, _ in found)
         record = _Record()
-        record.replaced, record.root = found, root
+        record.replaced, record.roots = found, roots
         model.__dict__[_RECORD] = record
         model.__dict__[REPLICATE] = refuse_replicas
     record.users[user] = packs
@@ -66,7 +66,7 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
         for module, _, own in record.replaced:
             module.config = own
         _switch(model)
-        record.unchanged = copy.deepcopy(record.root)
+        record.unchanged = copy.deepcopy(record.roots)
     record.complete = False
     attach_again(model)
 
@@ -103,7 +103,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
         _unpatch(model)
     if record.users:
         return
-    changed = record.unchanged is not None and not _same(record.root, record.unchanged)
+    changed = record.unchanged is not None and not all(map(_same, record.roots, record.unchanged))
     _switch_back(model)
     if not changed:
         for module, config, own in record.replaced:
@@ -156,10 +156,20 @@ def _same(config, other):
     return True
 
 
+def _roots(model):
+    """The model's config, and others of its kind in it: T5's encoder and decoder have one each, made of it."""
+    kind, found = type(model.config), {id(model.config): model.config}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if type(config) is kind:
+            found[id(config)] = config
+    return list(found.values())
+
+
 def _configs(model):
     """The config objects of a model's modules that belong to the model's own, each once."""
     known = {}
-    copy.deepcopy(model.config, known)
+    copy.deepcopy(_roots(model), known)
     configs = {id(config): config for config in (module.__dict__.get("config") for module in model.modules())}
     return [config for key, config in configs.items() if config is not None and key in known]
 

@@ -11,6 +11,7 @@ from peft import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
     PeftType,
@@ -33,6 +34,7 @@ PACKED_CLASSES = (
     PeftModelForTokenClassification,
     PeftModelForQuestionAnswering,
     PeftModelForFeatureExtraction,
+    PeftModelForSeq2SeqLM,
 )
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
@@ -144,7 +146,7 @@ class Call:
             raise CannotPack("a cache is given")
         # PEFT ignores positions behind prompts.
         understood = _UNDERSTOOD - _OF_ADAPTERS if self.disabled else _UNDERSTOOD
-        return {name for name, value in given.items() if _says_something(value)} - understood - OF_SAMPLES
+        return {name for name, value in given.items() if says_something(value)} - understood - OF_SAMPLES
 
     def _samples(self):
         """``cu_seqlens`` of several samples that come as one row, or None."""
@@ -223,6 +225,10 @@ class Call:
 
     def _prompts(self):
         """The distinct prompts, ``[N * P, D]``."""
+        return self._distinct_prompts().flatten(0, 1)
+
+    def _distinct_prompts(self):
+        """``[N, P, D]``."""
 
         def of_active():
             with self._encoder():
@@ -230,7 +236,7 @@ class Call:
                 return self.model.get_prompt(batch_size=number, task_ids=self.task_ids)  # [n, P, D]
 
         prompts = torch.cat(self._of_each_adapter(of_active))
-        return (prompts if self._used is None else prompts[self._used]).flatten(0, 1)
+        return prompts if self._used is None else prompts[self._used]
 
     @cached_property
     def _cache(self):
@@ -296,7 +302,7 @@ class Call:
 
     def _packed(self, given):
         """The packed rows of what PEFT hands to the backbone: ``[B, P + S, ...]``, prompt and text."""
-        unknown = {name for name, value in given.items() if _says_something(value)} - _OF_BACKBONE
+        unknown = {name for name, value in given.items() if says_something(value)} - _OF_BACKBONE
         if self.cu_seqlens is not None:
             unknown -= OF_SAMPLES
         if unknown:
@@ -318,5 +324,6 @@ class Call:
         return {name: given[name].flatten(0, 1)[cells] for name in names}
 
 
-def _says_something(value):
+def says_something(value: Any) -> bool:
+    """Has somebody passed this argument, in a way that asks for something?"""
     return value is not None and value is not False
