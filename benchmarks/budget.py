@@ -231,20 +231,23 @@ def attention_budget(inputs, grad, seq, *, results=torch.float32, draws=DRAWS, *
     Args:
         inputs: q, k, v, prefix_k, prefix_v, sinks; the last three may be None.
         grad: the gradient of out.
-        seq: see :func:`fastprompt.prefix_attention`, as the ``flags`` causal, window, softcap and scale.
+        seq: see :func:`fastprompt.prefix_attention`, as the ``flags`` causal, window, softcap, scale, alibi_slopes,
+            position_bias and key_seq.
         results: see :class:`Rounding`.
         draws: how many random evaluations. All run at once, as so many times the heads.
     """
     dtype = inputs[0].dtype
     options = dict(causal=True, window=None, softcap=None, scale=inputs[0].shape[-1] ** -0.5) | flags
     heads = [1, 1, 1, 2, 2, 0]  # the dimension of each input
+    of_heads = {name: options.pop(name) for name in ("alibi_slopes", "position_bias") if options.get(name) is not None}
 
     def run(copies, stored):
         *tensors, sinks = (x if x is None else _repeat(x.detach().double(), at, copies) for x, at in zip(inputs, heads))
         given = _repeat(grad.detach().double(), 1, copies)
-        out, lse = reference.forward(*tensors, seq, sinks=sinks, **options)
+        flags = options | {name: _repeat(x.detach().double(), 0, copies) for name, x in of_heads.items()}
+        out, lse = reference.forward(*tensors, seq, sinks=sinks, **flags)
         out = stored(out)  # the backward reads it again
-        return [out, lse, *reference.backward(given, *tensors, out, lse, seq, sinks=sinks, **options)]
+        return [out, lse, *reference.backward(given, *tensors, out, lse, seq, sinks=sinks, **flags)]
 
     with Rounding(results, dtype if dtype in _LOW else None) as rounding:
         drawn = run(draws, lambda x: rounding.stored(x, dtype) if dtype in _LOW else x)

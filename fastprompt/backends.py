@@ -32,6 +32,10 @@ class Call(NamedTuple):
     dropout: bool = False
     short_window: int | None = None
     """A sliding window that hides something: one shorter than the longest sequence."""
+    alibi: bool = False
+    position_bias: bool = False
+    cross: bool = False
+    """Whether the keys are of other rows than the queries."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16)
 _ALWAYS = lambda call: True  # noqa: E731
 
 
-def _cpp(operator):
-    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP)
+def _cpp(operator, *limits):
+    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP, limits)
 
 
 def _triton(operator, *limits, **options):
@@ -140,7 +144,13 @@ def _reference(operator, **options):
     return Backend(operator, "reference", "PyTorch's own operations", (), (*_REAL, torch.float64), **options)
 
 
+_BIASES = (
+    Limit("take no ALiBi slopes", lambda call: call.alibi),
+    Limit("take no position bias", lambda call: call.position_bias),
+    Limit("take no keys of other rows than the queries", lambda call: call.cross),
+)
 _COMPOSED = (
+    *_BIASES,
     Limit("take no softcap", lambda call: call.softcap),
     Limit("take no decode", lambda call: call.decode),
     Limit("take no dropout mask", lambda call: call.dropout),
@@ -154,9 +164,10 @@ TABLE = (
     _cpp("prompt_concat"),
     _triton("prompt_concat"),
     _reference("prompt_concat"),
-    _cpp("prefix_attention"),
+    _cpp("prefix_attention", *_BIASES),
     _triton(
         "prefix_attention",
+        *_BIASES,
         Limit("take heads of at most 256", lambda call: call.head_dim > 256 and f"q has {call.head_dim}"),
         Limit("take values of at most 256", lambda call: call.value_dim > 256 and f"v has {call.value_dim}"),
     ),

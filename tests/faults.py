@@ -4,6 +4,7 @@ Each gives what a kernel would that has this one fault and makes no other error 
 finds it would find it in any kernel.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -17,7 +18,8 @@ def attention_faults(inputs, grad, seq, **flags):
     dtype = inputs[0].dtype
     *tensors, sinks = (x if x is None else x.detach().double() for x in inputs)
     options = dict(causal=True, window=None, softcap=None, scale=inputs[0].shape[-1] ** -0.5) | flags
-    longest = int(seq.host.lengths.argmax())
+    key_seq = options.get("key_seq")
+    longest = int((seq if key_seq is None else key_seq).host.lengths.argmax())
 
     def run(tensors=tensors, scores=reference._Part.scores, **changes):
         changed = options | changes
@@ -38,9 +40,14 @@ def attention_faults(inputs, grad, seq, **flags):
         part.query_positions = part.query_positions + 1
         return original(part, *arguments)
 
-    def without_scale_in_a_head(part, causal, window, softcap, scale):
+    def without_gap(part, *arguments):
+        gap = part.key_positions[part.prefix] - part.prefix
+        part.key_positions[: part.prefix] += gap
+        return original(part, *arguments)
+
+    def without_scale_in_a_head(part, causal, window, softcap, scale, *biases):
         part.q[:, 0] /= scale
-        result = original(part, causal, window, softcap, scale)
+        result = original(part, causal, window, softcap, scale, *biases)
         part.q[:, 0] *= scale
         return result
 
@@ -55,10 +62,28 @@ def attention_faults(inputs, grad, seq, **flags):
         faults["a shifted position"] = run(scores=one_position_on)
     elif options["causal"] and seq.kind != "decode":
         faults["a shifted position"] = run(scores=one_position_on)
+    if (slopes := options.get("alibi_slopes")) is not None:
+        wrong = slopes.clone()
+        wrong[-1] *= 0.5
+        faults["a wrong slope in a head"] = run(alibi_slopes=wrong)
+    if (table := options.get("position_bias")) is not None:
+        faults["a bias shifted by one"] = run(position_bias=table.roll(1, 1))
+        faults["the bias of another head"] = run(position_bias=table.roll(1, 0))
+    if (slopes is not None or table is not None) and seq.gaps is not None and tensors[3] is not None:
+        faults["a gap left out of distances"] = run(scores=without_gap)
+    if key_seq is not None:
+        faults["the keys of a neighbour"] = run(key_seq=_with_a_neighbours_keys(key_seq))
     if dtype == torch.float32:
         rounded = [x if x is None else x.to(torch.bfloat16).double() for x in tensors]
         faults["bf16 for fp32"] = run(rounded)
     return faults
+
+
+def _with_a_neighbours_keys(seq):
+    """The longest sequence begins one row off."""
+    starts, longest = seq.starts.clone(), int(seq.host.lengths.argmax())
+    starts[longest] += -1 if starts[longest] else 1
+    return replace(seq, starts=starts)
 
 
 def lstm_faults(run, x, weights, grad):

@@ -209,13 +209,13 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     seq, _, inputs, _, _ = case("all", heads=2, kv_heads=1, dtype=torch.float32, lengths=[3, 1, 4])
-    arguments = (*inputs, torch.tensor(3))
-    options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, 0.2, backend)
+    arguments = (*inputs, None, None, torch.tensor(3))
+    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.2, backend)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
     torch.library.opcheck(
         torch.ops.fastprompt.prefix_attention_backward.default,
-        (torch.randn_like(out), *arguments, out, lse, *options, [True] * 6),
+        (torch.randn_like(out), *arguments, out, lse, *options, [True] * 6 + [False]),
     )
 
 

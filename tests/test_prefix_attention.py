@@ -20,7 +20,7 @@ BACKENDS = ["reference", "composed"]  # in float64; the C++ kernel has tests/tes
 
 def dense(
     q, k, v, prefix_k, prefix_v, sequences, *,
-    causal=True, window=None, softcap=None, sinks=None, scale=None, dropout=None,
+    causal=True, window=None, softcap=None, sinks=None, scale=None, dropout=None, alibi_slopes=None, position_bias=None,
 ):  # fmt: skip
     """The contract spelled out with autograd: every sequence alone, its prefix concatenated in front, one softmax.
 
@@ -47,6 +47,11 @@ def dense(
         query_position = prefix_length + gap + torch.arange(length)
         key_position = torch.cat([torch.arange(prefix_length), query_position])
         distance = query_position[:, None] - key_position[None, :]
+        if alibi_slopes is not None:
+            score = score - torch.stack([slope * distance for slope in alibi_slopes.to(score)])
+        if position_bias is not None:
+            last = position_bias.shape[1] - 1
+            score = score + position_bias.to(score)[:, (last // 2 - distance).clamp(0, last)]
         hidden = torch.zeros_like(distance, dtype=torch.bool)
         if causal:
             hidden |= distance < 0
@@ -255,11 +260,11 @@ def test_opcheck(backend, with_prefix):
     q, k, v, prefix_k, prefix_v, sinks = tensors(
         seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True, value_dim=6
     )
-    options = (seq.tensors(), seq.kind, seq.rows, True, None, None, 0.5, 0.0, backend)
-    arguments = (q, k, v, prefix_k, prefix_v, sinks, None)
+    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.0, backend)
+    arguments = (q, k, v, prefix_k, prefix_v, sinks, None, None, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
-    needs = [True, True, False, True, True, True]
+    needs = [True, True, False, True, True, True, False]
     torch.library.opcheck(
         torch.ops.fastprompt.prefix_attention_backward.default,
         (torch.randn_like(out), *arguments, out, lse, *options, needs),

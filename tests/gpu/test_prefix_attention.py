@@ -298,25 +298,9 @@ def test_opcheck():
     q, k, v, prefix_k, prefix_v, sinks, _ = (
         x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True, value_dim=24)
     )
-    arguments = (
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        sinks,
-        None,
-        seq.tensors(),
-        seq.kind,
-        seq.rows,
-        True,
-        None,
-        None,
-        0.25,
-        0.0,
-        "triton",
-    )
-    torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, arguments)
+    inputs = (q, k, v, prefix_k, prefix_v, sinks, None, None, None)
+    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.25, 0.0, "triton")
+    torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*inputs, *options))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

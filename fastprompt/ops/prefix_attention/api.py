@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from ...backends import implementation, is_eager
-from ...checks import FLOATS, accumulator, check_range, check_tensor, without_autocast
+from ...checks import accumulator, without_autocast
 from ...layout import Sequences
+from . import checks, reference
 from .dropout import Dropout
 
 
@@ -25,6 +26,9 @@ def prefix_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    key_seq: Sequences | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
@@ -32,10 +36,15 @@ def prefix_attention(
     Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
     positions of own keys start at the prefix's length (plus ``seq.gaps``).
 
+    With ``key_seq`` it is cross-attention: the queries of sequence b see its prefix and all rows of k and v that
+    ``key_seq`` gives to sequence b, such as those of the text that it was encoded from. A sequence without any key
+    gives zeros, as rows outside every sequence do.
+
     Args:
         q: ``[Rq, H, Dh]`` queries. ``seq`` says which rows form a sequence.
         k, v: ``[Rq, Hkv, Dh]`` own keys and ``[Rq, Hkv, Dv]`` own values, H a multiple of Hkv; for decode
             ``[B, Hkv, Lmax, Dh]`` and ``[B, Hkv, Lmax, Dv]``, the cache. Values may be narrower or wider than keys.
+            With ``key_seq`` they have as many rows as it says.
         prefix_k, prefix_v: ``[N, P, Hkv, Dh]`` and ``[N, P, Hkv, Dv]``, N prefixes of at most P keys; None: no prefix.
         seq: :class:`fastprompt.Sequences`, made once a batch.
         causal: own keys behind the query are hidden.
@@ -49,24 +58,40 @@ def prefix_attention(
             its head and the key's position decide what is dropped, on every backend alike: sequences that share a
             prefix draw masks of their own, and two calls with one seed draw the same, so layers need different ones.
             None: a seed is drawn from torch's default CPU generator, if ``dropout_p > 0``.
+        alibi_slopes: ``[H]`` fp32; a score grows by the head's slope times ``key position - query position``, after
+            the scale. That is ALiBi of a causal model, where the difference is never positive; with
+            ``causal=False`` keys behind the query gain. Not differentiable.
+        position_bias: ``[H, 2 * M + 1]`` fp32 (float64, too, for float64); a score grows by
+            ``position_bias[h, M + d]``, after the scale, where d is ``key position - query position``, at least -M
+            and at most M. T5's relative positions are such a table, with ``scale=1``: its buckets stay the same
+            beyond some distance M. Its gradient is worked out by PyTorch's own operations, one sequence at a time,
+            on every backend.
+        key_seq: :class:`fastprompt.Sequences`, not for decode; for each sequence of ``seq`` the rows of k and v that
+            its queries see. It takes ``causal=False`` and nothing that depends on a distance (``window``,
+            ``alibi_slopes``, ``position_bias``). Prefixes and gaps stand in ``seq``.
         backend: "auto", "reference", "composed", "cpu" or "triton". On a CPU "auto" takes "cpu", the C++ library. For
             float64 and where there is no library it takes "composed", torch's own attention kernel, and "reference"
-            for softcap, dropout, a window shorter than a sequence, and decode, which "composed" does not have. On a
+            for what "composed" does not have: softcap, dropout, ALiBi, a position bias, cross-attention, a window
+            shorter than a sequence, and decode. On a
             GPU it takes "triton", and "reference" for float64, for keys or values wider than 256 and where Triton is
             not installed.
 
     Returns:
-        out: ``[Rq, H, Dv]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v and
-            sinks; the gradients of a prefix are summed over the sequences that read it, in a fixed order.
+        out: ``[Rq, H, Dv]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v,
+            sinks and position_bias; the gradients of a prefix are summed over the sequences that read it, in a fixed
+            order.
         lse: ``[H, Rq]`` log-sum-exp of the scores, natural log, fp32 (float64 for float64), not differentiable.
 
     Raises:
         TypeError, ValueError: an argument with another dtype, shape, device or range.
         RuntimeError: a backend that was asked for and cannot run this call.
     """
-    _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks)
+    checks.check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_seq)
+    checks.check_positions(q, softcap, alibi_slopes, position_bias)
+    if key_seq is not None:
+        checks.check_cross(seq, key_seq, causal, window, alibi_slopes, position_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    seed = _seed(dropout_p, dropout_seed)
+    seed = checks.seed_of(dropout_p, dropout_seed)
     return PrefixAttention.apply(
         q,
         k,
@@ -74,8 +99,11 @@ def prefix_attention(
         prefix_k,
         prefix_v,
         sinks,
+        position_bias,
+        alibi_slopes,
         seed,
         seq,
+        key_seq,
         bool(causal),
         window,
         None if softcap is None else float(softcap),
@@ -102,8 +130,11 @@ class PrefixAttention(torch.autograd.Function):
         prefix_k: torch.Tensor | None,
         prefix_v: torch.Tensor | None,
         sinks: torch.Tensor | None,
+        position_bias: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
         dropout_seed: torch.Tensor | None,
         seq: Sequences,
+        key_seq: Sequences | None,
         causal: bool,
         window: int | None,
         softcap: float | None,
@@ -111,14 +142,15 @@ class PrefixAttention(torch.autograd.Function):
         dropout_p: float,
         backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = q, k, v, prefix_k, prefix_v, sinks, dropout_seed
+        inputs = q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed
         options = causal, window, softcap, scale, dropout_p, backend
         if is_eager(q):
-            out, lse = _forward(*inputs, seq, *options)
+            out, lse = _forward(*inputs, seq, key_seq, *options)
         else:
-            out, lse = torch.ops.fastprompt.prefix_attention(*inputs, seq.tensors(), seq.kind, seq.rows, *options)
+            sequences = *_flat(seq), *_flat(key_seq)
+            out, lse = torch.ops.fastprompt.prefix_attention(*inputs, *sequences, *options)
         ctx.save_for_backward(*inputs, out, lse)
-        ctx.seq, ctx.options = seq, options
+        ctx.seq, ctx.key_seq, ctx.options = seq, key_seq, options
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # zeros for lse otherwise
         return out, lse
@@ -127,73 +159,18 @@ class PrefixAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
         if grad is None:
-            return (None,) * 14
-        seq, tensors = ctx.seq, (grad, *ctx.saved_tensors)
-        needs = list(ctx.needs_input_grad[:6])
+            return (None,) * 17
+        tensors, needs = (grad, *ctx.saved_tensors), list(ctx.needs_input_grad[:7])
         if is_eager(grad):
             eagerly: Any = _backward
-            grads = eagerly(*tensors, seq, *ctx.options, needs)
+            grads = eagerly(*tensors, ctx.seq, ctx.key_seq, *ctx.options, needs)
         else:
-            grads = torch.ops.fastprompt.prefix_attention_backward(
-                *tensors, seq.tensors(), seq.kind, seq.rows, *ctx.options, needs
-            )
-        return *(g if need else None for g, need in zip(grads, needs)), *[None] * 8
+            sequences = *_flat(ctx.seq), *_flat(ctx.key_seq)
+            grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, *sequences, *ctx.options, needs)
+        return *(g if need else None for g, need in zip(grads, needs)), *[None] * 10
 
 
-def _check(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks):
-    if not isinstance(seq, Sequences):
-        raise TypeError(f"seq must be a fastprompt.Sequences, got {type(seq).__name__}")
-    check_tensor("q", q, [seq.rows, "H", "Dh"], dtypes=FLOATS)
-    rows, heads, head_dim = q.shape
-    if head_dim == 0:
-        raise ValueError("q must have heads of at least one number, got none")
-    if seq.kind == "decode":
-        check_tensor("k", k, [rows, "Hkv", "Lmax", head_dim], like=("q", q))
-    else:
-        check_tensor("k", k, [rows, "Hkv", head_dim], like=("q", q))
-    check_tensor("v", v, [*k.shape[:-1], "Dv"], like=("q", q))
-    kv_heads, value_dim = k.shape[1], v.shape[-1]
-    if value_dim == 0:
-        raise ValueError("v must have values of at least one number, got none")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
-    if (prefix_k is None) != (prefix_v is None):
-        raise ValueError("prefix_k and prefix_v must both be given or both be None")
-    if prefix_k is not None:
-        check_tensor("prefix_k", prefix_k, ["N", "P", kv_heads, head_dim], like=("q", q))
-        check_tensor("prefix_v", prefix_v, [*prefix_k.shape[:-1], value_dim], like=("q", q))
-        if seq.prefix_lens is not None:
-            check_tensor("seq.prefix_lens", seq.prefix_lens, [prefix_k.shape[0]])
-    if sinks is not None:
-        check_tensor("sinks", sinks, [heads], dtypes=FLOATS, like=("q", q))
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be a positive int or None, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
-
-
-def _seed(p, seed):
-    """The seed as a tensor of one int64, drawn where none is given; None without dropout."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"dropout_p must be a float, got {type(p).__name__}")
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {p!r}")
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"dropout_seed must be one int64, got {seed.dtype} of shape {list(seed.shape)}")
-    elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"dropout_seed must be an int, a tensor or None, got {type(seed).__name__}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"dropout_seed must lie in [-2**63, 2**63), got {seed}")
-    if p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
-
-
-def _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, requested):
+def _implementation(q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
     short_window, on_cpu = None, q.device.type == "cpu"
     if window is not None and on_cpu:  # a backend of the CPU alone asks for it
@@ -211,60 +188,65 @@ def _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, requested):
         softcap=softcap is not None,
         dropout=dropout_p > 0,
         short_window=short_window,
+        alibi=alibi_slopes is not None,
+        position_bias=position_bias is not None,
+        cross=key_seq is not None,
     )
 
 
-def _check_ranges(k, prefix_k, seq):
-    """What only the values of seq tell, from the host, where they have to be known anyway."""
-    if seq.kind == "decode":
-        check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
-    if prefix_k is not None:
-        if seq.prefix_ids is None:
-            if len(seq.starts) and prefix_k.shape[0] == 0:
-                raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
-        else:
-            check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, prefix_k.shape[0])
-        if seq.prefix_lens is not None:
-            check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, prefix_k.shape[1] + 1)
-
-
-def _forward(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, causal, window, softcap, scale, dropout_p, backend):
+def _forward(
+    q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed,
+    seq, key_seq, causal, window, softcap, scale, dropout_p, backend,
+):  # fmt: skip
     room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
-    seq.cached(("ranges", room, bank), lambda: _check_ranges(k, prefix_k, seq))
-    runner = _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, backend)
-    dropout = _dropout(dropout_p, dropout_seed)
-    options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout=dropout)
+    seq.cached(("ranges", room, bank), lambda: checks.check_ranges(k, prefix_k, seq))
+    facts = q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, backend
+    runner = _implementation(*facts)
+    options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    options |= _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq)
     with without_autocast(q.device.type):
         return runner.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
 def _backward(
-    grad, q, k, v, prefix_k, prefix_v, sinks, dropout_seed, out, lse,
-    seq, causal, window, softcap, scale, dropout_p, backend, needs,
+    grad, q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed, out, lse,
+    seq, key_seq, causal, window, softcap, scale, dropout_p, backend, needs,
 ):  # fmt: skip
     """Gradients in the order of the inputs, in their dtypes, None for an input that is None or whose is not needed."""
-    runner = _implementation(q, v, prefix_k, seq, window, softcap, dropout_p, backend)
-    dropout = _dropout(dropout_p, dropout_seed)
-    inputs = (q, k, v, prefix_k, prefix_v, sinks)
+    facts = q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, backend
+    runner = _implementation(*facts)
+    inputs = (q, k, v, prefix_k, prefix_v, sinks, position_bias)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
-    options = dict(
-        causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout=dropout, needs=needs
-    )
+    options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    options |= _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq)
+    tensors, grads = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq), [None] * len(inputs)
     with without_autocast(q.device.type):
-        grads = runner.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options)
+        if any(needs[:6]):
+            grads[:6] = runner.backward(*tensors, **options, needs=needs[:6])
+        if needs[6]:
+            grads[6] = reference.position_bias_gradient(*tensors, **options)
     return [g.to(x.dtype) if need else None for x, g, need in zip(inputs, grads, needs)]
 
 
-def _dropout(p, seed):
-    """None without dropout."""
-    return None if p == 0 else Dropout(p, int(seed))
+def _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq):
+    """What a backend is told of the features that a call has: one that has not all of them never meets the others."""
+    features = dict(
+        dropout=None if dropout_p == 0 else Dropout(dropout_p, int(dropout_seed)),
+        alibi_slopes=alibi_slopes,
+        position_bias=position_bias,
+        key_seq=key_seq,
+    )
+    return {name: feature for name, feature in features.items() if feature is not None}
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor? dropout_seed"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor? position_bias, "
+    "Tensor? alibi_slopes, Tensor? dropout_seed"
+)
 _OPTIONS = (
-    "Tensor[] seq, str kind, int rows, bool causal, int? window, float? softcap, float scale, float dropout_p, "
-    "str backend"
+    "Tensor[] seq, str kind, int rows, Tensor[] key_seq, str key_kind, int key_rows, bool causal, int? window, "
+    "float? softcap, float scale, float dropout_p, str backend"
 )
 _library.define(f"prefix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
@@ -272,31 +254,40 @@ _library.define(
 )
 
 
+def _flat(seq):
+    """Sequences, or None, as they cross an operator."""
+    return ([], "", 0) if seq is None else (seq.tensors(), seq.kind, seq.rows)
+
+
+def _sequences(tensors, kind, rows):
+    """The inverse of :func:`_flat`."""
+    return Sequences.from_tensors(kind, rows, tensors) if tensors else None
+
+
 @torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
-def _forward_op(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, kind, rows, *options):
-    out, lse = _forward(
-        q, k, v, prefix_k, prefix_v, sinks, dropout_seed, Sequences.from_tensors(kind, rows, seq), *options
-    )
+def _forward_op(*arguments):
+    inputs, seq, key_seq, options = arguments[:9], arguments[9:12], arguments[12:15], arguments[15:]
+    out, lse = _forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.register_fake("fastprompt::prefix_attention", lib=_library)
-def _forward_fake(q, k, v, prefix_k, prefix_v, sinks, dropout_seed, seq, kind, rows, *options):
+def _forward_fake(q, k, v, *_):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
     return q.new_empty(*q.shape[:2], v.shape[-1]), lse
 
 
 @torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")
-def _backward_op(grad, q, k, v, prefix_k, prefix_v, sinks, dropout_seed, out, lse, seq, kind, rows, *options):
-    seq = Sequences.from_tensors(kind, rows, seq)
-    grads = _backward(grad, q, k, v, prefix_k, prefix_v, sinks, dropout_seed, out, lse, seq, *options)
+def _backward_op(grad, *arguments):
+    tensors, seq, key_seq, options = arguments[:11], arguments[11:14], arguments[14:17], arguments[17:]
+    grads = _backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
     return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 
 @torch.library.register_fake("fastprompt::prefix_attention_backward", lib=_library)
-def _backward_fake(grad, q, k, v, prefix_k, prefix_v, sinks, dropout_seed, out, lse, seq, kind, rows, *options):
-    pairs = zip((q, k, v, prefix_k, prefix_v, sinks), options[-1])
+def _backward_fake(grad, *arguments):
+    inputs, needs = arguments[:7], arguments[-1]
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else grad.new_empty(0)
-        for x, need in pairs
+        for x, need in zip(inputs, needs)
     ]

@@ -3,14 +3,18 @@
 import torch
 
 from ...checks import accumulator
+from ..sums import sum_rows
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
+def forward(
+    q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    alibi_slopes=None, position_bias=None, key_seq=None,
+):  # fmt: skip
     """Softmax attention of every query over its prefix and its own visible keys. Returns ``out`` and ``lse``."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])  # [Rq, H, Dv]; rows outside every sequence stay zero
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
-    for part in _parts(seq, q, k, v, prefix_k, prefix_v):
-        score, _ = part.scores(causal, window, softcap, scale)
+    for part in _parts(seq, key_seq, q, k, v, prefix_k, prefix_v):
+        score, _ = part.scores(causal, window, softcap, scale, alibi_slopes, position_bias)
         denominator = torch.logsumexp(score, -1)  # [H, n]
         if sinks is not None:
             denominator = torch.logaddexp(denominator, sinks.to(score.dtype)[:, None])
@@ -24,7 +28,7 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 def backward(
     grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
-    needs=(True,) * 6,
+    alibi_slopes=None, position_bias=None, key_seq=None, needs=(True,) * 6,
 ):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, from the final out and lse; None where there is no such input.
 
@@ -41,20 +45,14 @@ def backward(
     )
     groups = q.shape[1] // k.shape[1]  # [Rk, Hkv, width] and the decode cache [B, Hkv, Lmax, width] alike
     delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
-    for part in _parts(seq, q, k, v, prefix_k, prefix_v):
-        score, slope = part.scores(causal, window, softcap, scale)
-        weight = torch.exp(score - lse[:, part.rows, None].to(acc)).nan_to_num(0.0)  # [H, n, keys]
-        dout = grad[part.rows].to(acc)  # [n, H, Dv]
-        used, dweight = weight, torch.einsum("qhd,khd->hqk", dout, part.v)
-        if dropout is not None:
-            factor = part.kept(dropout)
-            used, dweight = used * factor, dweight * factor
-        dscore = weight * (dweight - delta[:, part.rows, None])
+    for part in _parts(seq, key_seq, q, k, v, prefix_k, prefix_v):
+        score, slope = part.scores(causal, window, softcap, scale, alibi_slopes, position_bias)
+        dscore, used = part.differentiate(score, grad, delta, lse, dropout)
         if slope is not None:
             dscore = dscore * slope
         dq[part.rows] = scale * torch.einsum("hqk,khd->qhd", dscore, part.k)
         dkeys = _sum_heads(scale * torch.einsum("hqk,qhd->khd", dscore, part.q), groups)
-        dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", used, dout), groups)
+        dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", used, grad[part.rows].to(acc)), groups)
         part.own(dk).add_(dkeys[part.prefix :])
         part.own(dv).add_(dvalues[part.prefix :])
         for total, grads in ((dprefix_k, dkeys), (dprefix_v, dvalues)):
@@ -67,14 +65,33 @@ def backward(
     return dq, dk, dv, dprefix_k, dprefix_v, dsinks
 
 
+def position_bias_gradient(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, position_bias,
+    dropout=None,
+):  # fmt: skip
+    """The gradient ``[H, 2 * M + 1]`` of the table, from whichever backend's out and lse: dscore summed by distance."""
+    acc = accumulator(q.dtype)
+    delta = (grad.to(acc) * out.to(acc)).sum(-1).t()  # [H, Rq]
+    total = torch.zeros(position_bias.shape, dtype=acc, device=q.device).t()
+    for part in _parts(seq, None, q, k, v, prefix_k, prefix_v):
+        score, _ = part.scores(causal, window, softcap, scale, None, position_bias)
+        dscore, _ = part.differentiate(score, grad, delta, lse, dropout)  # [H, n, keys]
+        column = part.bias_columns(position_bias)  # [n, keys]
+        total = total + sum_rows(dscore.permute(1, 2, 0).flatten(0, 1), column.flatten(), len(total))
+    return total.t()
+
+
 class _Part:
     """One sequence with its prefix in front: queries, keys and values in the accumulator's dtype, heads repeated."""
 
-    def __init__(self, seq, index, q, k, v, prefix_k, prefix_v):
+    def __init__(self, seq, key_seq, index, q, k, v, prefix_k, prefix_v):
         start, length, prefix_id, gap = (int(x[index]) for x in seq.host[:4])
         self.decode, self.index = seq.kind == "decode", index
         queries = 1 if self.decode else length
-        self.rows, self.length = slice(start, start + queries), length
+        self.rows, self.key_rows, self.length = slice(start, start + queries), slice(start, start + length), length
+        if key_seq is not None:
+            start, self.length = (int(x[index]) for x in key_seq.host[:2])
+            self.key_rows = slice(start, start + self.length)
         self.prefix_id = prefix_id if prefix_k is not None else -1
         self.prefix = int(seq.prefix_lengths(0 if prefix_k is None else prefix_k.shape[1])[index])
         acc = accumulator(q.dtype)
@@ -86,27 +103,46 @@ class _Part:
         self.q = q[self.rows].to(acc)  # [n, H, Dh]
         self.k = keys.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dh]
         self.v = values.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dv]
-        own = self.prefix + gap + torch.arange(length, device=q.device)
+        first = self.prefix + gap  # the position of the first own key
+        own = first + torch.arange(self.length, device=q.device)
         self.key_positions = torch.cat([torch.arange(self.prefix, device=q.device), own])
-        self.query_positions = own[length - queries :]
+        self.query_positions = first + torch.arange(length - queries, length, device=q.device)
 
     def own(self, tensor):
         """The view of k, v or their gradients that belongs to this sequence: ``[length, Hkv, width]``."""
         if self.decode:
             return tensor[self.index, :, : self.length].transpose(0, 1)
-        return tensor[self.rows]
+        return tensor[self.key_rows]
 
-    def scores(self, causal, window, softcap, scale):
+    def bias_columns(self, position_bias):
+        """``[n, keys]`` the column of the table that each score gains."""
+        most = position_bias.shape[1] // 2
+        return most + (self.key_positions - self.query_positions[:, None]).clamp(-most, most)
+
+    def scores(self, causal, window, softcap, scale, alibi_slopes=None, position_bias=None):
         """Masked scores ``[H, n, keys]``, and their derivative by the plain scores where they are capped."""
         score, slope = scale * torch.einsum("qhd,khd->hqk", self.q, self.k), None
         if softcap is not None:
             capped = torch.tanh(score / softcap)
             score, slope = softcap * capped, 1 - capped.square()
         distance = self.query_positions[:, None] - self.key_positions
+        if alibi_slopes is not None:
+            score = score - alibi_slopes.to(score.dtype)[:, None, None] * distance
+        if position_bias is not None:
+            score = score + position_bias.to(score.dtype)[:, self.bias_columns(position_bias)]
         hidden = (distance < 0) & causal
         if window is not None:
             hidden = hidden | (distance.abs() >= window)
         return score.masked_fill(hidden, -torch.inf), slope
+
+    def differentiate(self, score, grad, delta, lse, dropout):
+        """The gradient of the scores ``[H, n, keys]``, and the weights as they multiply values."""
+        weight = torch.exp(score - lse[:, self.rows, None].to(score.dtype)).nan_to_num(0.0)
+        used, dweight = weight, torch.einsum("qhd,khd->hqk", grad[self.rows].to(score.dtype), self.v)
+        if dropout is not None:
+            factor = self.kept(dropout)
+            used, dweight = used * factor, dweight * factor
+        return weight * (dweight - delta[:, self.rows, None]), used
 
     def kept(self, dropout):
         """What dropout multiplies the weights ``[H, n, keys]`` by: 0 or 1 / (1 - p)."""
@@ -114,10 +150,13 @@ class _Part:
         return dropout.kept(rows, self.q.shape[1], self.key_positions).to(self.q.dtype) * dropout.scale
 
 
-def _parts(seq, q, k, v, prefix_k, prefix_v):
+def _parts(seq, key_seq, q, k, v, prefix_k, prefix_v):
+    """The sequences with queries and, in cross-attention, keys."""
     for index, length in enumerate(seq.host.lengths):
         if length:
-            yield _Part(seq, index, q, k, v, prefix_k, prefix_v)
+            part = _Part(seq, key_seq, index, q, k, v, prefix_k, prefix_v)
+            if len(part.key_positions):
+                yield part
 
 
 def _sum_heads(x, groups):

@@ -1,0 +1,107 @@
+"""The checks of prefix_attention's arguments."""
+
+import torch
+
+from ...checks import FLOATS, check_range, check_tensor
+from ...layout import Sequences
+
+
+def check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_seq):
+    for name, value in (("seq", seq), ("key_seq", seq if key_seq is None else key_seq)):
+        if not isinstance(value, Sequences):
+            raise TypeError(f"{name} must be a fastprompt.Sequences, got {type(value).__name__}")
+    check_tensor("q", q, [seq.rows, "H", "Dh"], dtypes=FLOATS)
+    rows, heads, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError("q must have heads of at least one number, got none")
+    if seq.kind == "decode":
+        check_tensor("k", k, [rows, "Hkv", "Lmax", head_dim], like=("q", q))
+    else:
+        check_tensor("k", k, [rows if key_seq is None else key_seq.rows, "Hkv", head_dim], like=("q", q))
+    check_tensor("v", v, [*k.shape[:-1], "Dv"], like=("q", q))
+    kv_heads, value_dim = k.shape[1], v.shape[-1]
+    if value_dim == 0:
+        raise ValueError("v must have values of at least one number, got none")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError("prefix_k and prefix_v must both be given or both be None")
+    if prefix_k is not None:
+        check_tensor("prefix_k", prefix_k, ["N", "P", kv_heads, head_dim], like=("q", q))
+        check_tensor("prefix_v", prefix_v, [*prefix_k.shape[:-1], value_dim], like=("q", q))
+        if seq.prefix_lens is not None:
+            check_tensor("seq.prefix_lens", seq.prefix_lens, [prefix_k.shape[0]])
+    if sinks is not None:
+        check_tensor("sinks", sinks, [heads], dtypes=FLOATS, like=("q", q))
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a positive int or None, got {window!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+
+
+def check_positions(q, softcap, alibi_slopes, position_bias):
+    """What scores gain by the distance of key and query."""
+    given = dict(alibi_slopes=alibi_slopes, position_bias=position_bias)
+    given = {name: x for name, x in given.items() if x is not None}
+    if len(given) == 2:
+        raise ValueError("alibi_slopes and position_bias must not both be given")
+    for name, x in given.items():
+        double = (torch.float64,) if q.dtype == torch.float64 else ()
+        shape = [q.shape[1], "2 * M + 1"] if name == "position_bias" else [q.shape[1]]
+        check_tensor(name, x, shape, dtypes=(torch.float32, *double), like=("q", q))
+        if softcap is not None:
+            raise ValueError(f"softcap must be None with {name}: models disagree on which comes first")
+    if position_bias is not None and position_bias.shape[1] % 2 == 0:
+        raise ValueError(f"position_bias must have an odd number of columns, 2 * M + 1, got {position_bias.shape[1]}")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient: there is none")
+
+
+def check_cross(seq, key_seq, causal, window, alibi_slopes, position_bias):
+    if seq.kind == "decode" or key_seq.kind == "decode":
+        raise ValueError("seq and key_seq must not be for decode in cross-attention: give sequences of one row")
+    if len(seq.starts) != len(key_seq.starts):
+        raise ValueError(f"key_seq must have seq's {len(seq.starts)} sequences, got {len(key_seq.starts)}")
+    if causal:
+        raise ValueError("causal must be False with key_seq, got True")
+    for name, x in (("window", window), ("alibi_slopes", alibi_slopes), ("position_bias", position_bias)):
+        if x is not None:
+            raise ValueError(f"{name} must be None with key_seq: its keys stand at no distance from the queries")
+    for name in ("prefix_ids", "prefix_lens", "gaps"):
+        if getattr(key_seq, name) is not None:
+            raise ValueError(f"key_seq must have no {name}, which belong to seq")
+
+
+def seed_of(p, seed):
+    """The seed as a tensor of one int64, drawn where none is given; None without dropout."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {p!r}")
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"dropout_seed must be one int64, got {seed.dtype} of shape {list(seed.shape)}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"dropout_seed must be an int, a tensor or None, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"dropout_seed must lie in [-2**63, 2**63), got {seed}")
+    if p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
+def check_ranges(k, prefix_k, seq):
+    """What only the values of seq tell, from the host, where they have to be known anyway."""
+    if seq.kind == "decode":
+        check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
+    if prefix_k is not None:
+        if seq.prefix_ids is None:
+            if len(seq.starts) and prefix_k.shape[0] == 0:
+                raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
+        else:
+            check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, prefix_k.shape[0])
+        if seq.prefix_lens is not None:
+            check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, prefix_k.shape[1] + 1)
