@@ -92,8 +92,9 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
         learned = _learned(module, mask.shared, key, value)
         reason = _why_not(before, module, key, mask, arguments)
         if reason is None:
-            if mask.recorded is not None and mask.keys is None:
-                mask.recorded.keys_values.append((module.layer_idx, key[0], value[0]))
+            if mask.recorded is not None:
+                kept = mask.recorded.keys_values if mask.keys is None else mask.recorded.of_sources
+                kept.append((module.layer_idx, key[0], value[0]))
             return _run(query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from ..layout import RowPlan, final_buckets
+from ..layout import PairPlan, RowPlan, final_buckets
 from .shared_state import SharedState, layers_with_own_keys, text_config
 from .states import Recorded, gathered_states
 
@@ -69,6 +69,28 @@ class PackedCache(DynamicCache):
     def __getstate__(self):
         self.layers  # noqa: B018 - a copy or a file holds keys and values
         return vars(self)
+
+
+class PairCache(EncoderDecoderCache):
+    """An ``EncoderDecoderCache`` of two caches like :class:`PackedCache`.
+
+    Args:
+        plan, recorded, shared, prompt_ids: as there; the plan is one of pairs.
+        config: the decoder's config.
+    """
+
+    def __init__(
+        self,
+        plan: PairPlan,
+        recorded: Recorded,
+        shared: SharedState | None,
+        prompt_ids: torch.Tensor | None,
+        config: PreTrainedConfig,
+    ) -> None:
+        config = config.get_text_config(decoder=True)
+        self.self_attention_cache = PackedCache(plan.target, recorded, shared, prompt_ids, config)
+        self.cross_attention_cache = PackedCache(plan.source, Recorded(recorded.of_sources), None, None, config)
+        self.is_updated = {index: True for index, *_ in recorded.of_sources}
 
 
 def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:

@@ -13,10 +13,12 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 from ..layout import IGNORE, PairPlan, RowPlan, plan_padded_input, plan_pairs
 from ..ops import linear_cross_entropy
 from .abilities import Abilities
+from .cache import PairCache
 from .head import ROWS, logits_later
 from .later import later
 from .request import Embed, Request, Target
 from .runner import Runner, gathered
+from .states import Recorded
 from .structure import is_plain_linear
 
 
@@ -45,8 +47,17 @@ class PairRunner:
         return self.decoder.backbone
 
     @torch.compiler.disable
-    def run(self, request: Request, target: Target, plan: PairPlan, embed: Embed, found: Abilities) -> Seq2SeqLMOutput:
-        """The model's output: ``loss`` if there are labels, ``logits [B, P + T, V]``, ``encoder_last_hidden_state``.
+    def run(
+        self,
+        request: Request,
+        target: Target,
+        plan: PairPlan,
+        embed: Embed,
+        found: Abilities,
+        recorded: Recorded | None = None,
+    ) -> Seq2SeqLMOutput:
+        """The model's output: ``loss`` if there are labels, ``logits [B, P + T, V]``, ``encoder_last_hidden_state``,
+        and a cache if what it holds is to be ``recorded``.
 
         In a step of training the head runs on labelled rows only, and what else there is, is computed when it is read.
 
@@ -62,6 +73,7 @@ class PairRunner:
             plan.target,
             self._target_rows(request, target, plan.target, embed),
             request.shared,
+            recorded,
             plan.source.sequences,
             encoder_hidden_states=encoded,
         )
@@ -74,7 +86,11 @@ class PairRunner:
             loss, logits = self._step(request, plan.target, states, encoded, found)
             shape = *plan.source.grid.shape, encoded.shape[-1]
             padded = later(encoded, lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype)
-        return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=padded)
+        cache: dict[str, Any] = {}
+        if recorded is not None:
+            config = self.decoder.backbone.config
+            cache[found.cache_name] = PairCache(plan, recorded, request.shared, request.prompt_ids, config)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=padded, **cache)
 
     def head(
         self,

@@ -168,7 +168,8 @@ class Engine:
             embed: token ids or embeddings -> embeddings.
         """
         if request.target is not None:
-            return self.runner.run(request, request.target, plan, embed, self.abilities)
+            recorded = Recorded() if self._wants_cache(request) else None
+            return self.runner.run(request, request.target, plan, embed, self.abilities, recorded)
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
             return self._head.step(request, plan, rows)
@@ -327,7 +328,7 @@ class Engine:
         """Would the model's own forward return a cache?"""
         if not self.abilities.returns_cache or not request.wants_logits:
             return False
-        if request.target is not None and request.labels is not None:  # with labels, an encoder-decoder returns none
+        if request.target is not None and request.labels is not None and not self.abilities.cache_with_labels:
             return False
         backbone = self.runner.backbone
         if backbone.training and getattr(backbone, "gradient_checkpointing", False):

@@ -162,7 +162,7 @@ class PackedRows:
         if sources is not None:
             if pattern.window is not None or pattern.segments is not None:
                 raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for cross-attention")
-            return PackedMask(self.sequences, causal=False, keys=sources)
+            return PackedMask(self.sequences, causal=False, keys=sources, recorded=self.recorded)
         return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..layout import IGNORE
-from .abilities import Abilities, reason_of
+from .abilities import Abilities, reason_of, same_cache
 from .attachment import evaluation_mode
+from .cache import content
+from .cache_names import CACHE_NAME, CACHE_NAMES, cache_in
 from .encoder_decoder import PairRunner, plain_head, planned_pairs
 from .expectations import ITEMS, Expectations, Sample
 from .request import Request, Target
+from .states import Recorded
 from .structure import is_plain_linear, why_never_packed
 
 
@@ -40,10 +43,12 @@ class PairExpectations(Expectations):
 
     Attributes:
         encoded: for each mask the encoder's last hidden states, or None where it gives none.
+        cache_with_labels: see Abilities.
     """
 
     sample: PairSample
     encoded: dict = field(default_factory=dict)
+    cache_with_labels: bool = False
 
     @classmethod
     def _of(cls, base, backbone, is_lm, wide):
@@ -59,10 +64,16 @@ class PairExpectations(Expectations):
             for items in (None, ITEMS):
                 extra = {} if items is None else {"num_items_in_batch": items}
                 try:
-                    output = sample.run(base, sample.masks["right"], labels=sample.target_labels, **extra)
+                    output = sample.run(
+                        base, sample.masks["right"], labels=sample.target_labels, use_cache=True, **extra
+                    )
                     found.losses[items] = output.loss
+                    found.cache_with_labels = cache_in(output) is not None
                 except Exception as error:
                     found.losses[items] = f"{type(base).__name__} with labels raises {type(error).__name__}: {error}"
+            output = sample.run(base, sample.masks["right"], decoder_input_ids=sample.targets, use_cache=True)
+            found.cache_name = next((name for name in CACHE_NAMES if output.get(name) is not None), CACHE_NAME)
+            found.cache = cache_in(output)
             found.head_is_linear = _head_is_linear(base, sample)
         return found
 
@@ -96,7 +107,7 @@ class PairProbe:
     @torch.no_grad()
     def abilities(self) -> Abilities:
         """Compare what the attached model gives on packed rows."""
-        found = Abilities(is_lm=True, layout="packed", returns_cache=True)
+        found = Abilities(is_lm=True, layout="packed", cache_name=self.expected.cache_name)
         with evaluation_mode(self.base):
             for name in ("right", "full"):
                 try:
@@ -109,6 +120,10 @@ class PairProbe:
             losses = self.expected.losses
             return replace(
                 found,
+                returns_cache=self.expected.cache is not None,
+                makes_cache=self._makes_cache(found),
+                cache_name=self.expected.cache_name,
+                cache_with_labels=self.expected.cache_with_labels,
                 plain_head=is_plain_linear(head) and self.expected.head_is_linear,
                 own_loss=self._own_loss(None, found),
                 own_loss_of_items=self._own_loss(ITEMS, found),
@@ -131,6 +146,20 @@ class PairProbe:
                 return reason
         return expected.difference(output.logits, expected.outputs[name], None)
 
+    def _makes_cache(self, found):
+        """Do packed rows leave the cache that the untouched model returned?"""
+        theirs, sample = self.expected.cache, self.expected.sample
+        if not isinstance(theirs, EncoderDecoderCache):
+            return False
+        try:
+            ours = cache_in(self._packed("right", found, recorded=Recorded()))
+            parts = [(x.self_attention_cache, x.cross_attention_cache) for x in (ours, theirs)]
+            got, wanted = ([content(part) for part in pair] for pair in parts)
+        except Exception:  # attention modules without the index of their layer
+            return False
+        masks = torch.ones_like(sample.targets).bool(), sample.real(sample.masks["right"])
+        return all(same_cache(self.expected, *caches) for caches in zip(got, wanted, masks))
+
     def _own_loss(self, items, found):
         """None if packed rows give the model's own loss, in evaluation and in training, else what is different."""
         expected = self.expected.losses[items]
@@ -148,7 +177,7 @@ class PairProbe:
     def _same(self, loss, other):
         return self.expected.difference(loss.reshape(1, 1), other.reshape(1, 1), None) is None
 
-    def _packed(self, name, found, labels=None, items=None, training=False):
+    def _packed(self, name, found, labels=None, items=None, training=False, recorded=None):
         """The attached model's output on the sample's packed rows."""
         sample = self.expected.sample
         target = Target(sample.targets if labels is None else None)
@@ -163,7 +192,8 @@ class PairProbe:
             training=training,
         )
         with self.expected.arithmetic():
-            return self.runner(found).run(request, target, planned_pairs(request, target), lambda x: x, found)
+            plan = planned_pairs(request, target)
+            return self.runner(found).run(request, target, plan, lambda x: x, found, recorded)
 
 
 def _head_is_linear(base, sample):

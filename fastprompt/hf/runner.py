@@ -70,17 +70,18 @@ class Runner:
         plan: RowPlan,
         rows: torch.Tensor,
         shared: SharedState | None = None,
+        recorded: Recorded | None = None,
         sources: Sequences | None = None,
         **options: Any,
     ) -> Any:
         """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``.
 
         Args:
-            plan, rows, shared: see :meth:`rows` and :class:`PackedRows`.
+            plan, rows, shared, recorded: see :meth:`rows` and :class:`PackedRows`.
             sources: the sequences of the encoder's rows that a decoder's sequences attend to; None: there are none.
             options: what the backbone's forward takes besides.
         """
-        return self._call(self.backbone, plan, rows, shared, sources=sources, **options)
+        return self._call(self.backbone, plan, rows, shared, recorded, sources, **options)
 
     def logits(
         self,
