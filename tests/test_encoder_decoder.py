@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers as hf
 from budget import assert_within
 from faults import assert_found
-from parity import P
+from parity import PREFIXES, P
 from tiny_models import T5, VOCABULARY
 from tiny_pairs import (
     PAIRS,
@@ -37,7 +37,7 @@ def test_same_as_peft(name, padding):
     assert_pairs_equal(*both_pairs(pair_model(name), inputs), inputs)
 
 
-@pytest.mark.parametrize("method", ["p_tuning_lstm", "p_tuning_mlp", "multitask"])
+@pytest.mark.parametrize("method", ["p_tuning_lstm", "p_tuning_mlp", "multitask", *PREFIXES])
 @pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
 def test_every_method(name, method):
     inputs = pair_batch(labelled="part", method=method)
@@ -82,9 +82,10 @@ def test_many_labels(name):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_mlp"])
 @pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
-def test_gradient_checkpointing(name, reentrant):
-    model, inputs = pair_model(name), pair_batch()
+def test_gradient_checkpointing(name, method, reentrant):
+    model, inputs = pair_model(name, method), pair_batch()
     plain = pair_step(model, inputs)
     fastprompt.accelerate(model)
     model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -179,6 +180,14 @@ def test_bf16_within_the_rounding_of_peft(name):
         "a shifted label": pair_step(high, dict(inputs, labels=inputs["labels"].roll(1, 1))),
     }
     assert_found(budget, {fault: results(taken) for fault, taken in faults.items()})
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_sources_padded_on_the_left(name):
+    """Nothing stands between a prefix and the decoder's tokens, wherever the encoder's are."""
+    model, inputs = pair_model(name, "prefix"), pair_batch()
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    assert_pairs_equal(*both_pairs(model, inputs), inputs)
 
 
 def leaked(x, share):

@@ -66,15 +66,15 @@ class PairRunner:
             embed: token ids or embeddings -> embeddings.
             found: what may be done with the model.
         """
-        prompt = None if request.prompts is None else request.prompts()
-        rows = self.encoder.rows(plan.source, prompt, embed(request.tokens))
+        tokens = shifted(self.base, request.labels) if target.tokens is None else target.tokens
+        rows = _rows(self.encoder, plan.source, request.prompts, request.tokens, embed)
         encoded = self.encoder.states(plan.source, rows).last_hidden_state
         states = self.decoder.states(
             plan.target,
-            self._target_rows(request, target, plan.target, embed),
+            _rows(self.decoder, plan.target, target.prompts, tokens, embed),
             request.shared,
             recorded,
-            plan.source.sequences,
+            plan.keys,
             encoder_hidden_states=encoded,
         )
         if request.wants_logits:
@@ -125,16 +125,6 @@ class PairRunner:
                 **options,
             )
 
-    def _target_rows(self, request, target, plan, embed):
-        """What the decoder is given: token ids, or embeddings where some are given or a prompt stands in front."""
-        tokens = target.tokens
-        if tokens is None:
-            tokens = shifted(self.base, request.labels)
-        if target.prompts is None and not tokens.is_floating_point():
-            return plan.token_ids(tokens)
-        prompt = None if target.prompts is None else target.prompts()
-        return self.decoder.rows(plan, prompt, embed(tokens))
-
     def _step(self, request, plan, states, encoded, found):
         """The loss of labelled rows, and logits for who reads them."""
         hidden, items = gathered(states.last_hidden_state[0], plan.label_rows), request.num_items_in_batch
@@ -162,6 +152,13 @@ class PairRunner:
             and head.weight.dtype == hidden.dtype == torch.float32
             and not torch.is_autocast_enabled(hidden.device.type)
         )
+
+
+def _rows(runner, plan, prompts, tokens, embed):
+    """What a part is given: token ids, or embeddings where some are given or a prompt stands in front."""
+    if prompts is None and not tokens.is_floating_point():
+        return plan.token_ids(tokens)
+    return runner.rows(plan, None if prompts is None else prompts(), embed(tokens))
 
 
 def planned_pairs(request: Request, target: Target) -> PairPlan:

@@ -13,10 +13,10 @@ from ..layout import IGNORE, CannotPack, PairPlan, RowPlan, plan_packed_input, p
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
-from .encoder_decoder import planned_pairs
+from .encoder_decoder import PairRunner, planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
-from .pair_probe import PairProbe
+from .pair_probe import PairExpectations, PairProbe
 from .request import Embed, Request
 from .runner import Inputs, gathered
 from .shared_state import SharedState, why_not_learned
@@ -212,11 +212,10 @@ class Engine:
         Args:
             shared: a function that gives the SharedState.
             key: by which the answer is remembered.
-            forward: takes ``input_ids`` and ``attention_mask`` and returns the model's output behind the prefix.
+            forward: takes ``input_ids`` and ``attention_mask``, and ``decoder_input_ids`` if there is a decoder, and
+                returns the model's output behind the prefix.
         """
         reason = self.refusal or why_not_learned(self.base.config)
-        if reason is None and is_encoder_decoder(self.base):
-            reason = "the keys and values of a prefix stand in the decoder of an encoder-decoder"
         if reason is not None:
             return reason
         if key not in self._prefixes:
@@ -227,8 +226,11 @@ class Engine:
         padding = getattr(self.base.config, "pad_token_id", None)
         with evaluation_mode(self.base):
             try:
+                kind = PairExpectations if isinstance(self.runner, PairRunner) else Expectations
                 with suspended(self.base):
-                    expected = Expectations.behind_prefix(self.base, forward, padding)
+                    expected: Any = kind.behind_prefix(self.base, forward, padding)
+                if isinstance(expected, PairExpectations):
+                    return expected.why_not_behind(self.runner, self.abilities, shared)
                 mask, ids = expected.sample.masks["right"], expected.ids
                 plan = plan_padded_input(
                     *mask.shape, 0, attention_mask=mask, prefix_length=shared().length, layout=self.abilities.layout
@@ -328,6 +330,8 @@ class Engine:
         """Would the model's own forward return a cache?"""
         if not self.abilities.returns_cache or not request.wants_logits:
             return False
+        if request.target is not None and request.shared is not None:  # one that is given is given back
+            return True
         if request.target is not None and request.labels is not None and not self.abilities.cache_with_labels:
             return False
         backbone = self.runner.backbone

@@ -1,6 +1,7 @@
 """What an encoder-decoder can be trusted to do on packed rows; see ``abilities.py``, which asks other models."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from .cache_names import CACHE_NAME, CACHE_NAMES, cache_in
 from .encoder_decoder import PairRunner, plain_head, planned_pairs
 from .expectations import ITEMS, Expectations, Sample
 from .request import Request, Target
+from .shared_state import SharedState
 from .states import Recorded
 from .structure import is_plain_linear, why_never_packed
 
@@ -76,6 +78,31 @@ class PairExpectations(Expectations):
             found.cache = cache_in(output)
             found.head_is_linear = _head_is_linear(base, sample)
         return found
+
+
+    @classmethod
+    def _behind_prefix(cls, base, forward, padding, wide):
+        with wide or nullcontext():
+            sample = PairSample(base)
+            found = cls(sample, wide, base.get_input_embeddings().weight.dtype, frozenset())
+            given = dict(
+                input_ids=sample.ids, attention_mask=sample.masks["right"], decoder_input_ids=sample.targets
+            )
+            found.outputs["right"] = forward(**given).logits
+            found.spread = found._spread(forward(**{name: x[:1] for name, x in given.items()}).logits)
+        return found
+
+    def why_not_behind(
+        self, runner: PairRunner, found: Abilities, shared: Callable[[], SharedState]
+    ) -> str | None:
+        """None if packed rows behind learned keys and values give the expected output, else what differs."""
+        sample = self.sample
+        target = Target(sample.targets)
+        mask = sample.masks["right"]
+        with self.arithmetic():
+            request = Request(sample.ids, 0, shared=shared(), attention_mask=mask, target=target)
+            output = runner.run(request, target, planned_pairs(request, target), lambda x: x, found)
+        return self.difference(output.logits, self.outputs["right"], None)
 
 
 @dataclass(eq=False)

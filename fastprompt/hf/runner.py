@@ -234,8 +234,8 @@ class Runner:
                 if "inputs_embeds" in rows:
                     rows = {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
                 else:
-                    embedding = self.base.get_input_embeddings()
-                    hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
+                    table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
+                    hook = table.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
             inputs = {name: x[None] for name, x in rows.items()}
             if self._takes_positions:

@@ -1,11 +1,14 @@
 """Row plans of an encoder-decoder: the rows of its sources and those of its targets."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from ..checks import INTS, check_tensor
 from .plan import IGNORE, CannotPack, RowPlan, plan_padded_input
+from .sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +23,12 @@ class PairPlan:
 
     source: RowPlan
     target: RowPlan
+
+    @cached_property
+    def keys(self) -> Sequences:
+        """The rows that the targets' queries see: the sources, in which no position counts any more."""
+        sources: Any = self.source.sequences
+        return sources if sources.gaps is None else replace(sources, gaps=None)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -253,15 +253,19 @@ class Call:
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
         if not isinstance(cache, Cache):
             raise CannotPack(f"its prefix is a {type(cache).__name__}")
-        shared = SharedState.of_cache(cache, self.engine.base.config)
+        shared = self._state_of(cache)
         reason = self.engine.why_not_prefix(
-            lambda: SharedState.of_cache(self.model.get_prompt(batch_size=1), self.engine.base.config),
+            lambda: self._state_of(self.model.get_prompt(batch_size=1)),
             (self.model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
             self.state.original(self.model),
         )
         if reason is not None:
             raise CannotPack(reason)
         return shared
+
+    def _state_of(self, cache):
+        """What stands in front of the sequences, of a cache that PEFT made."""
+        return SharedState.of_cache(cache, self.engine.base.config)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""

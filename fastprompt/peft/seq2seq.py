@@ -35,7 +35,7 @@ _UNDERSTOOD = {
 class PairCall(Call):
     """One forward call of an accelerated encoder-decoder.
 
-    PEFT's prompts stand in front of the encoder's text. Those of Multitask Prompt Tuning have a second half, in front
+    PEFT's prompts stand in front of the encoder's text, and its prefixes in front of the decoder's tokens. The prompts of Multitask Prompt Tuning have a second half, in front
     of the decoder's tokens, unless the adapter says that it is for one of the two parts only.
 
     Args, attributes and errors are those of :class:`Call`.
@@ -48,8 +48,6 @@ class PairCall(Call):
         self.engine.ask_again()
         if self.engine.refusal is not None:
             raise CannotPack(self.engine.refusal)
-        if self.is_prefix:
-            raise CannotPack("the keys and values of a prefix stand in the decoder of an encoder-decoder")
         if unknown := {name for name, value in given.items() if says_something(value)} - _UNDERSTOOD:
             raise CannotPack(f"{', '.join(sorted(unknown))} given")
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
@@ -62,8 +60,9 @@ class PairCall(Call):
         self.request = Request(
             tokens=self.tokens,
             num_virtual_tokens=self.length,
-            prompts=lambda: self._prompts_of_both[:, : self.length].flatten(0, 1),
+            prompts=(lambda: self._prompts_of_both[:, : self.length].flatten(0, 1)) if self.length else None,
             prompt_ids=self.prompt_ids,
+            shared=self._shared() if self.is_prefix else None,
             attention_mask=given.get("attention_mask"),
             target=self._target(),
             labels=given.get("labels"),
@@ -94,6 +93,9 @@ class PairCall(Call):
             config = self.model.config
             tokens = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         return Target(tokens, mask, self.length, lambda: self._prompts_of_both[:, self.length :].flatten(0, 1))
+
+    def _state_of(self, cache):
+        return super()._state_of(cache.self_attention_cache)
 
     @cached_property
     def _prompts_of_both(self):
