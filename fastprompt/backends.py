@@ -132,8 +132,8 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16)
 _ALWAYS = lambda call: True  # noqa: E731
 
 
-def _cpp(operator, *limits):
-    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP, limits)
+def _cpp(operator):
+    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP)
 
 
 def _triton(operator, *limits, **options):
@@ -164,7 +164,7 @@ TABLE = (
     _cpp("prompt_concat"),
     _triton("prompt_concat"),
     _reference("prompt_concat"),
-    _cpp("prefix_attention", *_BIASES),
+    _cpp("prefix_attention"),
     _triton(
         "prefix_attention",
         *_BIASES,

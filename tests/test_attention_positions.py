@@ -14,10 +14,10 @@ from test_prefix_attention import SIZES, dense, layout, run, tensors
 from test_prefix_attention_cpu import all_results
 
 from benchmarks.budget import attention_budget
-from fastprompt import Sequences, prefix_attention
+from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
 FEATURES = ["alibi", "bias", "short_bias"]
 
 

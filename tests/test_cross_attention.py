@@ -14,10 +14,10 @@ from test_prefix_attention import run
 from test_prefix_attention_cpu import all_results
 
 from benchmarks.budget import attention_budget
-from fastprompt import Sequences, prefix_attention
+from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
 QUERIES, KEYS = (5, 0, 9, 1, 5, 2), (3, 4, 12, 0, 1, 20)
 
 

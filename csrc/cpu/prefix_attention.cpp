@@ -71,8 +71,8 @@ Dropout read_dropout(std::optional<int64_t> key, int64_t threshold, double scale
 }
 
 Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& prefix_k,
-               const MaybeTensor& prefix_v, const MaybeTensor& sinks, const Tables& schedule, bool causal,
-               std::optional<int64_t> window, std::optional<double> softcap, double scale, Dropout dropout,
+               const MaybeTensor& prefix_v, const MaybeTensor& sinks, const MaybeTensor& bias, const Tables& schedule,
+               bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale, Dropout dropout,
                const Tensor& out, const Tensor& lse) {
   Call call{};
   call.schedule = read_schedule(schedule);
@@ -85,6 +85,8 @@ Call read_call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   call.scale = float(scale);
   call.dropout = dropout;
   call.sinks = sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr;
+  call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  call.farthest = bias ? bias->size(1) / 2 : 0;
   call.q = rows_of(q), call.k = keys_of(k), call.v = keys_of(v), call.out = rows_of(out);
   call.prefix_k = optional(prefix_k, bank_of), call.prefix_v = optional(prefix_v, bank_of);
   call.lse = static_cast<float*>(data_of(lse));
@@ -140,12 +142,12 @@ int64_t prefix_floats(const Call& call, int64_t keys, int64_t width) {
 }
 
 void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
-             Tables schedule, bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale,
-             std::optional<int64_t> dropout_key, int64_t dropout_threshold, double dropout_scale, Tensor out,
-             Tensor lse) {
+             MaybeTensor bias, Tables schedule, bool causal, std::optional<int64_t> window,
+             std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key,
+             int64_t dropout_threshold, double dropout_scale, Tensor out, Tensor lse) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
   auto call =
-      read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
+      read_call(q, k, v, prefix_k, prefix_v, sinks, bias, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.value_dim));
@@ -159,13 +161,13 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
 
 // sink_parts [chunks, H], zero before.
 void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
-              Tensor out, Tensor lse, Tables schedule, bool causal, std::optional<int64_t> window,
+              MaybeTensor bias, Tensor out, Tensor lse, Tables schedule, bool causal, std::optional<int64_t> window,
               std::optional<double> softcap, double scale, std::optional<int64_t> dropout_key,
               int64_t dropout_threshold, double dropout_scale, MaybeTensor dq, MaybeTensor dk, MaybeTensor dv,
               MaybeTensor dprefix_k, MaybeTensor dprefix_v, MaybeTensor sink_parts) {
   auto const dropout = read_dropout(dropout_key, dropout_threshold, dropout_scale);
   auto call =
-      read_call(q, k, v, prefix_k, prefix_v, sinks, schedule, causal, window, softcap, scale, dropout, out, lse);
+      read_call(q, k, v, prefix_k, prefix_v, sinks, bias, schedule, causal, window, softcap, scale, dropout, out, lse);
   auto const kernels = FASTPROMPT_BEST(attention_kernels)(call.dtype);
   call.grad = rows_of(grad), call.dq = optional(dq, rows_of);
   call.dk = optional(dk, keys_of), call.dv = optional(dv, keys_of);
@@ -199,10 +201,10 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
   m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, "
-        "Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
+        "Tensor? bias, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
         "int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? sinks, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, "
+        "Tensor? sinks, Tensor? bias, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, "
         "float scale, int? dropout_key, int dropout_threshold, float dropout_scale, "
         "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
         "Tensor(f!)? sink_parts) -> ()");

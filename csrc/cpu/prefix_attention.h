@@ -70,6 +70,8 @@ struct Call {
   float scale;
   Dropout dropout;
   const float* sinks;  // [H] or null
+  const float* bias;   // [H, 2 * farthest + 1] or null: what a score gains, by position of the key less the query's
+  int64_t farthest;    // further than any two positions are apart, by a vector at least
   Strided q, k, v, prefix_k, prefix_v, out;
   float* lse;  // [H, Rq]
   // Backward. A gradient that nobody asked for has no data.

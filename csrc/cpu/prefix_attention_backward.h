@@ -23,6 +23,7 @@ struct Backward {
   Operand q, grad;
   float *dq, *weights, *dscores, *lse, *delta, *queries;
   uint64_t* dropout_keys;  // of the rows
+  const float** biases;    // of the rows, see bias_of
   float *kt, *vt, *k, *dk, *dv;  // of the sequences at hand
   float* end;
 
@@ -47,6 +48,7 @@ struct Backward {
     delta = take(rows);
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
+    biases = reinterpret_cast<const float**>(take(2 * rows));
     kt = take(slots * head_dim);
     vt = take(slots * value_dim);
     k = take(slots * key_stride);
@@ -68,7 +70,7 @@ struct Backward {
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
-      load_queries<T>(rows, sinks);
+      load_queries<T>(rows, prefix.count, sinks);
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, true);
       if (chunk.prefix >= 0) {
         rows.see_prefix(prefix.count);
@@ -86,7 +88,7 @@ struct Backward {
         first += segment.rows * rows.group();
       }
       if (call.dq.data) {
-        rows.each([&](int64_t m, int64_t row, int64_t head) {
+        rows.each([&](int64_t m, int64_t row, int64_t head, int64_t) {
           unpack_row(dq + m * key_stride, head_dim, call.scale, at<T>(call.dq, 0, row, head));
         });
       }
@@ -109,8 +111,8 @@ struct Backward {
   }
 
   template <typename T>
-  void load_queries(const Queries& rows, float* sinks) {
-    rows.each([&](int64_t m, int64_t row, int64_t head) {
+  void load_queries(const Queries& rows, int64_t prefix_length, float* sinks) {
+    rows.each([&](int64_t m, int64_t row, int64_t head, int64_t position) {
       auto const from = at<T>(call.q, 0, row, head), out = at<T>(call.out, 0, row, head);
       auto const slope = at<T>(call.grad, 0, row, head);
       floats products{};
@@ -128,6 +130,7 @@ struct Backward {
       }
       delta[m] = total(products);
       if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
+      if (call.bias) biases[m] = bias_of(call, head, prefix_length + position);
       auto const x = call.lse[head * call.query_rows + row];
       lse[m] = x == -__builtin_inff() ? __builtin_inff() : x;  // a row that sees nothing has no weight
       if (sinks) sinks[head] -= exp(call.sinks[head] - lse[m]) * delta[m];
@@ -174,7 +177,7 @@ struct Backward {
           if (call.dropout.active) {
             weigh<true>(m, first - from, end - from, low, high, position + from);
           } else {
-            weigh<false>(m, first - from, end - from, low, high, 0);
+            weigh<false>(m, first - from, end - from, low, high, position + from);
           }
         }
       });
@@ -190,10 +193,11 @@ struct Backward {
   void weigh(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high, int64_t position) {
     auto const weight = weights + m * WIDTH, dscore = dscores + m * WIDTH;
     auto const start = round_down(first, LANES), stop = round_up(end, LANES);
+    auto const scale = call.bias ? add_bias(call, weight, biases[m] + position, start, stop) : call.scale;
     for (auto n = start; n < stop; n += LANES) {
-      auto score = load(weight + n) * call.scale, slope = broadcast(1.0f);
+      auto score = load(weight + n) * scale, slope = broadcast(1.0f);
       if (call.softcap > 0) {
-        auto const capped = tanh(load(weight + n) * (call.scale / call.softcap));
+        auto const capped = tanh(load(weight + n) * (scale / call.softcap));
         slope = 1.0f - capped * capped;
         score = capped * call.softcap;
       }

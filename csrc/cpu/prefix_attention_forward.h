@@ -12,6 +12,7 @@ struct Forward {
   Operand q;
   float *sums, *weights, *largest, *totals, *queries, *panels, *values;
   uint64_t* dropout_keys;  // of the rows
+  const float** biases;    // of the rows, see bias_of
 
   Forward(const Call& c, float* memory)
       : call(c), head_dim(c.head_dim), value_dim(c.value_dim), value_stride(row_stride(c.value_dim)) {
@@ -28,6 +29,7 @@ struct Forward {
     totals = take(rows);
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
+    biases = reinterpret_cast<const float**>(take(2 * rows));
     panels = take(c.schedule.slots * head_dim);
     values = take(c.schedule.slots * value_stride);
     end = memory;
@@ -44,13 +46,12 @@ struct Forward {
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
-      load_queries<T>(rows);
-      int64_t prefix_length = 0;
+      auto const prefix_length = chunk.prefix >= 0 ? schedule.prefixes[chunk.prefix].length : 0;
+      load_queries<T>(rows, prefix_length);
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, false);
       if (chunk.prefix >= 0) {
         auto const& prefix = schedule.prefixes[chunk.prefix];
         auto const slot = kv_head * schedule.prefix_slots + prefix.slot;
-        prefix_length = prefix.length;
         rows.see_prefix(prefix_length);
         attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * value_stride, prefix_length, 0);
       }
@@ -74,12 +75,13 @@ struct Forward {
   }
 
   template <typename T>
-  void load_queries(const Queries& rows) {
-    rows.each([&](int64_t m, int64_t row, int64_t head) {
+  void load_queries(const Queries& rows, int64_t prefix_length) {
+    rows.each([&](int64_t m, int64_t row, int64_t head, int64_t position) {
       auto const from = at<T>(call.q, 0, row, head);
       largest[m] = -__builtin_inff();
       totals[m] = 0;
       if (call.dropout.active) dropout_keys[m] = dropout_key(call.dropout, row, head);
+      if (call.bias) biases[m] = bias_of(call, head, prefix_length + position);
       for (int64_t d = 0; d < head_dim; d += LANES) {
         store(q.at(m, d), load(from + d, smaller(LANES, head_dim - d)));
       }
@@ -94,7 +96,8 @@ struct Forward {
       multiply_panels(rows, q, keys, head_dim, from, to, weights);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
-          soften(m, first - from, end - from, larger(rows.low(m), from) - from, smaller(rows.high(m), to) - from);
+          auto const low = larger(rows.low(m), from) - from, high = smaller(rows.high(m), to) - from;
+          soften(m, first - from, end - from, low, high, position + from);
           if (call.dropout.active) drop(m, first - from, end - from, position + from);
         }
       });
@@ -103,7 +106,7 @@ struct Forward {
   }
 
   // Scores of row m, columns `first` to `end`, into weights; the row sees those from `low` to `high`.
-  void soften(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high) {
+  void soften(int64_t m, int64_t first, int64_t end, int64_t low, int64_t high, int64_t position) {
     auto const row = weights + m * WIDTH;
     auto const start = round_down(first, LANES);
     end = round_up(end, LANES);
@@ -112,6 +115,7 @@ struct Forward {
       return;
     }
     auto scale = call.scale;
+    if (call.bias) scale = add_bias(call, row, biases[m] + position, start, end);
     if (call.softcap > 0) {
       for (auto n = start; n < end; n += LANES) {
         store(row + n, tanh(load(row + n) * (scale / call.softcap)) * call.softcap);
@@ -151,7 +155,7 @@ struct Forward {
 
   template <typename T>
   void finish(const Queries& rows) {
-    rows.each([&](int64_t m, int64_t row, int64_t head) {
+    rows.each([&](int64_t m, int64_t row, int64_t head, int64_t) {
       auto top = largest[m], weight = totals[m], factor = 1.0f;
       if (call.sinks) {
         auto const sink = call.sinks[head];

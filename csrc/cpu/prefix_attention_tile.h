@@ -102,14 +102,15 @@ class Queries {
   const Rows* begin() const { return rows_; }
   const Rows* end() const { return rows_ + blocks_; }
 
-  // Calls f(row of the tile, row of q, head of q) for all rows.
+  // Calls f(row of the tile, row of q, head of q, position behind the prefix) for all rows.
   template <typename F>
   void each(const F& f) const {
     int64_t m = 0;
     for (int64_t s = tile_.begin; s < tile_.end; ++s) {
       auto const& segment = call_.schedule.segments[s];
       for (int64_t r = 0; r < segment.rows; ++r) {
-        for (int64_t g = 0; g < group_; ++g) f(m++, segment.row + r, head_ + g);
+        auto const position = segment.gap + segment.first + r;
+        for (int64_t g = 0; g < group_; ++g) f(m++, segment.row + r, head_ + g, position);
       }
     }
   }
@@ -182,6 +183,17 @@ inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, b
       prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.value_dim);
     }
   }
+}
+
+// Where a query finds what its scores gain: at the position of the key.
+inline const float* bias_of(const Call& call, int64_t head, int64_t position) {
+  return call.bias + head * (2 * call.farthest + 1) + call.farthest - position;
+}
+
+// Scaled scores with their bias, in place of products; the factor that is left for them is 1.
+inline float add_bias(const Call& call, float* products, const float* bias, int64_t start, int64_t end) {
+  for (auto n = start; n < end; n += LANES) store(products + n, load(products + n) * call.scale + load(bias + n));
+  return 1;
 }
 
 // For each block of rows that sees some of the keys from `from` to `to`: f(rows, first key, end key).

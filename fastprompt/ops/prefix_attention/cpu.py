@@ -6,10 +6,16 @@ from ..columns import columns_together
 from .schedule import cpu_schedule
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
+_LANES = 16  # of the widest vectors
+
+
+def forward(
+    q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None,
+    alibi_slopes=None, position_bias=None, key_seq=None,
+):  # fmt: skip
     """``out`` and ``lse`` as the reference returns them."""
     q, k, v, prefix_k, prefix_v = (columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
-    whole = seq.kind == "packed"  # every row belongs to a sequence and is written
+    whole, _ = _written(seq, key_seq, prefix_k)
     out = (torch.empty if whole else torch.zeros)(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if not whole:
@@ -21,7 +27,8 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
         prefix_k,
         prefix_v,
         _fp32(sinks),
-        list(_schedule(q, k, prefix_k, seq, causal, window)),
+        _bias(seq, prefix_k, alibi_slopes, position_bias),
+        list(_schedule(q, k, prefix_k, seq, causal, window, key_seq)),
         causal,
         window,
         softcap,
@@ -34,13 +41,16 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 
 def backward(
-    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal, window, softcap, sinks, scale, dropout=None
-):
+    grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, causal, window, softcap, sinks, scale, dropout=None,
+    alibi_slopes=None, position_bias=None, key_seq=None,
+):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v and sinks; None for those that ``needs``, six bools, leaves out."""
     grad, q, k, v, prefix_k, prefix_v, out = (columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
-    schedule = _schedule(q, k, prefix_k, seq, causal, window)
-    whole = seq.kind == "packed"
-    dq, dk, dv = (_empty_like(t, whole) if need else None for t, need in zip((q, k, v), needs))
+    schedule = _schedule(q, k, prefix_k, seq, causal, window, key_seq)
+    queries, keys = _written(seq, key_seq, prefix_k)
+    dq, dk, dv = (
+        _empty_like(t, whole) if need else None for t, whole, need in zip((q, k, v), (queries, keys, keys), needs)
+    )
     every_prefix = (
         prefix_k is not None and seq.prefix_lens is None and len(schedule.prefixes) == len(prefix_k)
     )  # is read to its end
@@ -56,6 +66,7 @@ def backward(
         prefix_k,
         prefix_v,
         _fp32(sinks),
+        _bias(seq, prefix_k, alibi_slopes, position_bias),
         out,
         lse.contiguous(),
         list(schedule),
@@ -74,9 +85,47 @@ def backward(
     return dq, dk, dv, dprefix_k, dprefix_v, None if sink_parts is None else sink_parts.sum(0).to(sinks.dtype)
 
 
-def _schedule(q, k, prefix_k, seq, causal, window):
-    room = 0 if prefix_k is None else prefix_k.shape[1]
-    return cpu_schedule(seq, causal=causal, window=window, room=room, heads=q.shape[1], kv_heads=k.shape[1])
+def _schedule(q, k, prefix_k, seq, causal, window, key_seq):
+    options = dict(room=_room(prefix_k), heads=q.shape[1], kv_heads=k.shape[1], key_seq=key_seq)
+    return cpu_schedule(seq, causal=causal, window=window, **options)
+
+
+def _room(prefix_k):
+    return 0 if prefix_k is None else prefix_k.shape[1]
+
+
+def _written(seq, key_seq, prefix_k):
+    """Whether all rows of queries, and all of keys, belong to sequences that a kernel runs on and so are written."""
+    if key_seq is None:
+        return (seq.kind == "packed",) * 2
+    room = _room(prefix_k)
+
+    def find():
+        queries, keys = seq.host.lengths, key_seq.host.lengths
+        unread = (queries > 0) & (keys + seq.prefix_lengths(room) == 0)
+        return (
+            seq.kind == "packed" and not unread.any(),
+            key_seq.kind == "packed" and not ((keys > 0) & (queries == 0)).any(),
+        )
+
+    return seq.cached(("written", room, key_seq), find)
+
+
+def _bias(seq, prefix_k, alibi_slopes, position_bias):
+    """``[H, 2 * farthest + 1]`` what scores gain at every distance that there is, so that the kernel reads it in whole
+    vectors: it makes no difference between the features. None without them."""
+    if alibi_slopes is None and position_bias is None:
+        return None
+    room, most = _room(prefix_k), None if position_bias is None else position_bias.shape[1] // 2
+
+    def find():
+        farthest = seq.span(room) + _LANES
+        distances = torch.arange(-farthest, farthest + 1)
+        return distances.float() if most is None else most + distances.clamp(-most, most)
+
+    found = seq.cached(("distances", room, most), find)
+    table = alibi_slopes[:, None] * found if position_bias is None else position_bias.index_select(1, found)
+    return table.contiguous()
 
 
 def _empty_like(x, written):

@@ -32,7 +32,14 @@ class CpuSchedule(NamedTuple):
 
 
 def cpu_schedule(
-    seq: Sequences, *, causal: bool, window: int | None, room: int, heads: int, kv_heads: int
+    seq: Sequences,
+    *,
+    causal: bool,
+    window: int | None,
+    room: int,
+    heads: int,
+    kv_heads: int,
+    key_seq: Sequences | None = None,
 ) -> CpuSchedule:
     """Worked out once a batch; all layers share it.
 
@@ -41,20 +48,22 @@ def cpu_schedule(
         causal, window: of prefix_attention.
         room: P, 0 without a prefix.
         heads, kv_heads: H and Hkv.
+        key_seq: the rows of k and v that each sequence of queries sees, in cross-attention.
     """
 
     def make() -> CpuSchedule:
         limit = None if window is None or window >= seq.span(room) else window
-        batch = _Batch.of(seq, room)
+        batch = _Batch.of(seq, room, key_seq)
         tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
         slices = _slices(batch, tile_rows, causal, limit)
         return _tables(batch, slices, _chunk_starts(batch, slices, chunk_rows), causal, limit)
 
-    return seq.cached(("cpu", causal, window, room, heads, kv_heads), make)
+    return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq), make)
 
 
 class _Batch(NamedTuple):
-    """The sequences that have rows, ``[B]`` each; those that read one prefix are a group and stand side by side."""
+    """The sequences that have queries and keys, ``[B]`` each; those that read one prefix are a group and stand side by
+    side."""
 
     decode: bool
     group: np.ndarray  # of each sequence; those without a prefix, if there are any, are group 0
@@ -64,18 +73,22 @@ class _Batch(NamedTuple):
     start: np.ndarray  # the first row
     length: np.ndarray  # own keys
     queries: np.ndarray
+    first: np.ndarray  # the number of the first query in the sequence
     base: np.ndarray  # where the keys are: a row of k, or a sequence of the cache
     gap: np.ndarray
 
     @classmethod
-    def of(cls, seq: Sequences, room: int) -> "_Batch":
+    def of(cls, seq: Sequences, room: int, key_seq: Sequences | None) -> "_Batch":
         host, prefix_length = seq.host, seq.prefix_lengths(room)
         decode = seq.kind == "decode"
         prefix = np.where(prefix_length > 0, host.prefix_ids, -1)
+        keys = host if key_seq is None else key_seq.host
         order = np.argsort(prefix, kind="stable")
-        order = order[host.lengths[order] > 0]
-        start, length = host.starts[order], host.lengths[order]
-        queries, base = (np.ones_like(length), order) if decode else (length, start)
+        order = order[((host.lengths > 0) & (keys.lengths + prefix_length > 0))[order]]
+        start, length, base = host.starts[order], keys.lengths[order], keys.starts[order]
+        queries, number = host.lengths[order], np.zeros_like(length)
+        if decode:
+            queries, number, base = np.ones_like(length), length - 1, order
         first, group = _runs(prefix[order])
         readers = order[first]
         return cls(
@@ -87,6 +100,7 @@ class _Batch(NamedTuple):
             start,
             length,
             queries,
+            number,
             base,
             host.gaps[order],
         )
@@ -131,7 +145,7 @@ def _slices(batch: _Batch, tile_rows: int, causal: bool, window: int | None) -> 
     offset = (np.arange(len(sequence)) - (count.cumsum() - count)[sequence]) * size[sequence]
     queries = np.minimum(size[sequence], batch.queries[sequence] - offset)
     opens = (_tile_starts(batch, tile_rows) | (count > 1))[sequence]
-    first = (batch.length - batch.queries)[sequence] + offset
+    first = batch.first[sequence] + offset
     begin, end = batch.keys(sequence, first, first + queries, causal, window)
     keys = (end - begin) * (1 if causal and not batch.decode else 2)
     cost = queries * (2 * batch.prefix_length[batch.group[sequence]] + keys)
