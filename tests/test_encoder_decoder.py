@@ -152,7 +152,9 @@ def test_an_evaluation_without_labels(name, layers):
         plain, fast = model(**inputs), fastprompt.accelerate(model)(**inputs)
     assert fastprompt.stats(model).packed == 1
     assert_outputs_equal(fast, plain, inputs)
-    assert len(fast.past_key_values) == layers[1] and fast.past_key_values.is_updated == plain.past_key_values.is_updated
+    assert (
+        len(fast.past_key_values) == layers[1] and fast.past_key_values.is_updated == plain.past_key_values.is_updated
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "flan_t5", "bart"])
@@ -169,7 +171,9 @@ def test_bf16_within_the_rounding_of_peft(name):
         loss, gradients, output = taken
         return [loss, next(iter(gradients.values())), output.logits]
 
-    budget = Budget.of(lambda _: results(pair_step(high, inputs)), torch.bfloat16, results=torch.bfloat16, operands=False)
+    budget = Budget.of(
+        lambda _: results(pair_step(high, inputs)), torch.bfloat16, results=torch.bfloat16, operands=False
+    )
     plain, fast = (results(taken) for taken in both_pairs(low, inputs))
     assert_within(budget, fast)
     assert_within(budget, plain)  # the budget is one of bf16 at all
@@ -366,9 +370,7 @@ def test_soft_prompt_model(name):
     ids = inputs["labels"].clamp(min=3)
     inputs["labels"], inputs["decoder_input_ids"] = None, ids
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours.eval()(**inputs).logits, theirs.eval()(**inputs).logits, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(ours.eval()(**inputs).logits, theirs.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
     assert fastprompt.stats(ours).padded == {}
 
 

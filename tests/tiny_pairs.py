@@ -1,4 +1,4 @@
-"""Tiny random-init encoder-decoders, and PEFT models and batches of them; as in ``tiny_models.py`` and ``parity.py``."""
+"""Tiny random-init encoder-decoders, as ``tiny_models.py`` has causal LMs, and their steps, as in ``parity.py``."""
 
 import copy
 import warnings
@@ -36,7 +36,9 @@ _GATED = dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 # name -> config
 PAIRS = {
     "t5": hf.T5Config(**T5),
-    "t5_scaled": hf.T5Config(**T5, scale_decoder_outputs=True, relative_attention_num_buckets=4, relative_attention_max_distance=6),
+    "t5_scaled": hf.T5Config(
+        **T5, scale_decoder_outputs=True, relative_attention_num_buckets=4, relative_attention_max_distance=6
+    ),
     "flan_t5": hf.T5Config(**_GATED),
     "mt5": hf.MT5Config(**_GATED),
     "umt5": hf.UMT5Config(**_GATED),

@@ -66,7 +66,9 @@ class PairRunner:
             embed: token ids or embeddings -> embeddings.
             found: what may be done with the model.
         """
-        tokens = shifted(self.base, request.labels) if target.tokens is None else target.tokens
+        tokens = target.tokens
+        if tokens is None:
+            tokens = shifted(self.base, _given(request.labels))
         rows = _rows(self.encoder, plan.source, request.prompts, request.tokens, embed)
         encoded = self.encoder.states(plan.source, rows).last_hidden_state
         states = self.decoder.states(
@@ -88,7 +90,7 @@ class PairRunner:
             padded = later(encoded, lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype)
         cache: dict[str, Any] = {}
         if recorded is not None:
-            config = self.decoder.backbone.config
+            config: Any = self.decoder.backbone.config
             cache[found.cache_name] = PairCache(plan, recorded, request.shared, request.prompt_ids, config)
         return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=padded, **cache)
 
@@ -161,6 +163,13 @@ def _rows(runner, plan, prompts, tokens, embed):
     return runner.rows(plan, None if prompts is None else prompts(), embed(tokens))
 
 
+def _given(columns):
+    """Labels or tokens of the decoder."""
+    if columns is None:
+        raise ValueError("an encoder-decoder needs labels or decoder_input_ids, got neither")
+    return columns
+
+
 def planned_pairs(request: Request, target: Target) -> PairPlan:
     """The rows of a request to an encoder-decoder.
 
@@ -168,9 +177,7 @@ def planned_pairs(request: Request, target: Target) -> PairPlan:
         CannotPack, ValueError, TypeError: see ``plan_padded_input`` and ``plan_pairs``.
     """
     batch, width = request.tokens.shape[:2]
-    columns = request.labels if target.tokens is None else target.tokens
-    if columns is None:
-        raise ValueError("an encoder-decoder needs labels or decoder_input_ids, got neither")
+    columns = _given(request.labels if target.tokens is None else target.tokens)
     source = plan_padded_input(
         batch,
         width,

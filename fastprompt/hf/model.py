@@ -22,7 +22,6 @@ from .request import Request, Target
 from .shared_state import SharedState
 from .trained_state import is_head, keep_what_trains
 
-
 # What the forward of an encoder-decoder may be given besides, on packed rows.
 _OF_TARGETS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "use_cache"}
 

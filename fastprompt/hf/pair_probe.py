@@ -79,22 +79,17 @@ class PairExpectations(Expectations):
             found.head_is_linear = _head_is_linear(base, sample)
         return found
 
-
     @classmethod
     def _behind_prefix(cls, base, forward, padding, wide):
         with wide or nullcontext():
             sample = PairSample(base)
             found = cls(sample, wide, base.get_input_embeddings().weight.dtype, frozenset())
-            given = dict(
-                input_ids=sample.ids, attention_mask=sample.masks["right"], decoder_input_ids=sample.targets
-            )
+            given = dict(input_ids=sample.ids, attention_mask=sample.masks["right"], decoder_input_ids=sample.targets)
             found.outputs["right"] = forward(**given).logits
             found.spread = found._spread(forward(**{name: x[:1] for name, x in given.items()}).logits)
         return found
 
-    def why_not_behind(
-        self, runner: PairRunner, found: Abilities, shared: Callable[[], SharedState]
-    ) -> str | None:
+    def why_not_behind(self, runner: PairRunner, found: Abilities, shared: Callable[[], SharedState]) -> str | None:
         """None if packed rows behind learned keys and values give the expected output, else what differs."""
         sample = self.sample
         target = Target(sample.targets)
@@ -111,7 +106,7 @@ class PairProbe:
 
     base: PreTrainedModel
     is_lm: bool = field(init=False)
-    expected: PairExpectations = field(init=False)
+    expected: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
@@ -231,7 +226,9 @@ def _head_is_linear(base, sample):
         generator = torch.Generator(weight.device).manual_seed(0)
         hidden = 1e3 * torch.randn(4, weight.shape[1], device=weight.device, generator=generator)
         hidden = hidden.to(weight.dtype)
-        logits = runner.head(BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None]), hidden, sample.embeds[:1]).logits[0]
+        logits = runner.head(
+            BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None]), hidden, sample.embeds[:1]
+        ).logits[0]
         expected = torch.nn.functional.linear(hidden * scale, weight, bias)
     except Exception:  # a head that does more than read hidden states
         return False

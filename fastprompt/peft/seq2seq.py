@@ -35,8 +35,9 @@ _UNDERSTOOD = {
 class PairCall(Call):
     """One forward call of an accelerated encoder-decoder.
 
-    PEFT's prompts stand in front of the encoder's text, and its prefixes in front of the decoder's tokens. The prompts of Multitask Prompt Tuning have a second half, in front
-    of the decoder's tokens, unless the adapter says that it is for one of the two parts only.
+    PEFT's prompts stand in front of the encoder's text, and its prefixes in front of the decoder's tokens. The prompts
+    of Multitask Prompt Tuning have a second half, which stands there, too, unless the adapter is said to be for one
+    part only (``num_transformer_submodules``).
 
     Args, attributes and errors are those of :class:`Call`.
     """
