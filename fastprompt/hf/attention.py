@@ -76,10 +76,6 @@ WITHOUT_EFFECT = {
 }
 
 
-# Keyword arguments that prefix_attention computes.
-_COMPUTED = {"scaling", "dropout", "softcap", "s_aux", "position_bias"}
-
-
 def _attention(before, module, query, key, value, attention_mask, **arguments):
     if not isinstance(attention_mask, PackedMask | DenseMask):
         batch = active()
@@ -90,12 +86,11 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
     mask = attention_mask
     if isinstance(mask, PackedMask):
         learned = _learned(module, mask.shared, key, value)
-        reason = _why_not(before, module, key, mask, arguments)
+        reason = _why_not(before, module, mask, arguments.get("is_causal"))
         if reason is None:
             if mask.recorded is not None:
-                kept = mask.recorded.keys_values if mask.keys is None else mask.recorded.of_sources
-                kept.append((module.layer_idx, key[0], value[0]))
-            return _run(query, key, value, mask, learned, **arguments), None
+                mask.recorded.keys_values.append((module.layer_idx, key[0], value[0]))
+            return _run(module, query, key, value, mask, learned, **arguments), None
         if mask.dense is None or learned is not None:
             raise UnsupportedAttention(reason)
         mask = mask.dense
@@ -107,17 +102,9 @@ def _attention(before, module, query, key, value, attention_mask, **arguments):
     return _original(before, module)(module, query, key, value, mask.behind_prefix, **arguments)
 
 
-def _why_not(before, module, key, mask, arguments):
-    """None if prefix_attention computes all that ``module`` would with the implementation before, else what is more."""
-    name, is_causal = type(module).__name__, arguments.get("is_causal")
-    unknown = sorted(x for x, value in arguments.items() if x not in _COMPUTED | WITHOUT_EFFECT and value is not None)
-    if not isinstance(arguments.get("position_bias"), PositionBias | None):
-        unknown.append("position_bias")
-    if unknown:
-        return f"{name} passes {unknown}, which prefix_attention does not know"
-    rows = mask.seq.rows if mask.keys is None else mask.keys.rows
-    if mask.dense is None and key.shape[2] != rows:
-        return f"{name} hands {key.shape[2]} keys to attention for {rows} packed rows"
+def _why_not(before, module, mask, is_causal):
+    """None if the mask says all that ``module`` would do with the implementation before, else what it does not say."""
+    name = type(module).__name__
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)  # as transformers does
     if before not in _BLIND_TO_CAUSALITY and bool(is_causal) != mask.causal:
@@ -156,7 +143,26 @@ def _learned(module, shared, key, value):
     return tuple(x.to(key.device, key.dtype) for x in learned)
 
 
-def _run(query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **other):
+def _run(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    learned,
+    *,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    **other,
+):
+    unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
+    if not isinstance(position_bias, PositionBias | None):
+        unknown.append("position_bias")
+    if unknown:
+        raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -164,12 +170,6 @@ def _run(query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     seq = mask.seq.to(q.device)
-    position_bias, optional = other.get("position_bias"), {}
-    if position_bias is not None and position_bias.table is not None:
-        table = position_bias.table.to(q.device, torch.promote_types(q.dtype, torch.float32))
-        optional["position_bias"] = table
-    if mask.keys is not None:
-        optional["key_seq"] = mask.keys.to(q.device)
     prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(learned or (None, None), (k, v)))
     out, _ = prefix_attention(
         q,
@@ -183,8 +183,9 @@ def _run(query, key, value, mask, learned, *, scaling=None, dropout=0.0, softcap
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,
+        position_bias=None if position_bias is None else position_bias.on(q),
+        key_seq=None if mask.keys is None else mask.keys.to(q.device),
         dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
-        **optional,
     )
     return out.view(batch, width, heads, out.shape[-1])
 

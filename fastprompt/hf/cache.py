@@ -11,6 +11,26 @@ from .shared_state import SharedState, layers_with_own_keys, text_config
 from .states import Recorded, gathered_states
 
 
+class RecordingCache(DynamicCache):
+    """What layers are handed as their cache while packed rows run: empty, it records what they update it with.
+
+    Args:
+        recorded: where it leaves that.
+        config: the model's config.
+    """
+
+    def __init__(self, recorded: Recorded, config: PreTrainedConfig) -> None:
+        super().__init__(config=text_config(config))
+        self._recorded = recorded
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[1, Hkv, R, Dh]``, returned as they are."""
+        self._recorded.keys_values.append((layer_idx, key_states[0], value_states[0]))
+        return key_states, value_states
+
+
 class PackedCache(DynamicCache):
     """A ``DynamicCache`` of ``[B, Hkv, W, Dh]`` keys and values, and states ``[B, ...]``, that are put together when
     somebody looks at them.
@@ -71,26 +91,40 @@ class PackedCache(DynamicCache):
         return vars(self)
 
 
-class PairCache(EncoderDecoderCache):
-    """An ``EncoderDecoderCache`` of two caches like :class:`PackedCache`.
+class PairRecorder:
+    """What the decoder of an encoder-decoder leaves for a cache, of its own tokens and of the encoder's.
 
     Args:
-        plan, recorded, shared, prompt_ids: as there; the plan is one of pairs.
         config: the decoder's config.
     """
 
-    def __init__(
-        self,
-        plan: PairPlan,
-        recorded: Recorded,
-        shared: SharedState | None,
-        prompt_ids: torch.Tensor | None,
-        config: PreTrainedConfig,
-    ) -> None:
-        config = config.get_text_config(decoder=True)
-        self.self_attention_cache = PackedCache(plan.target, recorded, shared, prompt_ids, config)
-        self.cross_attention_cache = PackedCache(plan.source, Recorded(recorded.of_sources), None, None, config)
-        self.is_updated = {index: True for index, *_ in recorded.of_sources}
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config.get_text_config(decoder=True)
+        self.own, self.of_sources = Recorded(), Recorded()
+
+    def handed(self) -> EncoderDecoderCache:
+        """What the layers are handed as their cache."""
+        parts = (RecordingCache(recorded, self.config) for recorded in (self.own, self.of_sources))
+        return EncoderDecoderCache(*parts)
+
+    def cache(self, plan: PairPlan, shared: SharedState | None, prompt_ids: torch.Tensor | None) -> "PairCache":
+        """The cache that the model's own forward would return; arguments as of :class:`PackedCache`."""
+        own = PackedCache(plan.target, self.own, shared, prompt_ids, self.config)
+        of_sources = PackedCache(plan.source, self.of_sources, None, None, self.config)
+        return PairCache(own, of_sources, [index for index, *_ in self.of_sources.keys_values])
+
+
+class PairCache(EncoderDecoderCache):
+    """An ``EncoderDecoderCache`` of two that are put together when somebody looks at them.
+
+    Args:
+        own, of_sources: of self-attention and of cross-attention.
+        layers: the indices of the layers that the latter holds.
+    """
+
+    def __init__(self, own: PackedCache, of_sources: PackedCache, layers: list[int]) -> None:
+        self.self_attention_cache, self.cross_attention_cache = own, of_sources
+        self.is_updated = dict.fromkeys(layers, True)
 
 
 def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:

@@ -13,12 +13,12 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 from ..layout import IGNORE, PairPlan, RowPlan, plan_padded_input, plan_pairs
 from ..ops import linear_cross_entropy
 from .abilities import Abilities
-from .cache import PairCache
+from .cache import PairRecorder
+from .cache_names import cache_argument
 from .head import ROWS, logits_later
 from .later import later
 from .request import Embed, Request, Target
 from .runner import Runner, gathered
-from .states import Recorded
 from .structure import is_plain_linear
 
 
@@ -54,10 +54,9 @@ class PairRunner:
         plan: PairPlan,
         embed: Embed,
         found: Abilities,
-        recorded: Recorded | None = None,
+        with_cache: bool = False,
     ) -> Seq2SeqLMOutput:
-        """The model's output: ``loss`` if there are labels, ``logits [B, P + T, V]``, ``encoder_last_hidden_state``,
-        and a cache if what it holds is to be ``recorded``.
+        """The model's output: ``loss`` if there are labels, ``logits [B, P + T, V]``, ``encoder_last_hidden_state``.
 
         In a step of training the head runs on labelled rows only, and what else there is, is computed when it is read.
 
@@ -65,19 +64,25 @@ class PairRunner:
             request, target, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
             found: what may be done with the model.
+            with_cache: is a cache wanted, too?
         """
         tokens = target.tokens
         if tokens is None:
             tokens = shifted(self.base, _given(request.labels))
         rows = _rows(self.encoder, plan.source, request.prompts, request.tokens, embed)
         encoded = self.encoder.states(plan.source, rows).last_hidden_state
+        config: Any = self.decoder.backbone.config
+        recorder = PairRecorder(config) if with_cache else None
+        options: dict[str, Any] = {}
+        if recorder is not None:
+            options = cache_argument(self.decoder.backbone.forward, recorder.handed()) | {"use_cache": True}
         states = self.decoder.states(
             plan.target,
             _rows(self.decoder, plan.target, target.prompts, tokens, embed),
             request.shared,
-            recorded,
             plan.keys,
             encoder_hidden_states=encoded,
+            **options,
         )
         if request.wants_logits:
             hidden, labels = states.last_hidden_state[0], row_labels(plan.target)
@@ -89,9 +94,8 @@ class PairRunner:
             shape = *plan.source.grid.shape, encoded.shape[-1]
             padded = later(encoded, lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype)
         cache: dict[str, Any] = {}
-        if recorded is not None:
-            config: Any = self.decoder.backbone.config
-            cache[found.cache_name] = PairCache(plan, recorded, request.shared, request.prompt_ids, config)
+        if recorder is not None:
+            cache[found.cache_name] = recorder.cache(plan, request.shared, request.prompt_ids)
         return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=padded, **cache)
 
     def head(

@@ -168,8 +168,8 @@ class Engine:
             embed: token ids or embeddings -> embeddings.
         """
         if request.target is not None:
-            recorded = Recorded() if self._wants_cache(request) else None
-            return self.runner.run(request, request.target, plan, embed, self.abilities, recorded)
+            found, with_cache = self.abilities, self._wants_cache(request)
+            return self.runner.run(request, request.target, plan, embed, found, with_cache)
         rows = self._rows(request, plan, embed)
         if not request.wants_logits:
             return self._head.step(request, plan, rows)

@@ -34,8 +34,8 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
         recorded: where attention leaves keys and values; None: nowhere.
+        keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
     """
 
     seq: Sequences
@@ -43,8 +43,8 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    keys: Sequences | None = None
     recorded: Recorded | None = None
+    keys: Sequences | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
@@ -162,7 +162,7 @@ class PackedRows:
         if sources is not None:
             if pattern.window is not None or pattern.segments is not None:
                 raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for cross-attention")
-            return PackedMask(self.sequences, causal=False, keys=sources, recorded=self.recorded)
+            return PackedMask(self.sequences, causal=False, keys=sources)
         return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, recorded=self.recorded)
 
     def _splits_a_sequence(self, segments):

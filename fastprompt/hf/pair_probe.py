@@ -19,8 +19,7 @@ from .encoder_decoder import PairRunner, plain_head, planned_pairs
 from .expectations import ITEMS, Expectations, Sample
 from .request import Request, Target
 from .shared_state import SharedState
-from .states import Recorded
-from .structure import is_plain_linear, why_never_packed
+from .structure import is_plain_linear, is_relative_attention, why_never_packed
 
 
 class PairSample(Sample):
@@ -119,9 +118,11 @@ class PairProbe:
             return "it is an encoder-decoder with another head than a language model's"
         if encoder is self.base or decoder is self.base or encoder is decoder:
             return "it is an encoder-decoder whose two parts are not known apart"
-        reason = why_never_packed(self.base, encoder) or why_never_packed(self.base, decoder)
-        if reason is not None:
-            return reason
+        for part in (encoder, decoder):
+            by_distance = any(map(is_relative_attention, part.modules()))
+            reason = why_never_packed(self.base, part, by_distance)
+            if reason is not None:
+                return reason
         with evaluation_mode(self.base):
             self.expected = PairExpectations.of(self.base, decoder, self.is_lm)
         return self.expected.refusal
@@ -174,7 +175,7 @@ class PairProbe:
         if not isinstance(theirs, EncoderDecoderCache):
             return False
         try:
-            ours = cache_in(self._packed("right", found, recorded=Recorded()))
+            ours = cache_in(self._packed("right", found, with_cache=True))
             parts = [(x.self_attention_cache, x.cross_attention_cache) for x in (ours, theirs)]
             got, wanted = ([content(part) for part in pair] for pair in parts)
         except Exception:  # attention modules without the index of their layer
@@ -199,7 +200,7 @@ class PairProbe:
     def _same(self, loss, other):
         return self.expected.difference(loss.reshape(1, 1), other.reshape(1, 1), None) is None
 
-    def _packed(self, name, found, labels=None, items=None, training=False, recorded=None):
+    def _packed(self, name, found, labels=None, items=None, training=False, with_cache=False):
         """The attached model's output on the sample's packed rows."""
         sample = self.expected.sample
         target = Target(sample.targets if labels is None else None)
@@ -215,7 +216,7 @@ class PairProbe:
         )
         with self.expected.arithmetic():
             plan = planned_pairs(request, target)
-            return self.runner(found).run(request, target, plan, lambda x: x, found, recorded)
+            return self.runner(found).run(request, target, plan, lambda x: x, found, with_cache)
 
 
 def _head_is_linear(base, sample):

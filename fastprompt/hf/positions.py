@@ -1,8 +1,6 @@
-"""Positions on packed rows in models that are given none: T5's relative ones, and embeddings that number the rows."""
+"""T5's relative positions on packed rows: a bias by distance, and no tensor over all pairs of rows."""
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,11 @@ class PositionBias:
     def to(self, *args: Any, **kwargs: Any) -> "PositionBias":
         """As ``PackedMask.to``."""
         return self
+
+    def on(self, queries: torch.Tensor) -> torch.Tensor | None:
+        """The table as prefix_attention takes it with these queries."""
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        return None if self.table is None else self.table.to(queries.device, dtype)
 
 
 def patch_relative_attention(model: nn.Module) -> None:
@@ -73,40 +76,3 @@ def _bias(module):
     if bias.requires_grad:
         raise UnsupportedAttention(f"the relative positions of {type(module).__name__} train")
     return PositionBias(torch.cat([bias[:, far], bias[:, 0, 1:]], 1))
-
-
-@contextmanager
-def counted(counters: list[nn.Module], positions: torch.Tensor, longest: int) -> Iterator[None]:
-    """While the block runs, embeddings of positions that number rows give those of ``positions``.
-
-    Args:
-        counters: from ``structure.row_counters``.
-        positions: ``[R]`` int64.
-        longest: more than the largest of them.
-    """
-    rows = len(positions)
-
-    def lengthened(x):
-        """An argument for R rows as one for ``longest`` rows."""
-        if isinstance(x, torch.Tensor):
-            if x.dim() == 1 and len(x) == rows:  # the numbers themselves
-                return torch.arange(longest, device=x.device)
-            return x[:, :1].expand(-1, longest, *x.shape[2:]) if x.dim() > 1 and x.shape[1] == rows else x
-        is_shape = isinstance(x, tuple | list) and tuple(x[:2]) == (1, rows)
-        return torch.Size([1, longest, *x[2:]]) if is_shape else x
-
-    def before(module, args, kwargs):
-        return tuple(map(lengthened, args)), {name: lengthened(x) for name, x in kwargs.items()}
-
-    def behind(module, args, output):
-        return output.index_select(-2, positions.to(output.device))
-
-    hooks = []
-    try:
-        for module in counters:
-            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(module.register_forward_hook(behind))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

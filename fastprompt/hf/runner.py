@@ -17,11 +17,10 @@ from .attachment import attach_again, is_attached
 from .cache_names import CACHE_NAMES
 from .checkpointing import checkpoints_reentrantly, recomputing, through_reentrant_checkpoints
 from .masks import PackedRows, UnsupportedAttention, active, running
-from .positions import counted
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
-from .structure import row_counters
+from .structure import position_embeddings, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -51,7 +50,7 @@ class Runner:
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_use_cache = "use_cache" in parameters or "kwargs" in parameters
         self._takes_positions = "position_ids" in parameters
-        self._counters = [] if self._takes_positions else row_counters(self.backbone)
+        self._position_embeddings = position_embeddings(self.backbone)
         self._mixers = mixers(self.backbone)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
@@ -70,18 +69,17 @@ class Runner:
         plan: RowPlan,
         rows: torch.Tensor,
         shared: SharedState | None = None,
-        recorded: Recorded | None = None,
         sources: Sequences | None = None,
         **options: Any,
     ) -> Any:
         """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``.
 
         Args:
-            plan, rows, shared, recorded: see :meth:`rows` and :class:`PackedRows`.
+            plan, rows, shared: see :meth:`rows` and :class:`PackedRows`.
             sources: the sequences of the encoder's rows that a decoder's sequences attend to; None: there are none.
             options: what the backbone's forward takes besides.
         """
-        return self._call(self.backbone, plan, rows, shared, recorded, sources, **options)
+        return self._call(self.backbone, plan, rows, shared, sources=sources, **options)
 
     def logits(
         self,
@@ -212,7 +210,7 @@ class Runner:
     def _call(self, model, plan, rows, shared, recorded=None, sources=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
         with self._running(plan, {name: rows}, shared, recorded, sources) as inputs:
-            output = model(**inputs, **extra)
+            output = model(**{**inputs, **extra})
             self._check_mixers(active())
             return output
 
@@ -240,12 +238,11 @@ class Runner:
             inputs = {name: x[None] for name, x in rows.items()}
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
+            for module in self._position_embeddings:
+                block.callback(tell_positions(module, self._positions(plan)).remove)
             inputs["return_dict"] = True
             if self._takes_use_cache:
                 inputs["use_cache"] = False
-            if self._counters:
-                positions, longest = self._positions(plan), _span(plan, shared)
-                block.enter_context(counted(self._counters, positions, longest + self.position_offset))
             packed = PackedRows(plan, self.layout == "shared", shared, recorded, sources)
             batch = block.enter_context(running(packed))
             if self._mixers:
@@ -257,12 +254,6 @@ class Runner:
         if self.compact_positions and sequences.gaps is not None:
             positions = positions - torch.repeat_interleave(sequences.gaps, sequences.lengths)
         return positions + self.position_offset
-
-
-def _span(plan, shared):
-    """One more than the largest position of a plan behind learned keys and values."""
-    room = max((length for _, length in plan.shared), default=0) + (0 if shared is None else shared.length)
-    return plan.sequences.span(room)
 
 
 def gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

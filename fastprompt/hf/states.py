@@ -32,12 +32,10 @@ class Recorded:
 
     Attributes:
         keys_values: the index of an attention module's layer, its keys and its values ``[Hkv, R, Dh]``, as they ran.
-        of_sources: the same of cross-attention, ``[Hkv, rows of the sources, Dh]``.
         mixers: for each layer with a state what ran it (a ``Mixer``), and the states that the N prompts left.
     """
 
     keys_values: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    of_sources: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     mixers: list[tuple[Any, States]] = field(default_factory=list)
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
@@ -32,14 +34,18 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
-    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not."""
+def why_never_packed(base: PreTrainedModel, backbone: nn.Module, by_distance: bool = False) -> str | None:
+    """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not.
+
+    ``by_distance``: does attention see where tokens stand by their distance alone?
+    """
     name = type(backbone).__name__
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
-    if not (with_state or _is_told_positions(backbone)):
+    counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
+    if counts:
         return f"{name} takes no position_ids"
     for attribute in _LAYER_LISTS:
         kinds = getattr(backbone.config, attribute, None) or ()
@@ -58,18 +64,25 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module) -> str | None:
     return None
 
 
-def _is_told_positions(backbone):
-    """Can a backbone be told where its rows stand, or does it look at distances alone?"""
-    if "position_ids" in inspect.signature(backbone.forward).parameters or row_counters(backbone):
-        return True
-    return any(map(is_relative_attention, backbone.modules()))
+def position_embeddings(backbone: nn.Module) -> list[nn.Module]:
+    """The modules that can be told the positions which a backbone without ``position_ids`` counts itself (BART)."""
+    if _takes_positions(backbone):
+        return []
+    return [module for module in backbone.modules() if isinstance(module, nn.Embedding) and _takes_positions(module)]
 
 
-def row_counters(backbone: nn.Module) -> list[nn.Module]:
-    """The embeddings of positions in a backbone that number the rows of a batch, whatever these are."""
-    found = getattr(backbone, "embed_positions", None)
-    by_ids = hasattr(found, "create_position_ids_from_input_ids")
-    return [found] if isinstance(found, nn.Module) and not by_ids else []
+def tell_positions(module: nn.Module, positions: torch.Tensor) -> RemovableHandle:
+    """Let one of :func:`position_embeddings` embed these, ``[R]``, in place of those that it would count."""
+    signature = inspect.signature(module.forward)
+
+    def tell(module, args, kwargs):
+        return (), {**signature.bind(*args, **kwargs).arguments, "position_ids": positions}
+
+    return module.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+def _takes_positions(module):
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def is_relative_attention(module: nn.Module) -> bool:
