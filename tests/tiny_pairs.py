@@ -9,6 +9,7 @@ from parity import TASKS, peft_model
 from tiny_models import T5, VOCABULARY, drawn
 
 import fastprompt
+from fastprompt.hf.cache_names import cache_in
 
 SOURCES, TARGETS = (9, 4, 1, 6), (5, 1, 6, 3)
 B, S, T = 4, 9, 6
@@ -132,10 +133,11 @@ def assert_outputs_equal(ours, theirs, inputs, rtol=1e-4):
         return
     everywhere = torch.ones(theirs.logits.shape[:2]).bool()
     _assert_close(ours.logits, theirs.logits, everywhere, rtol)
-    if theirs.past_key_values is None:
+    ours, theirs = cache_in(ours), cache_in(theirs)
+    if theirs is None:
         return
     for part, seen in (("self_attention_cache", everywhere), ("cross_attention_cache", real)):
-        for mine, other in zip(getattr(ours.past_key_values, part), getattr(theirs.past_key_values, part)):
+        for mine, other in zip(getattr(ours, part), getattr(theirs, part)):
             for x, y in zip(mine[:2], other[:2]):
                 columns = torch.nn.functional.pad(seen, (y.shape[2] - seen.shape[1], 0), value=True)
                 _assert_close(x.transpose(1, 2), y.transpose(1, 2), columns, rtol)
