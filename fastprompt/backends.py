@@ -144,13 +144,10 @@ def _reference(operator, **options):
     return Backend(operator, "reference", "PyTorch's own operations", (), (*_REAL, torch.float64), **options)
 
 
-_BIASES = (
+_COMPOSED = (
     Limit("take no ALiBi slopes", lambda call: call.alibi),
     Limit("take no position bias", lambda call: call.position_bias),
     Limit("take no keys of other rows than the queries", lambda call: call.cross),
-)
-_COMPOSED = (
-    *_BIASES,
     Limit("take no softcap", lambda call: call.softcap),
     Limit("take no decode", lambda call: call.decode),
     Limit("take no dropout mask", lambda call: call.dropout),
@@ -167,7 +164,6 @@ TABLE = (
     _cpp("prefix_attention"),
     _triton(
         "prefix_attention",
-        *_BIASES,
         Limit("take heads of at most 256", lambda call: call.head_dim > 256 and f"q has {call.head_dim}"),
         Limit("take values of at most 256", lambda call: call.value_dim > 256 and f"v has {call.value_dim}"),
     ),

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from attention_cases import FEATURES, biased
 from budget import assert_within
 from dropout_masks import InEveryDraw
 from faults import assert_found, attention_faults
@@ -18,16 +19,6 @@ from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
-FEATURES = ["alibi", "bias", "short_bias"]
-
-
-def biased(feature, heads, dtype=torch.float32, seed=3):
-    """The keyword and tensor of a feature: slopes as ALiBi's, or a table for M = 6, or for M = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    if feature == "alibi":
-        return dict(alibi_slopes=0.5 ** (torch.arange(1, heads + 1, dtype=dtype) * 8 / heads))
-    most = 6 if feature == "bias" else 0
-    return dict(position_bias=torch.randn(heads, 2 * most + 1, generator=generator, dtype=torch.float64).to(dtype))
 
 
 def case(feature, heads=4, kv_heads=2, prefixes=2, dtype=torch.float64, lengths=(5, 0, 9, 1, 5, 2), **options):

@@ -219,11 +219,7 @@ def test_the_gpu_schedule_is_its_definition(batch, causal, window, data):
         for query in range(q0, q1) for key in range(k0, k1)
     ]  # fmt: skip
     assert sorted(met) == [(i, s[3], key) for i, (s, _) in enumerate(queries) for key in range(s[4])]
-    of_keys = [row for row in items.tolist() if row[0] == gpu.KEYS]
-    assert sorted(key for row in of_keys for key in range(row[3], row[4])) == list(range(len(keys)))
-    for _, q0, q1, k0, k1, *_ in of_keys:
-        meet = [i for i in range(len(queries)) if made.low[i] < k1 and made.high[i] > k0]
-        assert not meet or (q0 <= meet[0] and meet[-1] < q1)
+    check_key_items(made, items)
 
     # The partial sums of a block of a prefix stand in slots side by side, and no slot is another's.
     found = gpu.slot_table(slots, 4, room, block)
@@ -233,6 +229,51 @@ def test_the_gpu_schedule_is_its_definition(batch, causal, window, data):
         if row[0] == gpu.PREFIX:
             begin, end, length = found[row[5], row[3] // block].tolist()
             assert begin <= row[6] < end and row[4] <= length
+
+
+def check_key_items(made, items):
+    """Every own key is in one item, which runs over all queries that see it."""
+    of_keys = [row for row in items.tolist() if row[0] == gpu.KEYS]
+    assert sorted(key for row in of_keys for key in range(row[3], row[4])) == list(range(made.keys))
+    for _, q0, q1, k0, k1, *_ in of_keys:
+        meet = [i for i in range(made.queries) if max(made.low[i], k0) < min(made.high[i], k1)]
+        assert not meet or (q0 <= meet[0] and meet[-1] < q1)
+
+
+@given(batches(longest=200), st.lists(st.sampled_from([0, 1, 5, 40, 300]), min_size=30, max_size=30), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_in_cross_attention_a_query_meets_the_keys_of_its_sequence(batch, lengths, backwards):
+    seq, room = batch
+    if seq.kind == "decode":
+        return
+    lengths = lengths[: len(seq.starts)]
+    starts = [sum(lengths[i + 1 :] if backwards else lengths[:i]) for i in range(len(lengths))]
+    key_seq = Sequences.runs(starts, lengths, sum(lengths))
+    expected, read = {}, []
+    for number, start, count, _, used, _ in described(seq, room):
+        keys = list(range(starts[number], starts[number] + lengths[number]))
+        expected |= {row: keys for row in range(start, start + count) if keys or used}
+        read += keys if count else []
+
+    made = cpu_schedule(seq, causal=False, window=None, room=room, heads=6, kv_heads=2, key_seq=key_seq)
+    met, written = {}, [base + key for base, length, *_ in made.splits.tolist() for key in range(length)]
+    for row, rows, _, base, begin, end, _, _, _, store, part in made.segments.tolist():
+        keys = list(range(base + begin, base + end))
+        assert not met.keys() & range(row, row + rows)
+        met |= dict.fromkeys(range(row, row + rows), keys)
+        written += keys if store and part < 0 else []
+    assert met == expected and sorted(written) == sorted(read)
+
+    table, used = torch.tensor(list(described(seq, room))).view(-1, 6)[:, [1, 2, 3, 5]], seq.prefix_lengths(room)
+    keys = list(zip(starts, lengths))
+    made = gpu.make_batch(table, used, decode=False, room=0, causal=False, window=None, key_sequences=keys)
+    intervals = zip(made.query_rows.tolist(), made.low, made.high)
+    assert {row: made.key_rows[low:high].tolist() for row, low, high in intervals} == expected
+    assert sorted(made.key_rows.tolist()) == sorted(read)
+    for q0, q1, k0, k1, *_ in gpu.query_tiles(made, 7).tolist():
+        assert (k0, k1) == (made.low[q0:q1].min(), made.high[q0:q1].max())
+    sizes = dict(query_rows=7, key_block=16, chunk_rows=60)
+    check_key_items(made, gpu.backward_items(made, **sizes, dq=False, dkv=True, dprefix=False)[0])
 
 
 def check_decode_items(made, queries, rows, split):

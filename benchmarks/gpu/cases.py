@@ -45,7 +45,8 @@ def sample():
     for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 128)):
         for rows in ({}, {"even": True}):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **rows)
-        cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, dropout=0.1)
+        for feature in (dict(dropout=0.1), dict(alibi=True), dict(bias=128, causal=False), dict(cross=True)):
+            cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **feature)
     flags = dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3)
     cases += _attention("fp16", 128, 32, 8, native=True)
     cases += _attention("fp16", 96, 4, 4, **flags)
@@ -57,6 +58,9 @@ def sample():
     cases += _attention("bf16", 192, 16, 16, everywhere=True, native=True, value_dim=128)  # as DeepSeek V3
     cases += _attention("bf16", 24, 4, 2, value_dim=12, **flags)
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
+    cases += _attention("fp16", 64, 12, 12, bias=128)  # the decoder of a T5
+    cases += _attention("bf16", 64, 71, 1, alibi=True)  # Falcon 7B
+    cases += _attention("fp32", 64, 9, 3, alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
     cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
     cases += _row_plan("padded", everywhere=True) + _row_plan("packed", virtual=True, prompts=True, dtype=torch.int32)
@@ -75,6 +79,9 @@ def complete():
              dict(layout="padded"), dict(prefixes=3), dict(prefix=0), dict(strided=True), dict(dropout=0.1),
              dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3),
              dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3, dropout=0.1),
+             dict(alibi=True), dict(alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1),
+             dict(bias=128), dict(bias=128, causal=False), dict(bias=128, layout="padded", prefixes=3, dropout=0.1),
+             dict(cross=True), dict(cross=True, layout="padded", sinks=True, prefixes=3, dropout=0.1),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
     for dtype in DTYPES:
         for head_dim in (64, 128):
@@ -103,12 +110,14 @@ _NEEDS = {  # gradients asked for: of q, k, v, prefix_k, prefix_v, sinks
 
 
 def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=False, needs="all", **flags):
-    """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are."""
+    """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are, and
+    cross-attention has no decode."""
     given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
     label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
     arguments = DTYPES[dtype], head_dim, heads, kv_heads
     cases = []
-    for direction in ("forward", "backward", "decode") if needs == "all" else ("backward",):
+    directions = ("forward", "backward", "decode") if needs == "all" else ("backward",)
+    for direction in directions[:2] if flags.get("cross") else directions:
         run = partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags)
         # Whether tiles have rows enough for the chip's own matrix instructions.
         enough_rows = direction == "forward" or direction == "backward" and head_dim <= 128
@@ -135,6 +144,9 @@ def _run_attention(
     even=False,
     dropout=0.0,
     value_dim=None,
+    alibi=False,
+    bias=None,
+    cross=False,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
     from fastprompt.ops.prefix_attention.dropout import Dropout
@@ -154,18 +166,24 @@ def _run_attention(
     else:
         seq = Sequences.packed([sum(lengths[:b]) for b in range(batch + 1)], **(bank if prefixes > 1 else {}))
 
-    def rows(heads, width):  # [Rq, heads, width], strided: a column too many in memory
-        return new(seq.rows, heads * width + strided)[:, : heads * width].unflatten(1, (heads, width))
+    key_seq = Sequences.packed([3 * sum(lengths[:b]) for b in range(batch + 1)]) if cross else None
+
+    def rows(count, heads, width):  # [count, heads, width], strided: a column too many in memory
+        return new(count, heads * width + strided)[:, : heads * width].unflatten(1, (heads, width))
 
     def keys(width):
-        return new(batch, kv_heads, max(lengths), width) if direction == "decode" else rows(kv_heads, width)
+        if direction == "decode":
+            return new(batch, kv_heads, max(lengths), width)
+        return rows(key_seq.rows if cross else seq.rows, kv_heads, width)
 
     widths = head_dim, value_dim or head_dim
-    q, k, v = rows(heads, head_dim), *map(keys, widths)
+    q, k, v = rows(seq.rows, heads, head_dim), *map(keys, widths)
     prefix_k, prefix_v = (new(prefixes, prefix, kv_heads, width) if prefix else None for width in widths)
     options = dict(
-        causal=causal, window=window, softcap=softcap, sinks=new(heads) if sinks else None, scale=head_dim**-0.5,
-        dropout=Dropout(dropout, seed=0) if dropout else None,
+        causal=causal and not cross, window=window, softcap=softcap, sinks=new(heads) if sinks else None,
+        scale=head_dim**-0.5, dropout=Dropout(dropout, seed=0) if dropout else None,
+        alibi_slopes=torch.empty(heads, device="meta") if alibi else None,
+        position_bias=torch.empty(heads, 2 * bias + 1, device="meta") if bias else None, key_seq=key_seq,
     )  # fmt: skip
     if direction != "backward":
         launcher.forward(q, k, v, prefix_k, prefix_v, seq, **options)

@@ -74,11 +74,15 @@ class Batch(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How scores come out of products, and what a window hides."""
+    """How scores come out of products, and what a window hides; ALiBi's slopes ``[H]`` and a position bias
+    ``[H, 2 * most + 1]``, None without."""
 
     scale: Any
     softcap: Any
     window: Any
+    slopes: Any
+    bias: Any
+    most: Any
 
 
 class Dropout(NamedTuple):

@@ -15,13 +15,14 @@ from ..launch import Kernel
 from . import schedule
 from .common import (
     LOG2_E,
-    cap,
     dropout_keys,
     kept,
     key_offsets,
     load_rows,
+    origins,
     product,
     rows_of,
+    scored,
     store_rows,
     tile_of_queries,
     visible,
@@ -50,10 +51,12 @@ def dscores(weight, dweight, delta, capped, static: tl.constexpr):
 
 
 @triton.jit
-def dq_of_block(dq, loaded, b_k, b_v, seen, key, start, salt, scores, dropout, static: tl.constexpr):
-    """``dq [BM, BD]`` with what one block of keys adds; ``loaded``: what load_queries gives."""
+def dq_of_block(dq, loaded, b_k, b_v, seen, key, place, scores, dropout, static: tl.constexpr):
+    """``dq [BM, BD]`` with what one block of keys adds; ``loaded``: what load_queries gives; ``place``: see attend."""
     b_q, b_do, b_lse, delta = loaded
-    score, capped = cap(product(b_q, tl.trans(b_k), static.UPCAST), scores, static)  # [BM, BN]
+    start, salt, origin, gain = place
+    score = product(b_q, tl.trans(b_k), static.UPCAST)  # [BM, BN]
+    score, capped = scored(score, key[None, :], origin[:, None], gain[:, None], scores, static)
     weight = tl.where(seen, tl.exp2((score - b_lse[:, None]) * LOG2_E), 0.0)
     dweight = product(b_do, tl.trans(b_v), static.UPCAST)
     if dropout is not None:
@@ -77,6 +80,8 @@ def dq_of_queries(
     low, high, prefix_low = visible(query, live, batch, scores.window, static)
     loaded = load_queries(queries, output, gradient, row, head, live, static)
     prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
+    prefix_origin, own_origin, gain = origins(query, head, live, batch, scores, static)
+    of_prefix, of_own = (prefix_start, salt, prefix_origin, gain), (own_start, salt, own_origin, gain)
     b_dq = tl.zeros([BM, static.BD], tl.float32)
 
     if prefix is not None:
@@ -90,7 +95,7 @@ def dq_of_queries(
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
-            b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, prefix_start, salt, scores, dropout, static)
+            b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, of_prefix, scores, dropout, static)
 
     own_k, own_v = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
     for start in range(k0, k1, BN):
@@ -101,18 +106,20 @@ def dq_of_queries(
         b_k = load_rows(own_k, k_at, key < k1, static.DH, static.BD)
         b_v = load_rows(own_v, v_at, key < k1, static.DV, static.BV)
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, own_start, salt, scores, dropout, static)
+        b_dq = dq_of_block(b_dq, loaded, b_k, b_v, seen, key, of_own, scores, dropout, static)
     if gradients.dq is not None:
         to = row * gradients.stride_row + head * static.DH
         store_rows(gradients.dq, to, live, b_dq * scores.scale, static.DH, static.BD)
 
 
 @triton.jit
-def dkv_of_block(sums, loaded, b_k, b_v, seen, key, start, salt, scores, dropout, static: tl.constexpr):
-    """``dk [BN, BD]`` and ``dv [BN, BV]`` with what one tile of queries adds; ``loaded``: what load_queries gives."""
+def dkv_of_block(sums, loaded, b_k, b_v, seen, key, place, scores, dropout, static: tl.constexpr):
+    """``dk [BN, BD]`` and ``dv [BN, BV]`` with what one tile of queries adds; the others as in dq_of_block."""
     b_dk, b_dv = sums
     b_q, b_do, b_lse, delta = loaded
-    score, capped = cap(product(b_k, tl.trans(b_q), static.UPCAST), scores, static)  # [BN, BM]
+    start, salt, origin, gain = place
+    score = product(b_k, tl.trans(b_q), static.UPCAST)  # [BN, BM]
+    score, capped = scored(score, key[:, None], origin[None, :], gain[None, :], scores, static)
     weight = tl.where(seen, tl.exp2((score - b_lse[None, :]) * LOG2_E), 0.0)
     used = weight
     if dropout is not None:
@@ -163,7 +170,11 @@ def dkv_of_keys(
             prefix_start, start_of, salt = dropout_keys(query, row, head, live, batch, dropout)
             if dropout is not None:
                 start_of = tl.where(role == PREFIX, prefix_start, start_of)
-            sums = dkv_of_block(sums, loaded, b_k, b_v, seen, key, start_of, salt, scores, dropout, static)
+            prefix_origin, origin, gain = origins(query, head, live, batch, scores, static)
+            if scores.slopes is not None or scores.bias is not None:
+                origin = tl.where(role == PREFIX, prefix_origin, origin)
+            place = start_of, salt, origin, gain
+            sums = dkv_of_block(sums, loaded, b_k, b_v, seen, key, place, scores, dropout, static)
 
     b_dk, b_dv = sums
     if role == PREFIX:

@@ -80,6 +80,22 @@ def visible(query, live, batch, window, static: tl.constexpr):
 
 
 @triton.jit
+def origins(query, head, live, batch, scores, static: tl.constexpr):
+    """``[BM]`` each, what :func:`scored` needs of a query: the numbers that prefix keys and own keys would have at its
+    place, and its head's slope, or the middle of the head's row in the position bias. Unused without either."""
+    prefix_origin, own_origin, gain = query, query, query
+    if scores.slopes is not None or scores.bias is not None:
+        if static.CACHE:
+            own_origin = tl.load(batch.spans + batch.queries + query, mask=live, other=0) - 1
+        prefix_origin = own_origin + tl.load(batch.spans + 2 * batch.queries + query, mask=live, other=0)
+        if scores.slopes is not None:
+            gain = tl.load(scores.slopes + head)
+        else:
+            gain = head * (2 * scores.most + 1) + scores.most
+    return prefix_origin, own_origin, gain
+
+
+@triton.jit
 def dropout_keys(query, row, head, live, batch, dropout):
     """``[BM]`` each, what :func:`kept` needs of a query: for prefix keys, own keys, both; unused without dropout.
 
@@ -128,9 +144,16 @@ def tanh(x):
 
 
 @triton.jit
-def cap(product, scores, static: tl.constexpr):
-    """Scores from the products of queries and keys, and ``tanh(score / softcap)`` or an unused value."""
+def scored(product, key, origin, gain, scores, static: tl.constexpr):
+    """Scores from the products of queries and keys, and ``tanh(score / softcap)`` or an unused value; ``key`` and what
+    :func:`origins` gives in shapes that broadcast."""
     if static.SOFTCAP:
         capped = tanh(product * (scores.scale / scores.softcap))
         return capped * scores.softcap, capped
-    return product * scores.scale, product
+    score = product * scores.scale
+    if scores.slopes is not None:
+        score += gain * (key - origin).to(tl.float32)
+    if scores.bias is not None:
+        distance = tl.minimum(tl.maximum(key - origin, -scores.most), scores.most)
+        score += tl.load(scores.bias + (gain + distance))
+    return score, product

@@ -59,10 +59,11 @@ def _for_widths(rule):
 
 
 @_for_widths
-def forward_tiles(width, wide, element_size, target, *, group=1, gather=False):
+def forward_tiles(width, wide, element_size, target, *, group=1, gather=False, alibi=False, bias=False):
     """Per thread live: the output and the scores with their half-precision copy, ``BM (BV + 1.5 BN)`` fp32 values, and
     where matrix instructions read registers (sm_80, sm_120) a copy of the queries and keys as well: fewer keys there,
-    and fewer still where rows are read from a table or a group's heads are found by a division, or it would spill."""
+    and fewer still where rows are read from a table, a group's heads are found by a division or scores gain by
+    distance, or it would spill. A position bias is a value and an address for each score: half the keys everywhere."""
     if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
         rows = 32 if width <= 64 else 16
         return Tiles(rows, rows, Options(num_warps=8))
@@ -70,22 +71,25 @@ def forward_tiles(width, wide, element_size, target, *, group=1, gather=False):
         return Tiles(64, 32 if width <= 128 else 16, Options(num_warps=8))
     if width > 128:
         return Tiles(64, 32, Options(num_warps=8))
+    keys = 32 if bias else 64
     if target.backend == "hip":
-        return Tiles(128, 64, Options(num_warps=4))
+        return Tiles(128, keys, Options(num_warps=4))
     if width <= 64 or _from_shared_memory(target):
-        return Tiles(128, 64, Options(num_warps=8, num_stages=2))
-    return Tiles(128, 16 if gather or _uneven(group) else 32, Options(num_warps=8, num_stages=3))
+        return Tiles(128, keys, Options(num_warps=8, num_stages=2))
+    few = gather or alibi or bias or _uneven(group)
+    return Tiles(128, 16 if few else 32, Options(num_warps=8, num_stages=3))
 
 
 @_for_widths
-def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False):
+def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False, bias=False):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100
     keeps sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second
     program on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
 
     With wide heads two kinds of groups take more registers than are left: those whose heads are found by a division,
     and those folded in parts, over which key items run one more loop. Fewer queries, or on sm_100, where they are the
-    wrong end to save at, no loads ahead. Dropout takes registers, too: too many with wide heads on sm_90."""
+    wrong end to save at, no loads ahead. Dropout takes registers, too: too many with wide heads on sm_90. A position
+    bias does so everywhere, and most in items that hold queries: fewer keys for these."""
     in_parts = width > 64 and fold(group, 32) < group
     if element_size == 4:
         rows = 32 if width <= 64 else 16
@@ -104,8 +108,9 @@ def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False)
         return Tiles(64, 64, options, key_queries=64, key_keys=64)
     if target.arch // 10 == 12 and width <= 64:
         return Tiles(64, 32, Options(num_warps=4), key_queries=32, key_keys=32)
-    few = target.arch // 10 == 9 and width > 64 and (_uneven(group) or dropout)
-    return Tiles(64, 64, Options(num_warps=8), key_queries=16 if few else 32, key_keys=64)
+    few = width > 64 and (bias or target.arch // 10 == 9 and (_uneven(group) or dropout))
+    keys = 32 if bias and width > 64 else 64
+    return Tiles(64, keys, Options(num_warps=8), key_queries=16 if few else 32, key_keys=64)
 
 
 DECODE_ROWS = 64

@@ -6,7 +6,7 @@ An item is a tile of queries that share a prefix and a split of its keys, or one
 import triton.language as tl
 
 from ..launch import Kernel
-from .common import LOG2_E, dropout_keys, key_offsets, load_rows, store_rows, tile_of_queries, visible
+from .common import LOG2_E, dropout_keys, key_offsets, load_rows, origins, store_rows, tile_of_queries, visible
 from .forward import attend
 
 
@@ -26,9 +26,12 @@ def _decode(
     query, head, row, live = tile_of_queries(q0, q1, first_head, batch, BM, static)
     low, high, prefix_low = visible(query, live, batch, scores.window, static)
     prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
-    start_of = own_start
+    prefix_origin, own_origin, gain = origins(query, head, live, batch, scores, static)
+    start_of, origin = own_start, own_origin
     if dropout is not None:
         start_of = tl.where(of_query, own_start, prefix_start)
+    if scores.slopes is not None or scores.bias is not None:
+        origin = tl.where(of_query, own_origin, prefix_origin)
     keys_of, values_of = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
     step_k, step_v, shift_k, shift_v = own.stride_kr, own.stride_vr, k0 * own.stride_kr, k0 * own.stride_vr
     if of_query:  # one sequence: its keys [k0, k1) stand side by side in the cache
@@ -54,7 +57,7 @@ def _decode(
         b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, static.DH, static.BD)  # [BN, BD]
         b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, static.DV, static.BV)  # [BN, BV]
         seen = (key < k1)[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        state = attend(state, b_q, b_k, b_v, seen, key, start_of, salt, scores, dropout, static)
+        state = attend(state, b_q, b_k, b_v, seen, key, (start_of, salt, origin, gain), scores, dropout, static)
 
     total, maximum, weights = state
     if dropout is not None:

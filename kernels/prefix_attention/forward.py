@@ -6,13 +6,14 @@ import triton.language as tl
 from ..launch import Kernel
 from .common import (
     LOG2_E,
-    cap,
     dropout_keys,
     kept,
     key_offsets,
     load_rows,
+    origins,
     product,
     rows_of,
+    scored,
     store_rows,
     tile_of_queries,
     visible,
@@ -20,14 +21,17 @@ from .common import (
 
 
 @triton.jit
-def attend(state, query, keys, values, seen, key, start, salt, scores, dropout, static: tl.constexpr):
+def attend(state, query, keys, values, seen, key, place, scores, dropout, static: tl.constexpr):
     """One block of keys into the running ``(sum of values [BM, BV], maximum [BM], sum of weights [BM])``.
 
-    Dropout takes weights from their values and not from the sum; ``key [BN]`` and what dropout_keys gives say which.
+    Dropout takes weights from their values and not from the sum. ``key [BN]`` and ``place``, what dropout_keys and
+    origins give, say which, and what scores gain.
     The exponential is exp2, the cheaper one; its factor waits until the maximum is subtracted, where it rounds least.
     """
     total, maximum, weights = state
-    score, _ = cap(product(query, tl.trans(keys), static.UPCAST), scores, static)  # [BM, BN]
+    start, salt, origin, gain = place
+    score = product(query, tl.trans(keys), static.UPCAST)  # [BM, BN]
+    score, _ = scored(score, key[None, :], origin[:, None], gain[:, None], scores, static)
     score = tl.where(seen, score, float("-inf"))
     highest = tl.maximum(maximum, tl.max(score, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: no inf - inf
@@ -57,6 +61,7 @@ def _forward(
     query, head, row, live = tile_of_queries(q0, q1, first_head, batch, BM, static)
     low, high, prefix_low = visible(query, live, batch, scores.window, static)
     prefix_start, own_start, salt = dropout_keys(query, row, head, live, batch, dropout)
+    prefix_origin, own_origin, gain = origins(query, head, live, batch, scores, static)
     q_at = row * queries.stride_row + head * queries.stride_head
     b_q = load_rows(queries.q, q_at, live, static.DH, static.BD)  # [BM, BD]
     state = (
@@ -65,6 +70,7 @@ def _forward(
         tl.zeros([BM], tl.float32),
     )
 
+    of_prefix, of_own = (prefix_start, salt, prefix_origin, gain), (own_start, salt, own_origin, gain)
     if prefix is not None:
         number, p0, p1 = tl.load(tile + 4).to(tl.int64), tl.load(tile + 5), tl.load(tile + 6)
         prefix_k = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
@@ -76,7 +82,7 @@ def _forward(
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
-            state = attend(state, b_q, b_k, b_v, seen, key, prefix_start, salt, scores, dropout, static)
+            state = attend(state, b_q, b_k, b_v, seen, key, of_prefix, scores, dropout, static)
 
     own_k, own_v = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
     for start in range(k0, k1, BN):
@@ -87,7 +93,7 @@ def _forward(
         b_k = load_rows(own_k, k_at, key < k1, static.DH, static.BD)  # [BN, BD]
         b_v = load_rows(own_v, v_at, key < k1, static.DV, static.BV)  # [BN, BV]
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        state = attend(state, b_q, b_k, b_v, seen, key, own_start, salt, scores, dropout, static)
+        state = attend(state, b_q, b_k, b_v, seen, key, of_own, scores, dropout, static)
 
     total, maximum, weights = state
     if sinks is not None:  # a logit without a value

@@ -27,12 +27,15 @@ class Batch:
     """The sequences of a batch in virtual order; see the package's docstring.
 
     Attributes:
+        cache: whether the keys stand in a cache.
         prefixes, prefix_lengths: ``[Q]`` the prefix that each query reads (-1: none), and its keys.
         query_rows, key_rows: ``[Q]``, ``[K]`` the row of each virtual query and key; for a cache ``b * room + j``.
-        spans: ``[3, Q]`` of each query: first and last own key of its sequence, and its position minus its own key.
+        spans: ``[3, Q]`` of each query: first and last own key of its sequence, and the position of an own key minus
+            its number.
         low, high, prefix_low: ``[Q]`` the intervals of keys it sees.
     """
 
+    cache: bool
     prefixes: np.ndarray
     prefix_lengths: np.ndarray
     query_rows: np.ndarray
@@ -52,8 +55,9 @@ class Batch:
 
     @cached_property
     def in_order(self):
-        """Whether virtual rows are the rows in memory."""
-        return bool((self.query_rows == np.arange(self.queries)).all())
+        """Whether virtual rows are the rows in memory, those of a cache apart."""
+        rows = [self.query_rows] if self.cache or self.key_rows is self.query_rows else [self.query_rows, self.key_rows]
+        return all((x == np.arange(len(x))).all() for x in rows)
 
     @cached_property
     def groups(self):
@@ -63,20 +67,22 @@ class Batch:
         return Groups(first, last, self.prefixes[first], self.prefix_lengths[first])
 
 
-def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
+def make_batch(sequences, prefix_lengths, *, decode, room, causal, window, key_sequences=None):
     """
     Args:
         sequences: ``[B, 4]`` ints: first row, length, prefix (-1: none), gap.
         prefix_lengths: ``[B]`` the keys of the prefix that each reads.
         decode: one query a sequence, keys in a cache with ``room`` places a sequence.
+        key_sequences: ``[B, 2]`` first row and length of each sequence's keys in cross-attention; None: its own rows.
     """
-    table = np.asarray(sequences, np.int64).reshape(-1, 4)
-    index = np.flatnonzero(table[:, 1] > 0)
-    start, length, prefix, gap = table[index].T
-    used = np.asarray(prefix_lengths, np.int64)[index]
-    prefix = np.where(used > 0, prefix, -1)
-    order = np.lexsort((start, prefix))
-    index, start, length, prefix, gap, used = (x[order] for x in (index, start, length, prefix, gap, used))
+    table, used = np.asarray(sequences, np.int64).reshape(-1, 4), np.asarray(prefix_lengths, np.int64)
+    keys = table[:, :2] if key_sequences is None else np.asarray(key_sequences, np.int64).reshape(-1, 2)
+    index = np.flatnonzero((table[:, 1] > 0) & (keys[:, 1] + used > 0))
+    prefix = np.where(used > 0, table[:, 2], -1)
+    index = index[np.lexsort((table[index, 0], prefix[index]))]
+    start, queries, _, gap = table[index].T
+    key_start, length = keys[index].T
+    prefix, used = prefix[index], used[index]
 
     first = np.cumsum(length) - length  # the first virtual key
     in_sequence = np.arange(length.sum()) - np.repeat(first, length)
@@ -87,8 +93,11 @@ def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
             raise ValueError(f"k must hold less than 2**31 keys, got {key_rows.max() + 1}")
         own = first + length - 1
     else:
-        of = np.repeat(np.arange(len(start)), length)
-        rows = key_rows = np.repeat(start, length) + in_sequence
+        rows = key_rows = np.repeat(key_start, length) + in_sequence
+        of = np.repeat(np.arange(len(start)), queries)
+        if key_sequences is not None:
+            before = np.cumsum(queries) - queries
+            rows = np.repeat(start - before, queries) + np.arange(len(of))
         own = np.arange(len(rows))
     spans = np.stack([first[of], (first + length)[of], (used + gap - first)[of]])
     low, high, prefix_low = spans[0], spans[1], np.zeros_like(own)
@@ -97,7 +106,7 @@ def make_batch(sequences, prefix_lengths, *, decode, room, causal, window):
         high = high if causal else np.minimum(high, own + window)
     if causal:
         high = own + 1
-    return Batch(prefix[of], used[of], rows, key_rows, spans, low, high, prefix_low)
+    return Batch(decode, prefix[of], used[of], rows, key_rows, spans, low, high, prefix_low)
 
 
 def query_tiles(batch, rows):

@@ -86,7 +86,8 @@ def run(tensors, seq, backend, needs=(True,) * 6, **flags):
 
 def check(tensors, seq, needs=(True,) * 6, put=guarded, dropout_p=0.0, **flags):
     """The kernels' results, having compared each with the reference's in float64."""
-    options = dict(dropout_p=dropout_p, dropout_seed=5, **flags)
+    on_device = {name: put(x) if isinstance(x, torch.Tensor) else x for name, x in flags.items()}
+    options = dict(dropout_p=dropout_p, dropout_seed=5, **on_device)
     actual = run([None if x is None else put(x) for x in tensors], seq, "triton", needs, **options)
     *inputs, grad = tensors
     dropout = InEveryDraw(dropout_p, 5, inputs[0].shape[1]) if dropout_p else None

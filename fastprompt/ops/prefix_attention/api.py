@@ -87,7 +87,8 @@ def prefix_attention(
         RuntimeError: a backend that was asked for and cannot run this call.
     """
     checks.check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_seq)
-    checks.check_positions(q, softcap, alibi_slopes, position_bias)
+    if alibi_slopes is not None or position_bias is not None:
+        checks.check_positions(q, softcap, alibi_slopes, position_bias)
     if key_seq is not None:
         checks.check_cross(seq, key_seq, causal, window, alibi_slopes, position_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -230,13 +231,16 @@ def _backward(
 
 def _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq):
     """What a backend is told of the features that a call has: one that has not all of them never meets the others."""
-    features = dict(
-        dropout=None if dropout_p == 0 else Dropout(dropout_p, int(dropout_seed)),
-        alibi_slopes=alibi_slopes,
-        position_bias=position_bias,
-        key_seq=key_seq,
-    )
-    return {name: feature for name, feature in features.items() if feature is not None}
+    given = {}
+    if dropout_p:
+        given["dropout"] = Dropout(dropout_p, int(dropout_seed))
+    if alibi_slopes is not None:
+        given["alibi_slopes"] = alibi_slopes
+    if position_bias is not None:
+        given["position_bias"] = position_bias
+    if key_seq is not None:
+        given["key_seq"] = key_seq
+    return given
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")

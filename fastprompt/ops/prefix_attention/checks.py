@@ -7,9 +7,9 @@ from ...layout import Sequences
 
 
 def check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_seq):
-    for name, value in (("seq", seq), ("key_seq", seq if key_seq is None else key_seq)):
-        if not isinstance(value, Sequences):
-            raise TypeError(f"{name} must be a fastprompt.Sequences, got {type(value).__name__}")
+    _check_sequences("seq", seq)
+    if key_seq is not None:
+        _check_sequences("key_seq", key_seq)
     check_tensor("q", q, [seq.rows, "H", "Dh"], dtypes=FLOATS)
     rows, heads, head_dim = q.shape
     if head_dim == 0:
@@ -37,6 +37,11 @@ def check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_s
         raise ValueError(f"window must be a positive int or None, got {window!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+
+
+def _check_sequences(name, value):
+    if not isinstance(value, Sequences):
+        raise TypeError(f"{name} must be a fastprompt.Sequences, got {type(value).__name__}")
 
 
 def check_positions(q, softcap, alibi_slopes, position_bias):

@@ -5,7 +5,6 @@ import torch
 from ..columns import columns_together
 from .schedule import cpu_schedule
 
-
 _LANES = 16  # of the widest vectors
 
 
@@ -86,8 +85,8 @@ def backward(
 
 
 def _schedule(q, k, prefix_k, seq, causal, window, key_seq):
-    options = dict(room=_room(prefix_k), heads=q.shape[1], kv_heads=k.shape[1], key_seq=key_seq)
-    return cpu_schedule(seq, causal=causal, window=window, **options)
+    room, heads, kv_heads = _room(prefix_k), q.shape[1], k.shape[1]
+    return cpu_schedule(seq, causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads, key_seq=key_seq)
 
 
 def _room(prefix_k):

@@ -12,8 +12,9 @@ from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
 
 
-def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None):
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
+def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None, **features):
+    """``out`` and ``lse``; ``features``: alibi_slopes, position_bias, key_seq."""
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout, **features)
     out, lse = call.new_outputs()
     sinks = None if sinks is None else sinks.contiguous()
     if seq.kind == "decode":
@@ -25,10 +26,10 @@ def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks,
 
 def backward(
     grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, causal, window, softcap, sinks, scale, dropout=None,
-    needs=(True,) * 6,
+    needs=(True,) * 6, **features,
 ):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, of those that ``needs`` names (the others may be None)."""
-    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout)
+    call = _Call(q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout, **features)
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
     if prefix_k is not None and dprefix_k is None and (needs[3] or needs[4]):  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
@@ -49,6 +50,11 @@ def _in_wide_loads(x):
     if x.stride(-1) != 1 or misplaced and x.shape[-1] % launch.DIVISOR == 0:
         return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def _new_like(x, written):
+    """Memory for a gradient, zero unless a kernel writes all of it."""
+    return (torch.empty if written else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _dropout_arguments(dropout):
@@ -75,7 +81,10 @@ def _output(out, lse):
 class _Call:
     """The inputs of one call and the constants that all its kernels share."""
 
-    def __init__(self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout):
+    def __init__(
+        self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout,
+        alibi_slopes=None, position_bias=None, key_seq=None,
+    ):  # fmt: skip
         if prefix_k is not None and prefix_k.shape[1] == 0:
             prefix_k = prefix_v = None
         self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
@@ -87,13 +96,15 @@ class _Call:
         device = launch.target_of(q.device), launch.name_of(q.device)
         self._tiled_by = self.head_dim, q.element_size(), *device
         self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
-        self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device)
+        self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device, key_seq)
 
         self.queries = arguments.Queries(self.q, *self.q.stride()[:-1])
         self.own = _keys(self.k, self.v, self.cache)
         self.prefix = None if prefix_k is None else _keys(self.prefix_k, self.prefix_v)
         self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.batch.queries, self.room)
-        self.scores = arguments.Scores(scale, softcap or 0.0, window or 0)
+        slopes, bias = (None if x is None else x.contiguous() for x in (alibi_slopes, position_bias))
+        most = 0 if bias is None else bias.shape[1] // 2
+        self.scores = arguments.Scores(scale, softcap or 0.0, window or 0, slopes, bias, most)
         self.dropout = _dropout_arguments(dropout)
         self.flags = dict(
             CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
@@ -122,7 +133,8 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"])
+        biases = dict(alibi=self.scores.slopes is not None, bias=self.scores.bias is not None)
+        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"], **biases)
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -160,17 +172,18 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        tiles = self._tiles(config.backward_tiles, group=self.group, dropout=self.dropout is not None)
+        features = dict(dropout=self.dropout is not None, bias=self.scores.bias is not None)
+        tiles = self._tiles(config.backward_tiles, group=self.group, **features)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
             query_rows=tiles.queries // fold, key_block=tiles.key_keys, chunk_rows=chunk,
             dq=need_q, dkv=need_kv, dprefix=need_prefix, prefixes=0 if self.prefix_k is None else len(self.prefix_k),
         )  # fmt: skip
-        whole = self.schedule.batch.queries == self.rows and not self.cache
-        new = torch.empty if whole else torch.zeros
-        dq = new(q.shape, dtype=q.dtype, device=q.device) if need_q else None
-        dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) if need_kv else None for x in (self.k, self.v))
+        batch = self.schedule.batch
+        dq = _new_like(q, batch.queries == self.rows) if need_q else None
+        whole = batch.keys == len(self.k) and not self.cache
+        dk, dv = (_new_like(x, whole) if need_kv else None for x in (self.k, self.v))
         partial_k, partial_v = (
             q.new_empty(count, tiles.key_keys, kv_heads, width, dtype=torch.float32) if need_prefix else None
             for width in (self.head_dim, self.value_dim)
@@ -207,20 +220,23 @@ class _Call:
 class _Schedule:
     """The tables of one batch on its device, made when first asked for; all layers share them through ``seq``."""
 
-    def __init__(self, batch, prefix_room, device, cache):
+    def __init__(self, batch, prefix_room, device):
         self.batch, self.prefix_room, self.device, self._tables = batch, prefix_room, device, {}
         query_rows = None if batch.in_order else batch.query_rows
-        key_rows = batch.key_rows if cache else query_rows
+        key_rows = None if batch.in_order and not batch.cache else batch.key_rows
         self.tensors = self._put(query_rows, key_rows, batch.spans)
 
     @classmethod
-    def of(cls, seq, prefix_room, room, causal, window, device):
+    def of(cls, seq, prefix_room, room, causal, window, device, key_seq):
         def make():
             decode, table, lengths = seq.kind == "decode", np.stack(seq.host[:4], 1), seq.prefix_lengths(prefix_room)
-            batch = schedule.make_batch(table, lengths, decode=decode, room=room, causal=causal, window=window)
-            return cls(batch, prefix_room, device, decode)
+            keys = None if key_seq is None else np.stack(key_seq.host[:2], 1)
+            batch = schedule.make_batch(
+                table, lengths, decode=decode, room=room, causal=causal, window=window, key_sequences=keys
+            )
+            return cls(batch, prefix_room, device)
 
-        return seq.cached(("triton", prefix_room, room, causal, window, device), make)
+        return seq.cached(("triton", prefix_room, room, causal, window, device, key_seq), make)
 
     def query_tiles(self, rows):
         return self._cached(("tiles", rows), lambda: ([schedule.query_tiles(self.batch, rows)], None))[0]
