@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, memory, methods, models, small_ops, step
+from benchmarks import common, encoder_decoder, memory, methods, models, small_ops, step
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -137,3 +137,13 @@ def test_the_exit_status_tells_of_a_wrong_result(right, code, tmp_path, monkeypa
     assert command.main(["--quick", "--out", str(tmp_path)]) == code
     with pytest.raises(SystemExit):
         command.main(["nothing"])
+
+
+@pytest.mark.parametrize("name", encoder_decoder.MODELS)
+def test_encoder_decoders(name):
+    sizes = dict(width=32, inner=48, layers=2, heads=4, vocabulary=128)
+    workload = encoder_decoder.Pairs(4, (3, 5, 2), (2, 1, 4))
+    steps = encoder_decoder.providers(encoder_decoder.MODELS[name], workload, sizes)
+    assert step.measure(workload, 1, steps).right
+    sources, targets = 3 * (4 + 5) / (3 * 4 + 10), 3 * 4 / 7  # padded over real rows
+    assert sources < workload.ratio(steps["PEFT"].model.get_base_model()) < targets

@@ -382,7 +382,9 @@ def test_soft_prompt_model_falls_back():
     inputs = pair_batch()
     left_padded(inputs)
     plain = theirs(**inputs).loss
-    with pytest.warns(UserWarning, match="the model's own padded forward: left padding between the prompt and the text"):
+    with pytest.warns(
+        UserWarning, match="the model's own padded forward: left padding between the prompt and the text"
+    ):
         torch.testing.assert_close(ours(**inputs).loss, plain)
 
 

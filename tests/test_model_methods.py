@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers as hf
 from parity import METHODS, PREFIXES, B, P, S, assert_equal, batch, peft_model, step
 from peft import PeftModel
 from test_heads import build as build_with_head

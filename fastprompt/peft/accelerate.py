@@ -30,10 +30,10 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
 
     Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
     Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
-    feature extraction, decoders and encoders, and before encoder-decoders. Padding is not run. On decoders the prompt, and the tokens that all rows
-    of a prompt begin with, run once. Adapters that are added or loaded later are covered. Prefix-Tuning works with
-    gradient checkpointing switched on afterwards, or before by :func:`get_peft_model`; a batch that is not packed runs
-    without checkpoints then.
+    feature extraction, decoders and encoders, and before encoder-decoders. Padding is not run. On decoders the prompt,
+    and the tokens that all rows of a prompt begin with, run once. Adapters that are added or loaded later are covered.
+    Prefix-Tuning works with gradient checkpointing switched on afterwards, or before by :func:`get_peft_model`; a batch
+    that is not packed runs without checkpoints then.
 
     ``save_pretrained`` writes the encoder of P-Tuning and of projected prefixes beside PEFT's files, and
     ``load_adapter`` brings it back, which PEFT cannot: trainings resume, by hand (``is_trainable=True``) and by
