@@ -1,9 +1,8 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
 The names are memory, step, methods, encoder_decoder, common, small_ops, prefix_attention, prompt_lstm and trainers,
-which needs trl. By
-their names alone run families and integrations: they measure nothing, but try what runs packed, and write
-docs/families.md and docs/integrations.md.
+which needs trl. By their names alone run families and integrations: they measure nothing, but try what runs packed, and
+write docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -20,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
-from . import common, encoder_decoder, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
+from . import common, memory, methods, prefix_attention, prompt_lstm, report, small_ops, step  # noqa: E402
 
 
 def imported_late(name):
@@ -36,7 +35,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
     "methods": methods.run,
-    "encoder_decoder": encoder_decoder.run,
+    "encoder_decoder": imported_late("encoder_decoder"),
     "common": common.run,
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
