@@ -45,6 +45,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
     "methods": methods.run,
+    "encoder_decoder": imported_late("encoder_decoder"),
     "common": common.run,
     "many_prompts": many_prompts.run,
     "small_ops": small_ops.run,

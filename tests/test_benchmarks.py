@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, many_prompts, memory, methods, models, serve, small_ops, step, trees
+from benchmarks import common, encoder_decoder, many_prompts, memory, methods, models, serve, small_ops, step, trees
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -162,3 +162,13 @@ def test_trees_are_right_and_reported(tmp_path, capsys):
     assert [record["step"] for record in records] == ["trees", "trees", "LoRA trees", "trees", "LoRA trees"]
     rows = 20 + 3 * 24 + 12 * 5
     assert records[0]["rows"] == f"{20 + 12 * 29} {rows}" and all(float(record["ratio"]) > 0 for record in records)
+
+
+@pytest.mark.parametrize("name", encoder_decoder.MODELS)
+def test_encoder_decoders(name):
+    sizes = dict(width=32, inner=48, layers=2, heads=4, vocabulary=128)
+    workload = encoder_decoder.Pairs(4, (3, 5, 2), (2, 1, 4))
+    steps = encoder_decoder.providers(encoder_decoder.MODELS[name], workload, sizes)
+    assert step.measure(workload, 1, steps).right
+    sources, targets = 3 * (4 + 5) / (3 * 4 + 10), 3 * 4 / 7  # padded over real rows
+    assert sources < workload.ratio(steps["PEFT"].model.get_base_model()) < targets

@@ -40,11 +40,13 @@ class Abilities:
         plain_head: is its forward behind the decoder nothing but a linear head and the ordinary loss?
         own_loss: None if its loss is that of its logits, else what is different; with ``num_items_in_batch`` see
             own_loss_of_items.
+        ignores_items: is its loss the mean, whatever ``num_items_in_batch`` says? Asked of encoder-decoders alone.
         packs_own_loss: if its loss is different, is it right when its own forward runs around the packed backbone?
         needs_ids: does it look more up by token id than embeddings?
         returns_cache: does it return a cache when asked?
         makes_cache: are the keys and values of attention, and the states of other layers, what that cache holds?
         cache_name: the name that it has in an output.
+        cache_with_labels: is there one beside a loss, too? Asked of encoder-decoders alone.
         pooled_column: the column of hidden states that a classifier reads, whatever stands there: 0, -1, or None if it
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
@@ -64,11 +66,13 @@ class Abilities:
     plain_head: bool = False
     own_loss: str | None = None
     own_loss_of_items: str | None = None
+    ignores_items: bool = False
     packs_own_loss: bool = False
     needs_ids: bool = False
     returns_cache: bool = False
     makes_cache: bool = False
     cache_name: str = CACHE_NAME
+    cache_with_labels: bool = False
     pooled_column: int | None = None
     rope_limit: int | None = None
     row_limit: int | None = None
@@ -242,19 +246,7 @@ class Probe:
                 got = content(PackedCache(plan, recorded, None, None, self.base.config))
         except Exception:  # attention modules without the index of their layer
             return False
-        if not got or got.keys() != content(expected.cache).keys():
-            return False
-        mask = expected.sample.real(expected.sample.masks["right"])
-        for (layer, kind, index), theirs in content(expected.cache).items():
-            ours = got[layer, kind, index]
-            if ours.shape != theirs.shape:
-                return False
-            if kind in ("keys", "values"):  # at padding nobody reads them
-                real = mask[:, -theirs.shape[2] :]
-                ours, theirs = ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
-            if expected.difference(ours.flatten(1), theirs.flatten(1), None) is not None:
-                return False
-        return True
+        return same_cache(expected, got, content(expected.cache), expected.sample.real(expected.sample.masks["right"]))
 
     def _own_loss(self, items):
         """None if the untouched model's loss is ``loss_function`` of its logits, else what is different."""
@@ -292,6 +284,22 @@ class Probe:
     def _head_is_plain(self):
         head = self.base.get_output_embeddings()
         return is_plain_linear(head) and self.base.loss_function is ForCausalLMLoss and self.expected.head_is_linear
+
+
+def same_cache(expected: Expectations, got: dict, theirs: dict, mask: torch.Tensor) -> bool:
+    """Is the :func:`content` of two caches the same, where ``mask [B, W]`` says that tokens are real?"""
+    if not got or got.keys() != theirs.keys():
+        return False
+    for key, other in theirs.items():
+        ours = got[key]
+        if ours.shape != other.shape:
+            return False
+        if key[1] in ("keys", "values"):  # at padding nobody reads them
+            real = mask[:, -other.shape[2] :]
+            ours, other = ours.transpose(1, 2)[real], other.transpose(1, 2)[real]
+        if expected.difference(ours.flatten(1), other.flatten(1), None) is not None:
+            return False
+    return True
 
 
 def loss_of_logits(

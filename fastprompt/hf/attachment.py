@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
-from .norms import patch_norms, unpatch_norms
-from .own_attention import patch_own_attention, unpatch_own_attention
+from .norms import patch_norms
+from .own_attention import patch_own_attention
+from .positions import patch_relative_attention, unpatch_relative_attention
 from .recurrent import patch_mixers, unpatch_mixers
 
 _RECORD = "_fastprompt_attachment"
@@ -32,8 +33,8 @@ class _Record:
     def __init__(self) -> None:
         self.users: dict[object, bool] = {}  # user -> does it run packed rows?
         self.replaced: list[tuple[Any, Any, Any]] = []  # (module, its config before, its config meanwhile)
-        self.root: Any = None  # the config meanwhile
-        self.unchanged: Any = None  # what it would still equal had nobody changed it
+        self.roots: list[Any] = []  # the configs meanwhile
+        self.unchanged: Any = None  # what they would still equal had nobody changed them
         self.complete = False
 
     def __setstate__(self, state):
@@ -55,12 +56,12 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
     record = model.__dict__.get(_RECORD)
     if record is None:
         copies: dict[int, Any] = {}
-        root = copy.deepcopy(model.config, copies)
+        roots = copy.deepcopy(_roots(model), copies)
         configs = [(module, module.__dict__.get("config")) for module in model.modules()]
         found = [(module, config, copies[id(config)]) for module, config in configs if id(config) in copies]
         _check(config for _, config, _ in found)
         record = _Record()
-        record.replaced, record.root = found, root
+        record.replaced, record.roots = found, roots
         model.__dict__[_RECORD] = record
         model.__dict__[REPLICATE] = refuse_replicas
     record.users[user] = packs
@@ -68,7 +69,7 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
         for module, _, own in record.replaced:
             module.config = own
         _switch(model)
-        record.unchanged = copy.deepcopy(record.root)
+        record.unchanged = copy.deepcopy(record.roots)
     record.complete = False
     attach_again(model)
 
@@ -89,6 +90,7 @@ def attach_again(model: PreTrainedModel) -> None:
         patch_gated_mlps(model)
         patch_norms(model)
         patch_mixers(model)
+        patch_relative_attention(model)
     record.complete = True
 
 
@@ -103,13 +105,10 @@ def detach(model: PreTrainedModel, user: object) -> None:
         return
     record.users.pop(user, None)
     if not any(record.users.values()):
-        unpatch_gated_mlps(model)
-        unpatch_norms(model)
-        unpatch_mixers(model)
+        _unpatch(model)
     if record.users:
         return
-    unpatch_own_attention(model)
-    changed = record.unchanged is not None and not _same(record.root, record.unchanged)
+    changed = record.unchanged is not None and not all(map(_same, record.roots, record.unchanged))
     _switch_back(model)
     if not changed:
         for module, config, own in record.replaced:
@@ -124,13 +123,16 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, an attached model computes as it did before, whoever is attached to it."""
     try:
         _switch_back(model)
-        unpatch_own_attention(model)
-        unpatch_gated_mlps(model)
-        unpatch_norms(model)
-        unpatch_mixers(model)
+        _unpatch(model)
         yield
     finally:
         attach_again(model)
+
+
+def _unpatch(model):
+    unpatch_gated_mlps(model)
+    unpatch_mixers(model)
+    unpatch_relative_attention(model)
 
 
 def refuse_replicas(*args: Any) -> NoReturn:
@@ -159,10 +161,20 @@ def _same(config, other):
     return True
 
 
+def _roots(model):
+    """The model's config, and others of its kind in it: T5's encoder and decoder have one each, made of it."""
+    kind, found = type(model.config), {id(model.config): model.config}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if type(config) is kind:
+            found[id(config)] = config
+    return list(found.values())
+
+
 def _configs(model):
     """The config objects of a model's modules that belong to the model's own, each once."""
     known = {}
-    copy.deepcopy(model.config, known)
+    copy.deepcopy(_roots(model), known)
     configs = {id(config): config for config in (module.__dict__.get("config") for module in model.modules())}
     return [config for key, config in configs.items() if config is not None and key in known]
 

@@ -24,6 +24,7 @@ from ..ops import prefix_attention
 from .cache_names import CACHE_NAMES
 from .compiled import packed_attention
 from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
+from .positions import PositionBias
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 IMPLEMENTATIONS = {
@@ -202,9 +203,12 @@ def _run(
     softcap=None,
     s_aux=None,
     alibi_slopes=None,
+    position_bias=None,
     **other,
 ):
     unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
+    if not isinstance(position_bias, PositionBias | None):
+        unknown.append("position_bias")
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does
@@ -234,6 +238,8 @@ def _run(
         sinks=sinks,
         scale=scaling,
         alibi_slopes=alibi_slopes,
+        position_bias=None if position_bias is None else position_bias.on(q),
+        key_seq=None if mask.keys is None else mask.keys.to(q.device),
         dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
     )
     return out.view(batch, width, heads, out.shape[-1])

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
-from ..layout import RowPlan, final_buckets
+from ..layout import PairPlan, RowPlan, final_buckets
 from .shared_state import SharedState, layers_with_own_keys, text_config
 from .states import Recorded, gathered_states
 
@@ -81,6 +81,42 @@ class PackedCache(DynamicCache):
     def __getstate__(self):
         self.layers  # noqa: B018 - a copy or a file holds keys and values
         return vars(self)
+
+
+class PairRecorder:
+    """What the decoder of an encoder-decoder leaves for a cache, of its own tokens and of the encoder's.
+
+    Args:
+        config: the decoder's config.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config.get_text_config(decoder=True)
+        self.own, self.of_sources = Recorded(), Recorded()
+
+    def handed(self) -> EncoderDecoderCache:
+        """What the layers are handed as their cache."""
+        parts = (RecordingCache(recorded, self.config) for recorded in (self.own, self.of_sources))
+        return EncoderDecoderCache(*parts)
+
+    def cache(self, plan: PairPlan, shared: SharedState | None, prompt_ids: torch.Tensor | None) -> "PairCache":
+        """The cache that the model's own forward would return; arguments as of :class:`PackedCache`."""
+        own = PackedCache(plan.target, self.own, shared, prompt_ids, self.config)
+        of_sources = PackedCache(plan.source, self.of_sources, None, None, self.config)
+        return PairCache(own, of_sources, [index for index, *_ in self.of_sources.keys_values])
+
+
+class PairCache(EncoderDecoderCache):
+    """An ``EncoderDecoderCache`` of two that are put together when somebody looks at them.
+
+    Args:
+        own, of_sources: of self-attention and of cross-attention.
+        layers: the indices of the layers that the latter holds.
+    """
+
+    def __init__(self, own: PackedCache, of_sources: PackedCache, layers: list[int]) -> None:
+        self.self_attention_cache, self.cross_attention_cache = own, of_sources
+        self.is_updated = dict.fromkeys(layers, True)
 
 
 def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:

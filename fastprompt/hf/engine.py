@@ -10,20 +10,20 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import IGNORE, NODE_COST, CannotPack, RowPlan, plan_packed_input, plan_padded_input
+from ..layout import IGNORE, NODE_COST, CannotPack, PairPlan, RowPlan, plan_packed_input, plan_padded_input
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
+from .encoder_decoder import PairRunner, planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
-from .request import Request
+from .pair_probe import PairExpectations, PairProbe
+from .request import Embed, Request
 from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import draws, why_drawn_otherwise
-
-Embed = Callable[[torch.Tensor], torch.Tensor]
+from .structure import draws, is_encoder_decoder, why_drawn_otherwise
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -76,7 +76,7 @@ class Engine:
         return replaced or self.abilities.why_not_loss_of_logits(num_items) is not None
 
     def _probe(self):
-        probe = Probe(self.base)
+        probe: Any = (PairProbe if is_encoder_decoder(self.base) else Probe)(self.base)
         self.runner = probe.runner(Abilities(is_lm=probe.is_lm))
         try:
             with suspended(self.base) if is_attached(self.base) else nullcontext():
@@ -107,25 +107,28 @@ class Engine:
         detach(self.base, self._user)
 
     @torch.compiler.disable
-    def plan(self, request: Request) -> RowPlan:
-        """The rows of a request.
+    def plan(self, request: Request) -> Any:
+        """The rows of a request, a RowPlan, or the PairPlan of an encoder-decoder.
 
         Raises:
             CannotPack: the reason why it has to take the padded path.
             ValueError, TypeError: wrong arguments.
         """
         plan = self._planned(request)
-        self.stats.count_packed(len(plan.source), plan.grid.numel())
+        self.stats.count_packed(*plan.counts)
         return plan
 
-    def uncount(self, plan: RowPlan) -> None:
+    def uncount(self, plan: RowPlan | PairPlan) -> None:
         """A planned call was not run on packed rows after all."""
-        self.stats.count_packed(-len(plan.source), -plan.grid.numel(), calls=-1)
+        rows, padded = plan.counts
+        self.stats.count_packed(-rows, -padded, calls=-1)
 
     def _planned(self, request):
         reason = self._why_not(request)
         if reason is not None:
             raise CannotPack(reason)
+        if request.target is not None:
+            return planned_pairs(request, request.target)
         plan = self._laid_out(request, self._needs_labels_alone(request))
         reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
         if reason is not None:
@@ -176,13 +179,18 @@ class Engine:
                 )
         return replace(plan, grid=torch.cat([plan.grid[:1, :front], text], 1))
 
-    def run(self, request: Request, plan: RowPlan, embed: Embed) -> CausalLMOutputWithPast:
+    def run(self, request: Request, plan: Any, embed: Embed) -> Any:
         """A causal LM's output: ``loss`` if the plan has labels, ``logits [B, W, V]``, and the cache if it is wanted.
+
+        Or that of an encoder-decoder; see :meth:`PairRunner.run`.
 
         Args:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
         """
+        if request.target is not None:
+            found, with_cache = self.abilities, self._wants_cache(request)
+            return self.runner.run(request, request.target, plan, embed, found, with_cache)
         if request.prompts is not None:
             prompts = request.prompts()
             request = replace(request, prompts=lambda: prompts)
@@ -271,7 +279,8 @@ class Engine:
         Args:
             shared: a function that gives the SharedState.
             key: by which the answer is remembered.
-            forward: takes ``input_ids`` and ``attention_mask`` and returns the model's output behind the prefix.
+            forward: takes ``input_ids`` and ``attention_mask``, and ``decoder_input_ids`` if there is a decoder, and
+                returns the model's output behind the prefix.
         """
         reason = self.refusal or why_not_learned(self.base.config)
         if reason is not None:
@@ -284,8 +293,11 @@ class Engine:
         padding = getattr(self.base.config, "pad_token_id", None)
         with torch.compiler.set_stance("force_eager"), evaluation_mode(self.base):
             try:
+                kind = PairExpectations if isinstance(self.runner, PairRunner) else Expectations
                 with suspended(self.base):
-                    expected = Expectations.behind_prefix(self.base, forward, padding)
+                    expected: Any = kind.behind_prefix(self.base, forward, padding)
+                if isinstance(expected, PairExpectations):
+                    return expected.why_not_behind(self.runner, self.abilities, shared)
                 mask, ids = expected.sample.masks["right"], expected.ids
                 plan = plan_padded_input(
                     *mask.shape, 0, attention_mask=mask, prefix_length=shared().length, layout=self.abilities.layout
@@ -386,6 +398,10 @@ class Engine:
     def _wants_cache(self, request):
         """Would the model's own forward return a cache?"""
         if not self.abilities.returns_cache or not request.wants_logits:
+            return False
+        if request.target is not None and request.shared is not None:  # one that is given is given back
+            return True
+        if request.target is not None and request.labels is not None and not self.abilities.cache_with_labels:
             return False
         backbone = self.runner.backbone
         if backbone.training and getattr(backbone, "gradient_checkpointing", False):

@@ -157,6 +157,38 @@ def _version(x):
     return None if x.is_inference() else x._version
 
 
+def logits_later(
+    base: PreTrainedModel,
+    plan: RowPlan,
+    states: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Logits ``[B, W, vocabulary]`` that are computed when they are read.
+
+    Args:
+        base: whose head they are of.
+        plan: of the rows.
+        states: ``[1, R, D]``, what they are computed of.
+        logits_of: ``[R, D]`` -> ``[R, vocabulary]``.
+        vocabulary, dtype: what is known of them before.
+    """
+    kind = states.device.type
+    head: Any = base.get_output_embeddings()
+    autocast: dict[str, Any] = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+    weight: Any = head.weight
+    version = _version(weight)
+
+    def compute(hidden):
+        if _version(weight) != version:
+            raise RuntimeError("the head has changed since the step whose logits are read; read them before")
+        with torch.autocast(kind, **autocast):
+            return plan.unpack(logits_of(hidden[0]))
+
+    return later([states], compute, torch.Size((*plan.grid.shape, vocabulary)), dtype, states.device)
+
+
 def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """``label_rows`` and ``labels`` of a batch that has labels."""
     if plan.label_rows is None or plan.labels is None:

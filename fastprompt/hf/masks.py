@@ -36,6 +36,7 @@ class PackedMask:
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
         carrier: of ``seq`` and ``shared``, for compiled layers; None: they read both themselves.
+        keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
     """
 
     seq: Sequences
@@ -44,6 +45,7 @@ class PackedMask:
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
     carrier: torch.Tensor | None = None
+    keys: Sequences | None = None
     ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
@@ -117,6 +119,7 @@ class PackedRows:
         causal: is the plan one for causal attention only? (It is if rows are shared.)
         shared: the learned keys and values in front of the sequences; None: there are none.
         recorded: where layers with a state leave what a cache holds; None: nowhere.
+        sources: what the rows of each sequence see in cross-attention, the rows of an encoder; None: there are none.
 
     Attributes:
         plan: the RowPlan.
@@ -127,10 +130,16 @@ class PackedRows:
     """
 
     def __init__(
-        self, plan: RowPlan, causal: bool = True, shared: SharedState | None = None, recorded: Recorded | None = None
+        self,
+        plan: RowPlan,
+        causal: bool = True,
+        shared: SharedState | None = None,
+        recorded: Recorded | None = None,
+        sources: Sequences | None = None,
     ) -> None:
         self.plan, self.has_window = plan, False
         self.sequences: Any = plan.sequences
+        self.sources = sources
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
         self.run_again_by_others = False
@@ -155,12 +164,15 @@ class PackedRows:
             UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
                 window, one with padding or sequences of its own, or one of other rows.
         """
-        rows = self.sequences.rows
-        if (batch_size, q_length, kv_length) != (1, rows, rows):
+        pattern, rows = read_pattern(mask_function), self.sequences.rows
+        # A decoder's self-attention is causal, and its cross-attention is not.
+        sources = None if pattern is None or pattern.causal else self.sources
+        keys = rows if sources is None else sources.rows
+        if (batch_size, q_length, kv_length) != (1, rows, keys):
             raise UnsupportedAttention(
                 f"it asks for a mask of {batch_size} x {q_length} queries and {kv_length} keys for {rows} packed rows"
+                + ("" if keys == rows else f" and {keys} of their sources")
             )
-        pattern = read_pattern(mask_function)
         if pattern is not None and pattern.chunk is not None:
             pattern = pattern.of_positions_below(int(self.plan.position_ids.max()) + 1)
         if pattern is None or not pattern.is_expressible:
@@ -171,6 +183,10 @@ class PackedRows:
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
+        if sources is not None:
+            if pattern.window is not None or pattern.segments is not None:
+                raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for cross-attention")
+            return PackedMask(self.sequences, causal=False, keys=sources)
         self.has_window = self.has_window or pattern.window is not None
         if pattern.window is not None and self.plan.shared.pads_between(self.shared.length):
             raise UnsupportedAttention("its window reaches over padding that stands between rows that are shared")

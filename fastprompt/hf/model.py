@@ -18,9 +18,12 @@ from .cache_names import CACHE_NAMES, cache_argument
 from .compiled_prompts import CompiledPrompts, prompt_of_method
 from .engine import Engine
 from .masks import UnsupportedAttention
-from .request import Request
+from .request import Request, Target
 from .shared_state import SharedState
 from .trained_state import is_head, keep_what_trains
+
+# What the forward of an encoder-decoder may be given besides, on packed rows.
+_OF_TARGETS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "use_cache"}
 
 
 class SoftPromptModel(nn.Module):
@@ -143,10 +146,6 @@ class SoftPromptModel(nn.Module):
         prompt, shared, ids = self._prompts(prompt_ids)
         if num_items_in_batch is not None and not is_lm:
             options["num_items_in_batch"] = num_items_in_batch
-        if self.config.is_encoder_decoder:
-            if num_items_in_batch is not None:
-                options["num_items_in_batch"] = num_items_in_batch
-            return self._encoder_decoder(self._embed(tokens), attention_mask, prompt, ids, labels, options)
         request = Request(
             tokens=tokens,
             num_virtual_tokens=0 if self._is_prefix else self.method.num_virtual_tokens,
@@ -154,17 +153,21 @@ class SoftPromptModel(nn.Module):
             prompt_ids=ids,
             shared=shared,
             attention_mask=attention_mask,
+            target=self._target(options),
             labels=labels if is_lm else None,
             virtual_tokens=virtual_tokens,
             cu_seqlens=cu_seqlens,
             num_items_in_batch=num_items_in_batch,
             training=self.training,
+            use_cache=options.get("use_cache", False),
             finds_last=True,
             rows_differ="token_type_ids" in options,
         )
         try:
             if self._prefix_reason is not None:
                 raise CannotPack(self._prefix_reason)
+            if request.target is not None and (unknown := sorted(set(options) - _OF_TARGETS)):
+                raise CannotPack(f"{', '.join(unknown)} given")
             plan = self._engine.plan(request)
         except CannotPack as reason:
             if cu_seqlens is not None:
@@ -321,6 +324,8 @@ class SoftPromptModel(nn.Module):
 
     def _padded(self, request, labels, options):
         """The model's own forward on ``[B, P + S]`` rows, for what cannot be packed."""
+        if request.target is not None:
+            return self._padded_pairs(request, labels, options)
         tokens, mask, shared = request.tokens, request.attention_mask, request.shared
         batch, width = tokens.shape[:2]
         plan = plan_padded_input(
@@ -364,15 +369,26 @@ class SoftPromptModel(nn.Module):
         with self._engine.runner.padded_backbone(plan):
             return self.base(**inputs, **options)
 
-    def _encoder_decoder(self, embeds, attention_mask, prompt, ids, labels, options):
-        batch, length = len(embeds), self.method.num_virtual_tokens
-        prompt = prompt.unflatten(0, (-1, length)).to(embeds.dtype)
+    def _target(self, options):
+        """What the decoder of an encoder-decoder is given; None for other models."""
+        if not self.config.is_encoder_decoder:
+            return None
+        embeds, mask = options.get("decoder_inputs_embeds"), options.get("decoder_attention_mask")
+        return Target(options.get("decoder_input_ids") if embeds is None else embeds, mask)
+
+    def _padded_pairs(self, request, labels, options):
+        """The forward of an encoder-decoder on padded rows."""
+        embeds, ids = self._embed(request.tokens), request.prompt_ids
+        batch, length = len(embeds), request.num_virtual_tokens
+        prompt = request.prompts().unflatten(0, (-1, length)).to(embeds.dtype)
         prompt = prompt.expand(batch, -1, -1) if ids is None else prompt[ids]
-        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        mask = torch.cat([mask.new_ones(batch, length), mask], 1)
+        mask = request.attention_mask
+        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+        if request.num_items_in_batch is not None:
+            options["num_items_in_batch"] = request.num_items_in_batch
         return self.base(
             inputs_embeds=torch.cat([prompt, embeds], 1),
-            attention_mask=mask,
+            attention_mask=torch.cat([mask.new_ones(batch, length), mask], 1),
             labels=labels,
             return_dict=True,
             **options,

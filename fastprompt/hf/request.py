@@ -20,6 +20,26 @@ class Loss(Protocol):
         """A scalar, of ``[M, V]`` logits."""
 
 
+Embed = Callable[[torch.Tensor], torch.Tensor]  # token ids or embeddings -> embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the decoder of an encoder-decoder is given.
+
+    Attributes:
+        tokens: ``[B, T]`` token ids or ``[B, T, D]`` embeddings; None: those that the model makes of the labels.
+        attention_mask: ``[B, T]`` or None.
+        num_virtual_tokens: P, in front of the decoder's tokens; 0 for most adapters.
+        prompts: gives what stands there, ``[N * P, D]``, as in :class:`Request`; or None.
+    """
+
+    tokens: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    num_virtual_tokens: int = 0
+    prompts: Callable[[], torch.Tensor] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One call of a model behind a soft prompt. The fronts make it; the engine alone decides how it is run.
@@ -32,7 +52,9 @@ class Request:
         prompt_ids: ``[B]`` int64, dense: which of the N each row has, at the input or in ``shared``; None: the first.
         shared: learned keys and values in front of the batch, or None.
         attention_mask: ``[B, S]`` or None.
-        labels: of a causal LM, like token ids and not shifted, or None.
+        target: what an encoder-decoder's decoder is given; ``tokens`` are the encoder's then. None for other models.
+        labels: of a causal LM, like token ids and not shifted; of an encoder-decoder ``[B, T]``, those of the columns
+            of its decoder; or None.
         virtual_tokens: where the prompt's tokens stand among the text; None: in front. See ``plan_padded_input``.
         cu_seqlens: ``[B + 1]``, if the batch comes packed.
         flat: are the results of a packed batch wanted as it came, ``[1, P + T]``, and not ``[B, W]``? The first P are
@@ -57,6 +79,7 @@ class Request:
     prompt_ids: torch.Tensor | None = None
     shared: SharedState | None = None
     attention_mask: torch.Tensor | None = None
+    target: Target | None = None
     labels: torch.Tensor | None = None
     virtual_tokens: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | list[int] | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from ..layout import RowPlan
+from ..layout import RowPlan, Sequences
 from ..ops import prompt_concat
 from .attachment import attach_again, is_attached
 from .cache import RecordingCache
@@ -79,14 +79,18 @@ class Runner:
         rows: torch.Tensor,
         shared: SharedState | None = None,
         wanted: torch.Tensor | None = None,
+        sources: Sequences | None = None,
+        **options: Any,
     ) -> Any:
         """``[R, D]`` rows, or ``[R]`` token ids -> the backbone's output, ``last_hidden_state [1, R, D]``.
 
         Args:
-            plan, rows, shared: see :meth:`packed_backbone`.
+            plan, rows, shared: see :meth:`rows` and :class:`PackedRows`.
             wanted: ``[M]``, the rows whose states will be read, each once; what the others hold is not said. None: all.
+            sources: the sequences of the encoder's rows that a decoder's sequences attend to; None: there are none.
+            options: what the backbone's forward takes besides.
         """
-        return self._call(self.backbone, plan, rows, shared, wanted=wanted)
+        return self._call(self.backbone, plan, rows, shared, wanted=wanted, sources=sources, **options)
 
     def logits(
         self,
@@ -134,13 +138,18 @@ class Runner:
         """
         states = copy.copy(states)
         states.last_hidden_state = hidden[None]
+        with self.replaced(lambda *args, **kwargs: states), running(AsBefore()):  # nothing of this call is to be packed
+            return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+
+    @contextmanager
+    def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """While the block runs, calls of the backbone are calls of ``forward``, without its hooks."""
         changed = ("forward", "_forward_hooks", "_forward_pre_hooks")
         module = self.backbone.__dict__
         before = {name: module[name] for name in changed if name in module}
         try:
-            module.update(forward=lambda *args, **kwargs: states, _forward_hooks={}, _forward_pre_hooks={})
-            with running(AsBefore()):  # nothing of this call is to be packed
-                return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
+            module.update(forward=forward, _forward_hooks={}, _forward_pre_hooks={})
+            yield
         finally:
             for name in changed:
                 module.pop(name, None)
@@ -214,15 +223,15 @@ class Runner:
         finally:
             hook.remove()
 
-    def _call(self, model, plan, rows, shared, recorded=None, wanted=None, **extra):
+    def _call(self, model, plan, rows, shared, recorded=None, wanted=None, sources=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
         last = self.last_layer
         narrow = wanted is not None and len(wanted) > 0 and last is not None and last.is_plain(self.backbone)
         with (
-            self._running(model, plan, {name: rows}, shared, recorded) as inputs,
+            self._running(model, plan, {name: rows}, shared, recorded, sources) as inputs,
             last.on_rows(wanted) if narrow else nullcontext(),
         ):
-            output = model(**inputs, **extra)
+            output = model(**{**inputs, **extra})
             self._check_mixers(active())
             return output
 
@@ -233,7 +242,7 @@ class Runner:
             raise UnsupportedAttention(f"{type(replaced[0]).__name__} was given another forward")
 
     @contextmanager
-    def _running(self, model, plan, rows, shared, recorded):
+    def _running(self, model, plan, rows, shared, recorded, sources=None):
         """The block that ``model``, all or its backbone, has to run in, and the keyword arguments for
         ``{argument: [R, ...]}``."""
         if not is_attached(self.base):  # set_attn_implementation was called meanwhile
@@ -248,8 +257,8 @@ class Runner:
                 if "inputs_embeds" in rows:
                     rows = {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
                 else:
-                    embedding = self.base.get_input_embeddings()
-                    hook = embedding.register_forward_hook(lambda module, args, output: bridge(output))
+                    table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
+                    hook = table.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
             inputs = {name: _batch_of_one(x) for name, x in rows.items()}
             if self._takes_positions:
@@ -262,7 +271,8 @@ class Runner:
                 if recorded is not None:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
-            batch = block.enter_context(running(PackedRows(plan, self.layout == "shared", shared, recorded)))
+            packed = PackedRows(plan, self.layout == "shared", shared, recorded, sources)
+            batch = block.enter_context(running(packed))
             batch.run_again_by_others = others_checkpoint(self.base)
             block.enter_context(recomputing(self.base, batch))
             yield inputs

@@ -20,6 +20,8 @@ _WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 # What a layer calls to read and write a state, so that it can be given another one.
 _STATE_METHODS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"}
+# The flag by which T5's attention says that it adds a bias by distance.
+RELATIVE = "has_relative_attention_bias"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -39,8 +41,6 @@ def why_never_packed(base: PreTrainedModel, backbone: nn.Module, by_distance: bo
     ``by_distance``: does attention see where tokens stand by their distance alone?
     """
     name = type(backbone).__name__
-    if getattr(base.config, "is_encoder_decoder", False):
-        return "an encoder-decoder's cross-attention has no packed layout"
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
@@ -86,10 +86,22 @@ def _takes_positions(module):
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
+def is_relative_attention(module: nn.Module) -> bool:
+    """Is it attention that adds a bias by distance as T5's does?"""
+    kind: Any = type(module)
+    return callable(getattr(module, "compute_bias", None)) and {"compute_bias", RELATIVE} <= names_used(kind)
+
+
+def is_encoder_decoder(base: nn.Module) -> bool:
+    """Has a model an encoder and a decoder that attends to its states?"""
+    config: Any = getattr(base, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def keeps_state(module: nn.Module) -> bool:
     """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
     kind: Any = type(module)
-    return bool(_STATE_METHODS & _names_used(kind))
+    return bool(_STATE_METHODS & names_used(kind))
 
 
 def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -111,9 +123,9 @@ def _carries_state(module):
 
 
 @cache
-def _names_used(kind):
+def names_used(kind: type) -> set[str]:
     """The names of attributes that the methods of a module's class use."""
-    names = set()
+    names: set[str] = set()
     for parent in kind.__mro__:
         if parent is nn.Module:
             break

@@ -6,6 +6,7 @@ batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``
 """
 
 from .branches import NODE_COST
+from .pairs import PairPlan, plan_pairs
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .recurrent import Bucket, RecurrentSchedule, final_buckets, recurrent_schedule
 from .sequences import Sequences
@@ -17,6 +18,7 @@ __all__ = [
     "Bucket",
     "CannotPack",
     "Node",
+    "PairPlan",
     "RecurrentSchedule",
     "RowPlan",
     "Sequences",
@@ -24,5 +26,6 @@ __all__ = [
     "final_buckets",
     "plan_packed_input",
     "plan_padded_input",
+    "plan_pairs",
     "recurrent_schedule",
 ]

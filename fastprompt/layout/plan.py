@@ -55,6 +55,11 @@ class RowPlan:
     labels: torch.Tensor | None
     to_last_label: bool = False
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many rows it has, and how many the padded batch."""
+        return len(self.source), self.grid.numel()
+
     def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""
         flat = input_ids.reshape(-1)

@@ -27,10 +27,10 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
 
     Works in place on this one object and returns it, for every kind of prompt learning: Prompt Tuning, P-Tuning,
     Multitask Prompt Tuning, Prefix-Tuning, CARTRIDGE and CPT, before causal LMs, classifiers, question answering and
-    feature extraction, decoders and encoders. Padding is not run. On decoders the prompt, and the tokens that all rows
-    of a prompt begin with, run once. Adapters that are added or loaded later are covered. Prefix-Tuning works with
-    gradient checkpointing switched on afterwards, or before by :func:`get_peft_model`; a batch that is not packed runs
-    without checkpoints then.
+    feature extraction, decoders and encoders, and before encoder-decoders. Padding is not run. On decoders the prompt,
+    and the tokens that all rows of a prompt begin with, run once. Adapters that are added or loaded later are covered.
+    Prefix-Tuning works with gradient checkpointing switched on afterwards, or before by :func:`get_peft_model`; a batch
+    that is not packed runs without checkpoints then.
 
     ``save_pretrained`` writes the encoder of P-Tuning and of projected prefixes beside PEFT's files, and
     ``load_adapter`` brings it back, which PEFT cannot: trainings resume, by hand (``is_trainable=True``) and by
@@ -39,7 +39,8 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     With labels, in training, the head of a causal LM runs on labelled rows only; ``outputs.logits`` are computed when
     somebody reads them, and ``outputs.past_key_values`` is None. Otherwise logits come in PEFT's shape, and a cache
     where PEFT returns one. What a model puts out at padding is that of zero hidden states. A batch or model that packed
-    rows cannot represent exactly (encoder-decoders among them) takes PEFT's own forward, with one warning a reason.
+    rows cannot represent exactly takes PEFT's own forward, with one warning a reason. In a step of an encoder-decoder,
+    what stands behind a row's last label is padding, which no label sees.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
     ``generate`` runs the prompt once, until a parameter changes, and takes ``adapter_names``, one a row, of adapters of
     any method and length; a padded row gives what it gives alone, where PEFT's gives what its padding makes of it. What

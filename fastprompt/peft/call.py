@@ -1,8 +1,8 @@
 """One call of a PEFT model, translated for the engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from peft import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
     PeftType,
@@ -33,6 +34,7 @@ PACKED_CLASSES = (
     PeftModelForTokenClassification,
     PeftModelForQuestionAnswering,
     PeftModelForFeatureExtraction,
+    PeftModelForSeq2SeqLM,
 )
 # What a caller may pass without leaving the packed path. Anything else that is not None takes PEFT's own forward.
 _UNDERSTOOD = {
@@ -223,6 +225,10 @@ class Call:
 
     def _prompts(self):
         """The distinct prompts, ``[N * P, D]``."""
+        return self._distinct_prompts().flatten(0, 1)
+
+    def _distinct_prompts(self):
+        """``[N, P, D]``."""
 
         def of_active():
             with self._encoder():
@@ -230,7 +236,7 @@ class Call:
                 return self.model.get_prompt(batch_size=number, task_ids=self.task_ids)  # [n, P, D]
 
         prompts = torch.cat(self._of_each_adapter(of_active))
-        return (prompts if self._used is None else prompts[self._used]).flatten(0, 1)
+        return prompts if self._used is None else prompts[self._used]
 
     @cached_property
     def _cache(self):
@@ -245,7 +251,11 @@ class Call:
 
     def _shared_of_active(self):
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
-        return shared_of_prefix(self.model, self.state, cache)
+        return shared_of_prefix(self.model, self.state, cache, self._state_of)
+
+    def _state_of(self, cache):
+        """What stands in front of the sequences, of a cache that PEFT made."""
+        return SharedState.of_cache(cache, self.engine.base.config)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
@@ -308,20 +318,23 @@ class Call:
         return {name: given[name].flatten(0, 1)[cells] for name in names}
 
 
-def shared_of_prefix(model: PeftModel, state: Any, prefix: Any) -> SharedState:
+def shared_of_prefix(
+    model: PeftModel, state: Any, prefix: Any, read: Callable[[Any], SharedState] | None = None
+) -> SharedState:
     """The learned keys and values that the active adapter puts in front, ``prefix``, of a batch of one row.
 
     The first time for an adapter of this shape, the model is asked whether it gives the same behind them, packed.
+    ``read`` makes them of a cache that PEFT made.
 
     Raises:
         CannotPack: it does not.
     """
     if not isinstance(prefix, Cache):
         raise CannotPack(f"its prefix is a {type(prefix).__name__}")
-    config = state.engine.base.config
-    shared = SharedState.of_cache(prefix, config)
+    read = read or partial(SharedState.of_cache, config=state.engine.base.config)
+    shared = read(prefix)
     reason = state.engine.why_not_prefix(
-        lambda: SharedState.of_cache(cast(Cache, model.get_prompt(batch_size=1)), config),
+        lambda: read(model.get_prompt(batch_size=1)),
         (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
         state.original(model),
     )

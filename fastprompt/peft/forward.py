@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftModelForSequenceClassification
 
 from ..hf.checkpointing import without_checkpoints
 from ..hf.masks import UnsupportedAttention
@@ -16,6 +16,7 @@ from .adapter import is_prefix, rows_in_front
 from .call import PACKED_CLASSES, Call
 from .heads import last_token_read, outputs_of_text, targets_of_text
 from .samples import TOLD, cu_seqlens_of, in_one_row, padded
+from .seq2seq import PairCall
 from .smoothing import to_be_shifted
 
 
@@ -128,7 +129,8 @@ def _without_adapter(model, state, original, *args, **kwargs):
 def _translate(model, state, given, disabled=False):
     """The call, planned, or None if it has to take PEFT's own forward."""
     try:
-        return Call(model, state, given, disabled)
+        kind = PairCall if isinstance(model, PeftModelForSeq2SeqLM) else Call
+        return kind(model, state, given, disabled)
     except CannotPack as reason:
         _fall_back(state, str(reason), given)
         return None
