@@ -81,7 +81,7 @@ def forward_tiles(width, wide, element_size, target, *, group=1, gather=False, a
 
 
 @_for_widths
-def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False, bias=False):
+def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False, alibi=False, bias=False):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100
     keeps sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second
     program on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
@@ -92,7 +92,7 @@ def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False,
     bias does so everywhere, and most in items that hold queries: fewer keys for these."""
     in_parts = width > 64 and fold(group, 32) < group
     if element_size == 4:
-        rows = 32 if width <= 64 else 16
+        rows = 32 if width <= 64 and not (alibi or bias) else 16
         return Tiles(rows, rows, Options(num_warps=8), key_queries=16, key_keys=rows)
     if not wide:
         keys = 32 if width <= 128 else 16
