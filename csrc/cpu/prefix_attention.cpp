@@ -201,11 +201,11 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, m) {
   m.def("prefix_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, "
-        "Tensor? bias, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, int? dropout_key, "
-        "int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "Tensor? bias, Tensor[] schedule, bool causal, int? window, float? softcap, float scale, "
+        "int? dropout_key, int dropout_threshold, float dropout_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("prefix_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? sinks, Tensor? bias, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, float? softcap, "
-        "float scale, int? dropout_key, int dropout_threshold, float dropout_scale, "
+        "Tensor? sinks, Tensor? bias, Tensor out, Tensor lse, Tensor[] schedule, bool causal, int? window, "
+        "float? softcap, float scale, int? dropout_key, int dropout_threshold, float dropout_scale, "
         "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dprefix_k, Tensor(e!)? dprefix_v, "
         "Tensor(f!)? sink_parts) -> ()");
 }

@@ -65,7 +65,7 @@ def forward_tiles(width, wide, element_size, target, *, group=1, gather=False, a
     and fewer still where rows are read from a table, a group's heads are found by a division or scores gain by
     distance, or it would spill. A position bias is a value and an address for each score: half the keys everywhere."""
     if element_size == 4:  # fp32 products run on the plain units, which hold rows of both operands in registers
-        rows = 32 if width <= 64 else 16
+        rows = 32 if width <= 64 and not (alibi or bias) else 16
         return Tiles(rows, rows, Options(num_warps=8))
     if not wide:
         return Tiles(64, 32 if width <= 128 else 16, Options(num_warps=8))
@@ -74,14 +74,14 @@ def forward_tiles(width, wide, element_size, target, *, group=1, gather=False, a
     keys = 32 if bias else 64
     if target.backend == "hip":
         return Tiles(128, keys, Options(num_warps=4))
-    if width <= 64 or _from_shared_memory(target):
+    if _from_shared_memory(target) or width <= 64 and not bias:
         return Tiles(128, keys, Options(num_warps=8, num_stages=2))
     few = gather or alibi or bias or _uneven(group)
     return Tiles(128, 16 if few else 32, Options(num_warps=8, num_stages=3))
 
 
 @_for_widths
-def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False, bias=False):
+def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False, alibi=False, bias=False):
     """A key item holds keys, values and two sums of their shape, so its tile of queries is the smaller one. sm_100
     keeps sums in tensor memory and has room for more; its compiler has to be told not to spill for the sake of a second
     program on the processor. On sm_120 eight warps spill where heads are not folded or all flags are set.
@@ -92,7 +92,7 @@ def backward_tiles(width, wide, element_size, target, *, group=1, dropout=False,
     bias does so everywhere, and most in items that hold queries: fewer keys for these."""
     in_parts = width > 64 and fold(group, 32) < group
     if element_size == 4:
-        rows = 32 if width <= 64 else 16
+        rows = 32 if width <= 64 and not (alibi or bias) else 16
         return Tiles(rows, rows, Options(num_warps=8), key_queries=16, key_keys=rows)
     if not wide:
         keys = 32 if width <= 128 else 16

@@ -105,6 +105,7 @@ class _Call:
         slopes, bias = (None if x is None else x.contiguous() for x in (alibi_slopes, position_bias))
         most = 0 if bias is None else bias.shape[1] // 2
         self.scores = arguments.Scores(scale, softcap or 0.0, window or 0, slopes, bias, most)
+        self.biases = dict(alibi=slopes is not None, bias=bias is not None)
         self.dropout = _dropout_arguments(dropout)
         self.flags = dict(
             CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
@@ -133,8 +134,8 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        biases = dict(alibi=self.scores.slopes is not None, bias=self.scores.bias is not None)
-        tiles = self._tiles(config.forward_tiles, group=self.group, gather=self.flags["GATHER"], **biases)
+        options = dict(group=self.group, gather=self.flags["GATHER"], **self.biases)
+        tiles = self._tiles(config.forward_tiles, **options)
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
         forward_kernel(
@@ -172,8 +173,8 @@ class _Call:
             self.prefix_k is not None and (needs[3] or needs[4]),
         )
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
-        features = dict(dropout=self.dropout is not None, bias=self.scores.bias is not None)
-        tiles = self._tiles(config.backward_tiles, group=self.group, **features)
+        options = dict(group=self.group, dropout=self.dropout is not None, **self.biases)
+        tiles = self._tiles(config.backward_tiles, **options)
         fold = config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
