@@ -111,9 +111,9 @@ def test_what_no_label_depends_on_is_left_out(example):
         assert torch.equal(kept, all_of_them)
     before = (labels != -100) & (column >= first_label)
     assert torch.equal(plan.label_rows, torch.nn.functional.pad(plan.grid, (1, 0))[:, front : front + width][before])
-    assert sorted(set(plan.grid[plan.grid >= 0].tolist()) | set(range(sum(n for _, n in plan.shared)))) == list(
-        range(len(plan.source))
-    )
+    assert sorted(
+        set(plan.grid[plan.grid >= 0].tolist()) | set(range(sum(node.length for node in plan.shared.nodes)))
+    ) == list(range(len(plan.source)))
     assert plan.sequences.rows == len(plan.source) == int(plan.sequences.lengths.sum())
 
 

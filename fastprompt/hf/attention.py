@@ -218,7 +218,7 @@ def _run(
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
-    if torch.compiler.is_compiling() and mask.carrier is not None and alibi_slopes is None:
+    if torch.compiler.is_compiling() and mask.carrier is not None and alibi_slopes is None and position_bias is None:
         scale = head_dim**-0.5 if scaling is None else scaling
         options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
         out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)

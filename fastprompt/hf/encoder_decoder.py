@@ -34,6 +34,7 @@ class PairRunner:
     base: PreTrainedModel
     encoder: Runner
     decoder: Runner
+    mixers = ()  # none that it runs
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> "PairRunner":

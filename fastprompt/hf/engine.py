@@ -17,13 +17,14 @@ from .cache import PackedCache
 from .encoder_decoder import PairRunner, planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
+from .left_out import needs_labels_alone, whole_logits
 from .pair_probe import PairExpectations, PairProbe
 from .request import Embed, Request
 from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import draws, is_encoder_decoder, why_drawn_otherwise
+from .structure import is_encoder_decoder, why_drawn_otherwise
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -47,7 +48,7 @@ class Engine:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base, self._user = base, object()
         self._prefixes: dict[Hashable, str | None] = {}
-        self._logits_are_read = False
+        self.logits_are_read = False
         self.stats = Stats()
         self.abilities = Abilities("it was not asked yet")
         self._ask()
@@ -129,13 +130,14 @@ class Engine:
             raise CannotPack(reason)
         if request.target is not None:
             return planned_pairs(request, request.target)
-        plan = self._laid_out(request, self._needs_labels_alone(request))
+        plan = self.laid_out(request, needs_labels_alone(self, request))
         reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
         if reason is not None:
             raise CannotPack(reason)
         return plan
 
-    def _laid_out(self, request, to_last_label):
+    def laid_out(self, request: Request, to_last_label: bool) -> RowPlan:
+        """The rows of a request that can be packed."""
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
@@ -196,13 +198,13 @@ class Engine:
             request = replace(request, prompts=lambda: prompts)
         rows = self.rows(request, plan, embed)
         if not request.wants_logits:
-            whole = self._whole_logits(request, embed) if plan.to_last_label else None
-            return self._head.step(request, plan, rows, whole)
+            whole = whole_logits(self, request, embed) if plan.to_last_label else None
+            return self.head.step(request, plan, rows, whole)
         recorded = Recorded() if self._wants_cache(request) else None
         logits = self.runner.logits(plan, rows, request.shared, recorded=recorded)
         loss = None
         if request.labels is not None:
-            loss = self._head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
+            loss = self.head.loss_of_logits(request, plan, gathered(logits, label_rows_of(request, plan)))
         output = CausalLMOutputWithPast(loss=loss, logits=unpacked(plan, logits))
         if recorded is not None:
             output[self.abilities.cache_name] = self._cache(request, plan, recorded)
@@ -210,52 +212,11 @@ class Engine:
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
-        return self._head.fused(request, plan, self.rows(request, plan, embed), **options)
-
-    def _needs_labels_alone(self, request):
-        """May rows be left out on which the loss does not depend?
-
-        Not once somebody has read the logits of such a step, which costs a second forward pass; nor where that would
-        not be the same pass: where random numbers are drawn, where positions or a row's place depend on the rows that
-        there are, where a hook counts calls.
-        """
-        found, backbone = self.abilities, self.runner.backbone
-        if request.wants_logits or request.loss is not None or not found.causal or self._logits_are_read:
-            return False
-        if found.rope_limit is not None or found.row_limit is not None or found.position_offset:
-            return False
-        return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws(self.base))
-
-    def _whole_logits(self, request, embed):
-        """The logits of all tokens of a request some of whose rows are left out: what they are computed of, and how."""
-        given = [] if request.prompts is None else [request.prompts()]
-        given += [] if request.has_ids else [request.tokens]
-        sources = given + ([] if request.shared is None else request.shared.tensors())
-        unchanged = self._head.unchanged(sources)
-
-        def compute(*sources):
-            unchanged()
-            self._logits_are_read = True
-            rest = iter(sources)
-            prompts = None if request.prompts is None else next(rest)
-            again = replace(
-                request,
-                prompts=None if prompts is None else lambda: prompts,
-                tokens=request.tokens if request.has_ids else next(rest),
-                shared=None if request.shared is None else request.shared.with_tensors(rest),
-            )
-            reader = object()
-            attach(self.base, reader, packs=True)
-            try:
-                plan = self._laid_out(again, to_last_label=False)
-                return plan.unpack(self.runner.logits(plan, self.rows(again, plan, embed), again.shared))
-            finally:
-                detach(self.base, reader)
-
-        return sources, compute
+        return self.head.fused(request, plan, self.rows(request, plan, embed), **options)
 
     @property
-    def _head(self):
+    def head(self) -> LanguageHead:
+        """Of a causal LM, as it stands."""
         return LanguageHead(self.base, self.runner, self.abilities)
 
     @contextmanager
@@ -344,7 +305,7 @@ class Engine:
             own = found.why_not_loss_of_logits(request.num_items_in_batch)
             if own is not None and not (request.own_forward and found.packs_own_loss):
                 return own
-        if request.each_label and not self._head.is_cross_entropy:
+        if request.each_label and not self.head.is_cross_entropy:
             return f"{type(self.base).__name__} computes a loss of its own"
         if found.returns_cache and not found.makes_cache and self._wants_cache(request):
             return "its cache holds other values than packed rows leave; pass use_cache=False"

@@ -51,7 +51,8 @@ class LanguageHead:
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
             label_rows, labels = _labelled(plan)
-            states = self.runner.states(plan, rows, shared, None if whole is None else label_rows.unique())
+            wanted = None if whole is None else _if_few(label_rows.unique(), rows)
+            states = self.runner.states(plan, rows, shared, wanted)
             hidden = gathered(states.last_hidden_state[0], label_rows)
             reduction = "none" if request.each_label else "sum"
             labels = labels.to(hidden.device)
@@ -69,7 +70,8 @@ class LanguageHead:
             else:
                 logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
             return CausalLMOutputWithPast(loss=self.loss_of_logits(request, plan, logits))
-        logits, states = self.runner.logits_and_states(plan, rows, shared, keep, None if whole is None else keep)
+        wanted = None if whole is None else _if_few(keep, rows)
+        logits, states = self.runner.logits_and_states(plan, rows, shared, keep, wanted)
         loss = self.loss_of_logits(request, plan, gathered(logits, places))
         return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype, whole))
 
@@ -141,7 +143,7 @@ class LanguageHead:
         label_rows, targets = _labelled(plan)
         front = plan.grid.shape[1] - labels.shape[1]
         mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
-        wanted = label_rows.unique() if plan.to_last_label else None
+        wanted = _if_few(label_rows.unique(), rows) if plan.to_last_label else None
         states = self.runner.states(plan, rows, request.shared, wanted)
         hidden = gathered(states.last_hidden_state[0], label_rows)
         output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
@@ -187,6 +189,11 @@ def logits_later(
             return plan.unpack(logits_of(hidden[0]))
 
     return later([states], compute, torch.Size((*plan.grid.shape, vocabulary)), dtype, states.device)
+
+
+def _if_few(wanted: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """The rows that the last layer is to run on; None: all, which costs no more than to choose nearly all of them."""
+    return wanted if len(wanted) <= 0.75 * len(rows) else None
 
 
 def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:

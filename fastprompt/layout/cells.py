@@ -6,7 +6,9 @@ sequence has its own, and the device writes them (:func:`fill`): the host waits 
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 IGNORE = -100  # a position whose label is ignored, as in Hugging Face and torch.nn.functional.cross_entropy
@@ -23,6 +25,27 @@ STATS = (
     "prompt",
     "needed",  # the column of its last label, in front of which stands all that a label depends on; 0 without labels
 )
+
+
+class Stats(NamedTuple):
+    """``STATS`` on the host, ``[B]`` int64 each."""
+
+    length: np.ndarray
+    first: np.ndarray
+    holes: np.ndarray
+    labels: np.ndarray
+    behind_padding: np.ndarray
+    out_of_range: np.ndarray
+    agree: np.ndarray
+    prompt: np.ndarray
+    needed: np.ndarray
+
+    @property
+    def gaps(self) -> np.ndarray | None:
+        """``first``, or None if every sequence begins in column 0."""
+        return self.first if self.first.any() else None
+
+
 # What `fill` is told about a sequence.
 ENTRY = (
     "prompt_row",  # the first row of the prompt in front, behind which what is shared stands

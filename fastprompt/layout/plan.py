@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..checks import INTS, check_tensor
 from . import cells
 from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host
 from .cells import IGNORE as IGNORE
+from .cells import Stats
 from .sequences import Ints, Sequences
 from .tree import Node, Tree, tree_sequences
 
@@ -257,7 +258,7 @@ def _plan(
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
     measured, tokens = on_host(batch, on_device.measure(batch), common, node_cost is not None)
-    stats = _Stats(*measured)
+    stats = Stats(*measured)
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
@@ -291,32 +292,13 @@ def _plan(
     return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label)
 
 
-class _Stats(NamedTuple):
-    """``cells.STATS`` on the host, ``[B]`` int64 each."""
-
-    length: np.ndarray
-    first: np.ndarray
-    holes: np.ndarray
-    labels: np.ndarray
-    behind_padding: np.ndarray
-    out_of_range: np.ndarray
-    agree: np.ndarray
-    prompt: np.ndarray
-    needed: np.ndarray
-
-    @property
-    def gaps(self) -> np.ndarray | None:
-        """``first``, or None if every sequence begins in column 0."""
-        return self.first if self.first.any() else None
-
-
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
 # is shared, and how the plan is folded. All of it on the host.
 _Rows = tuple[int, dict[str, np.ndarray], Sequences | None, Tree, Fold | None]
 
 
 def _shared_rows(
-    batch: cells.Batch, stats: _Stats, tokens: Tokens | Told | None, node_cost: int | None, share_padded: bool
+    batch: cells.Batch, stats: Stats, tokens: Tokens | Told | None, node_cost: int | None, share_padded: bool
 ) -> _Rows:
     """For each prompt its P rows and what its sequences have in common, then groups of them, then all other tokens."""
     front, prompt = batch.front, stats.prompt
@@ -370,7 +352,7 @@ def _shared_rows(
     return total, entries, tree_sequences(tree, ends, prompt, count, batch.prefix_length, stats.gaps), tree, folded
 
 
-def _packed_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
+def _packed_rows(batch: cells.Batch, stats: Stats) -> _Rows:
     """Each sequence behind P rows of its own."""
     if stats.gaps is not None and batch.front:
         raise CannotPack("left padding between the prompt and the text has no place in the packed layout")
@@ -379,7 +361,7 @@ def _packed_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
     return *_one_by_one(batch, stats, stats.length, stats.first), sequences, Tree(), None
 
 
-def _padded_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
+def _padded_rows(batch: cells.Batch, stats: Stats) -> _Rows:
     """Every cell."""
     total, sequences = batch.front + batch.width, None
     if not (stats.holes.any() or batch.front and stats.first.any()):
@@ -389,7 +371,7 @@ def _padded_rows(batch: cells.Batch, stats: _Stats) -> _Rows:
 
 
 def _one_by_one(
-    batch: cells.Batch, stats: _Stats, lengths: np.ndarray, first: np.ndarray
+    batch: cells.Batch, stats: Stats, lengths: np.ndarray, first: np.ndarray
 ) -> tuple[int, dict[str, np.ndarray]]:
     """The number of rows and the table where each sequence writes P rows and its own."""
     ends = (batch.front + lengths).cumsum()
