@@ -35,7 +35,7 @@ versions-%:
 # vLLM's own engine and server, in an environment of its own: it wants an older transformers.
 VLLM_PY := .venv-vllm/bin/python
 vllm-test: .venv-vllm/ready
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/with_vllm
 
 bench: $(READY) $(KERNELS)
 	$(PY) -m benchmarks

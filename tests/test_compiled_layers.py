@@ -45,9 +45,9 @@ def pair(*arguments, **options):
 
 def assert_same(eager, compiled, inputs):
     (loss, gradients), (found, found_gradients) = step(eager, inputs), step(compiled, inputs)
-    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
     for gradient, expected in zip(found_gradients, gradients, strict=True):
-        assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_twenty_shapes_take_two_graphs():
@@ -104,7 +104,7 @@ def test_a_whole_model_is_compiled_twice_at_most():
         run.zero_grad()
         loss = run(**inputs).loss
         loss.backward()
-        torch.testing.assert_close(loss, step(eager, inputs)[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, step(eager, inputs)[0], rtol=1e-5, atol=0)
         counts.append(counter.frame_count)
     assert counts[-1] == counts[1] <= 2 * counts[0]
 

@@ -1,4 +1,4 @@
-"""Files of compiled prompts for vLLM, and the middleware, without vLLM; tests/vllm has them in engine and server."""
+"""Files of compiled prompts for vLLM, and the middleware, without vLLM; see tests/with_vllm for the rest."""
 
 import asyncio
 import base64

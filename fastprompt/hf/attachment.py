@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
 from .mlp import patch_gated_mlps, unpatch_gated_mlps
-from .norms import patch_norms
-from .own_attention import patch_own_attention
+from .norms import patch_norms, unpatch_norms
+from .own_attention import patch_own_attention, unpatch_own_attention
 from .positions import patch_relative_attention, unpatch_relative_attention
 from .recurrent import patch_mixers, unpatch_mixers
 
@@ -108,6 +108,7 @@ def detach(model: PreTrainedModel, user: object) -> None:
         _unpatch(model)
     if record.users:
         return
+    unpatch_own_attention(model)
     changed = record.unchanged is not None and not all(map(_same, record.roots, record.unchanged))
     _switch_back(model)
     if not changed:
@@ -123,6 +124,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, an attached model computes as it did before, whoever is attached to it."""
     try:
         _switch_back(model)
+        unpatch_own_attention(model)
         _unpatch(model)
         yield
     finally:
@@ -131,6 +133,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
 
 def _unpatch(model):
     unpatch_gated_mlps(model)
+    unpatch_norms(model)
     unpatch_mixers(model)
     unpatch_relative_attention(model)
 

@@ -81,7 +81,7 @@ class PairRunner:
             plan.target,
             _rows(self.decoder, plan.target, target.prompts, tokens, embed),
             request.shared,
-            plan.keys,
+            sources=plan.keys,
             encoder_hidden_states=encoded,
             **options,
         )
@@ -93,7 +93,9 @@ class PairRunner:
         else:
             loss, logits = self._step(request, plan.target, states, encoded, found)
             shape = *plan.source.grid.shape, encoded.shape[-1]
-            padded = later(encoded, lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype)
+            padded = later(
+                [encoded], lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype, encoded.device
+            )
         cache: dict[str, Any] = {}
         if recorder is not None:
             cache[found.cache_name] = recorder.cache(plan, request.shared, request.prompt_ids)

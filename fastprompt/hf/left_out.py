@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -10,11 +10,8 @@ from .attachment import attach, detach
 from .request import Embed, Request
 from .structure import draws
 
-if TYPE_CHECKING:
-    from .engine import Engine
 
-
-def needs_labels_alone(engine: "Engine", request: Request) -> bool:
+def needs_labels_alone(engine: Any, request: Request) -> bool:
     """May rows be left out on which the loss does not depend?
 
     Not once somebody has read the logits of such a step, which costs a second forward pass; nor where that would not be
@@ -29,9 +26,7 @@ def needs_labels_alone(engine: "Engine", request: Request) -> bool:
     return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws(engine.base))
 
 
-def whole_logits(
-    engine: "Engine", request: Request, embed: Embed
-) -> tuple[list[torch.Tensor], Callable[..., torch.Tensor]]:
+def whole_logits(engine: Any, request: Request, embed: Embed) -> tuple[list[torch.Tensor], Callable[..., torch.Tensor]]:
     """The logits of all tokens of a request some of whose rows are left out: what they are computed of, and how."""
     given = [] if request.prompts is None else [request.prompts()]
     given += [] if request.has_ids else [request.tokens]

@@ -5,7 +5,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftModelForSeq2SeqLM, PeftType
 from transformers import PreTrainedModel
 
 from ..hf.checkpointing import without_checkpoints
@@ -13,10 +13,11 @@ from ..hf.compiled_prompts import CompiledPrompts
 from ..layout import CannotPack
 from . import resuming
 from .adapter import is_prefix
-from .call import PACKED_CLASSES, shared_of_prefix
+from .call import PACKED_CLASSES, Call, shared_of_prefix
 from .forward import disable_adapter, forward
 from .generation import generate
 from .renamed_cache import generates_wrongly, prepare_inputs_for_generation
+from .seq2seq import PairCall
 from .smoothing import smooth_by_text
 from .state import State, restore
 
@@ -87,8 +88,9 @@ def _why_not_behind_prefix(model, state):
     """None if the model gives the same behind its learned keys and values, packed, or has none, else what differs."""
     if not is_prefix(model.active_peft_config) or not isinstance(model, PACKED_CLASSES):
         return None
+    kind = PairCall if isinstance(model, PeftModelForSeq2SeqLM) else Call
     try:
-        shared_of_prefix(model, state, model.get_prompt(batch_size=1))
+        shared_of_prefix(model, state, model.get_prompt(batch_size=1), kind.state_of)
     except CannotPack as reason:
         return str(reason)
     return None

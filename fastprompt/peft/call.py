@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -251,11 +251,12 @@ class Call:
 
     def _shared_of_active(self):
         cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
-        return shared_of_prefix(self.model, self.state, cache, self._state_of)
+        return shared_of_prefix(self.model, self.state, cache, self.state_of)
 
-    def _state_of(self, cache):
-        """What stands in front of the sequences, of a cache that PEFT made."""
-        return SharedState.of_cache(cache, self.engine.base.config)
+    @staticmethod
+    def state_of(cache: Any, config: Any) -> SharedState:
+        """What stands in front of the sequences of a model with this config, of a cache that PEFT made."""
+        return SharedState.of_cache(cache, config)
 
     def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The output of a causal LM."""
@@ -319,22 +320,22 @@ class Call:
 
 
 def shared_of_prefix(
-    model: PeftModel, state: Any, prefix: Any, read: Callable[[Any], SharedState] | None = None
+    model: PeftModel, state: Any, prefix: Any, read: Callable[[Any, Any], SharedState] = SharedState.of_cache
 ) -> SharedState:
     """The learned keys and values that the active adapter puts in front, ``prefix``, of a batch of one row.
 
     The first time for an adapter of this shape, the model is asked whether it gives the same behind them, packed.
-    ``read`` makes them of a cache that PEFT made.
+    ``read`` makes them of a cache that PEFT made, and the model's config.
 
     Raises:
         CannotPack: it does not.
     """
     if not isinstance(prefix, Cache):
         raise CannotPack(f"its prefix is a {type(prefix).__name__}")
-    read = read or partial(SharedState.of_cache, config=state.engine.base.config)
-    shared = read(prefix)
+    config = state.engine.base.config
+    shared = read(prefix, config)
     reason = state.engine.why_not_prefix(
-        lambda: read(model.get_prompt(batch_size=1)),
+        lambda: read(model.get_prompt(batch_size=1), config),
         (model.active_adapter, *(layer and layer.keys.shape for layer in shared.layers)),
         state.original(model),
     )

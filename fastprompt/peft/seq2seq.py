@@ -9,6 +9,7 @@ from peft.utils import shift_tokens_right
 
 from ..hf.cache_names import cache_in
 from ..hf.request import Request, Target, tokens_of
+from ..hf.shared_state import SharedState
 from ..layout import CannotPack
 from .adapter import is_prefix, rows_in_front
 from .call import Call, says_something
@@ -95,8 +96,10 @@ class PairCall(Call):
             tokens = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         return Target(tokens, mask, self.length, lambda: self._prompts_of_both[:, self.length :].flatten(0, 1))
 
-    def _state_of(self, cache):
-        return super()._state_of(cache.self_attention_cache)
+    @staticmethod
+    def state_of(cache: Any, config: Any) -> SharedState:
+        """Of the decoder's self-attention."""
+        return SharedState.of_cache(cache.self_attention_cache, config)
 
     @cached_property
     def _prompts_of_both(self):

@@ -1,5 +1,6 @@
 """prefix_attention: attention of packed, padded or decoding sequences over a shared prefix and their own keys."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ class PrefixAttention(torch.autograd.Function):
         inputs = q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed
         options = causal, window, softcap, scale, dropout_p, backend
         if is_eager(q):
-            out, lse = run_forward(*inputs, seq, key_seq, *options)
+            out, lse = _forward(*inputs, seq, key_seq, *options)
         else:
             sequences = *_flat(seq), *_flat(key_seq)
             out, lse = torch.ops.fastprompt.prefix_attention(*inputs, *sequences, *options)
@@ -163,7 +164,7 @@ class PrefixAttention(torch.autograd.Function):
             return (None,) * 17
         tensors, needs = (grad, *ctx.saved_tensors), list(ctx.needs_input_grad[:7])
         if is_eager(grad):
-            eagerly: Any = run_backward
+            eagerly: Any = _backward
             grads = eagerly(*tensors, ctx.seq, ctx.key_seq, *ctx.options, needs)
         else:
             sequences = *_flat(ctx.seq), *_flat(ctx.key_seq)
@@ -195,7 +196,7 @@ def _implementation(q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, w
     )
 
 
-def run_forward(
+def _forward(
     q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend,
 ):  # fmt: skip
@@ -209,7 +210,7 @@ def run_forward(
         return runner.forward(q, k, v, prefix_k, prefix_v, seq, **options)
 
 
-def run_backward(
+def _backward(
     grad, q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed, out, lse,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend, needs,
 ):  # fmt: skip
@@ -243,6 +244,11 @@ def _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq):
     return given
 
 
+# For an autograd.Function around this one; arguments in the order above, checked already.
+run_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _forward
+run_backward: Callable[..., list[Any]] = _backward
+
+
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor? position_bias, "
@@ -271,7 +277,7 @@ def _sequences(tensors, kind, rows):
 @torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
 def _forward_op(*arguments):
     inputs, seq, key_seq, options = arguments[:9], arguments[9:12], arguments[12:15], arguments[15:]
-    out, lse = run_forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
+    out, lse = _forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
     return out.contiguous(), lse.contiguous()
 
 
@@ -284,7 +290,7 @@ def _forward_fake(q, k, v, *_):
 @torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(grad, *arguments):
     tensors, seq, key_seq, options = arguments[:11], arguments[11:14], arguments[14:17], arguments[17:]
-    grads = run_backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
+    grads = _backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
     return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 
