@@ -43,7 +43,8 @@ def test_a_step_keeps_less():
     rows = 5 + int(inputs["attention_mask"].sum())
     less = kept_bytes(model, inputs)
     for module in model.base_model.modules():
-        vars(module).pop("forward", None)
+        if isinstance(module, LlamaMLP):
+            vars(module).pop("forward", None)
     more = kept_bytes(model, inputs)
     assert more - less == 3 * rows * 80 * 4  # of 3 layers the activation, 80 wide
 

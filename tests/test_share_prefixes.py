@@ -141,7 +141,7 @@ def test_generation_is_the_models_own():
 
 
 def test_what_cannot_be_packed_runs_as_before():
-    model, inputs = build("bloom"), batch()
+    model, inputs = build("openai_gpt"), batch()
     plain = step(model, inputs)
     with pytest.warns(UserWarning, match="fastprompt runs the model's own padded forward"):
         fastprompt.share_prefixes(model)

@@ -18,6 +18,7 @@ from .cache_names import CACHE_NAMES, cache_argument
 from .compiled_prompts import CompiledPrompts, prompt_of_method
 from .engine import Engine
 from .masks import UnsupportedAttention
+from .padded_generation import generate_behind_prefix, generate_from_embeddings
 from .request import Request, Target
 from .shared_state import SharedState
 from .trained_state import is_head, keep_what_trains
@@ -211,10 +212,8 @@ class SoftPromptModel(nn.Module):
             mixed = self._compiled.mixed(self.base)
             if not self._is_prefix and mixed.needs_ids:
                 raise NotImplementedError(f"a {type(self.base).__name__} looks more up by token id than embeddings")
-        except NotImplementedError as reason:
-            if self._is_prefix:
-                raise CannotPack(str(reason)) from None
-            return self._generate_from_embeddings(input_ids, attention_mask, ids, options)
+        except NotImplementedError:
+            return self._generate_padded(input_ids, attention_mask, ids, options)
         if any(options.get(name) is not None for name in CACHE_NAMES):
             return mixed.generate(None, input_ids, attention_mask, **options)
         rows = self._compiled.states(
@@ -226,24 +225,19 @@ class SoftPromptModel(nn.Module):
         )
         return mixed.generate(rows, input_ids, attention_mask, prompts=keys, **options)
 
-    def _generate_from_embeddings(self, input_ids, attention_mask, prompt_ids, options):
-        """``base.generate`` of prompt and text as embeddings, for models whose cache cannot start with a prompt."""
-        batch = len(input_ids)
-        prompt, _, ids = self._prompts(prompt_ids)
-        ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if ids is None else ids
+    def _generate_padded(self, input_ids, attention_mask, prompt_ids, options):
+        """For models whose cache cannot start with a compiled prompt."""
+        prompt, shared, ids = self._prompts(prompt_ids)
+        ids = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device) if ids is None else ids
+        if self._is_prefix:
+            if (reason := self._engine.refusal or self._prefix_reason) is not None:
+                raise CannotPack(f"generation behind a prefix needs the attention interface, but {reason}")
+            given = dict(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return generate_behind_prefix(self.base, shared, ids, **given)
         embeds = self._embed(input_ids)
         prompt = prompt.unflatten(0, (-1, self.method.num_virtual_tokens)).to(embeds.dtype)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = torch.cat([mask.new_ones(batch, prompt.shape[1]), mask], 1)
-        result = self.base.generate(inputs_embeds=torch.cat([prompt[ids], embeds], 1), attention_mask=mask, **options)
-        if self.config.is_encoder_decoder:
-            return result
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        sequences = torch.cat([input_ids.repeat_interleave(len(sequences) // batch, 0), sequences], 1)
-        if isinstance(result, torch.Tensor):
-            return sequences
-        result.sequences = sequences
-        return result
+        return generate_from_embeddings(self.base, prompt[ids], embeds, input_ids, mask, **options)
 
     def trained_head(self) -> dict[str, nn.Parameter]:
         """``{name in the model: parameter}`` of a head that trains along; {} if there is none."""

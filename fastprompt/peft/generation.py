@@ -14,7 +14,8 @@ from .prompts import prompt_of_adapter
 def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     """``PeftModel.generate``, with the rows of each adapter's prompt run once, and ``adapter_names`` row by row.
 
-    What cannot be done so takes PEFT's own, and one warning says why.
+    What cannot be done so takes PEFT's own, and one warning says why; and so, without one, does a padded batch without
+    ``adapter_names``: PEFT's forward counts the padding between prompt and text as positions, in training (GRPO) too.
 
     Args:
         model: the model.
@@ -26,7 +27,7 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     original = state.original(model, "generate")
     names = kwargs.get("adapter_names")
     prompts = isinstance(model, PeftModelForCausalLM) and model.active_peft_config.is_prompt_learning
-    if not prompts or (names is None and (state.heads != "text" or model._adapters_disabled)):
+    if not prompts or (names is None and (model._adapters_disabled or _is_padded(kwargs.get("attention_mask")))):
         return original(*args, **kwargs)
     try:
         run = _prepared(model, state, args, kwargs)
@@ -36,6 +37,10 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
         state.tell(f"fastprompt runs PEFT's own generate: {reason}")
         return original(*args, **kwargs)
     return run()
+
+
+def _is_padded(mask):
+    return mask is not None and not bool(torch.as_tensor(mask).all())
 
 
 def _prepared(model, state, args, kwargs):

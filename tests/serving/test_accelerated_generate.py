@@ -67,6 +67,7 @@ def test_every_row_behind_its_own_adapter(method, padding):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastprompt")
         got = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **given, **GREEDY)
+        given |= {"adapter_names": ["default"] * 4}
         assert torch.equal(model.generate(ids, attention_mask=mask, **given, **GREEDY)[:, WIDTH:], active)
     assert torch.equal(got[:, :WIDTH], ids) and torch.equal(got[:, WIDTH:], expected)
     assert model.active_adapter == "default" and not torch.equal(expected, active)
