@@ -104,12 +104,12 @@ def prompt_sources(given: list[str]) -> dict[str, Path]:
         else:
             whole = Path(one)
             members = [(whole.stem if whole.is_file() else whole.resolve().name, whole)]
-        if not members or not all(name and path.exists() for name, path in members):
+        if not members or not all(called and member.exists() for called, member in members):
             raise InputError("prompts", f"expected a prompt, a folder with some, or NAME=PATH, got {one!r}")
-        for name, path in members:
-            if name in found:
-                raise InputError("prompts", f"{str(path)!r} and {str(found[name])!r} are both called {name!r}")
-            found[name] = path
+        for called, member in members:
+            if called in found:
+                raise InputError("prompts", f"{str(member)!r} and {str(found[called])!r} are both called {called!r}")
+            found[called] = member
     return found
 
 

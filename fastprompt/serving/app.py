@@ -238,7 +238,7 @@ def create_app(bank: PromptBank, tokenizer: PreTrainedTokenizerBase, options: Se
 
 def _add_routes(app, service):
     async def counted(request: Request, chat: bool) -> Response:
-        status = 500
+        status: int | None = 500
         try:
             response = await service.answer(request, chat)
             if isinstance(response, _Events):

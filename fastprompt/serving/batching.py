@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -20,7 +20,8 @@ from .text import TextStream
 _LOG = logging.getLogger(__name__)
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What became of a row: new text, and at its end why (``stop``, ``length``) and how many tokens, or an error."""
 
     index: int

@@ -6,11 +6,13 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from .app import Service
+
 _SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 

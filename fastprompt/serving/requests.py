@@ -47,7 +47,8 @@ class Reader:
     def __init__(self, bank: PromptBank, tokenizer: PreTrainedTokenizerBase, base_name: str, limits: Limits) -> None:
         self.bank, self.base_name, self._limits = bank, base_name, limits
         self._tokenizer: Any = tokenizer
-        self._vocabulary = bank.base.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        table: Any = bank.base.get_input_embeddings()
+        self._vocabulary = len(table.weight)
 
     def prompt(self, model: str) -> tuple[str | None, int]:
         """Name and length of the prompt that ``model`` selects.

@@ -199,7 +199,7 @@ def test_conversations_go_through_the_template(served, client):
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [1, 10**6]}, 400, "prompt"),
         ({"prompt": [1, True]}, 400, "prompt"),
-        ({"prompt": "cat " * 64}, 400, "max_tokens"),
+        ({"prompt": "cat " * 64}, 400, "prompt"),
         ({"max_tokens": 64}, 400, "max_tokens"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": "8"}, 400, "max_tokens"),
