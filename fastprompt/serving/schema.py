@@ -1,9 +1,9 @@
 """What requests may ask for: OpenAI's fields that have an effect here, and those that would have none."""
 
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from .errors import ApiError
 
@@ -138,7 +138,7 @@ def parse(kind: type[Fields], body: bytes) -> Fields:
         ApiError: 400 that names the field.
     """
     try:
-        return kind.model_validate(json.loads(body))
+        return kind.model_validate(from_json(body, allow_inf_nan=False))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _names(kind, first))
@@ -148,7 +148,7 @@ def parse(kind: type[Fields], body: bytes) -> Fields:
                 "this server does not know the field, or not this value of it, and ignores none that has an effect"
             )
         raise ApiError(400, f"{where}: {message}" if where else message, where or None, first["type"]) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="json_invalid") from None
 
 

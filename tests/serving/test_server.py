@@ -288,7 +288,8 @@ def test_a_client_that_hangs_up_frees_its_rows(served, monkeypatch):
         service = client.service
         body = {"model": "sql", "prompt": "cat", "max_tokens": 50, "temperature": 0, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as running:
-            assert next(running.iter_lines())
+            lines = running.iter_lines()
+            assert next(lines)
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json={**body, "stream": False}, timeout=0.2)
             assert waited_for(lambda: service.batcher.waiting == 0)
