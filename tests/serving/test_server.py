@@ -296,7 +296,7 @@ def test_a_client_that_hangs_up_frees_its_rows(served, monkeypatch):
             assert service.batcher.running == 1
         assert waited_for(lambda: service.is_idle)
         assert len(steps) < 45
-        assert 'status="499"} 1.0' in client.get("/metrics").text
+        assert 'status="499"} 2.0' in client.get("/metrics").text
 
 
 def test_a_failing_batch_is_an_answer(served, monkeypatch):
