@@ -1,7 +1,8 @@
 """``python -m benchmarks [NAME ...] [--quick] [--out DIR] [--threads N]``: run them, all that measure by default.
 
-``--help`` has the names. compiled needs a C++ compiler, trainers needs trl. By their names alone run families and
-integrations: they measure nothing, but try what runs packed, and write docs/families.md and docs/integrations.md.
+``--help`` has the names. compiled needs a C++ compiler, trainers needs trl. By their names alone run serve_load,
+which loads a server for two minutes, and families and integrations, which try what runs packed and write
+docs/families.md and docs/integrations.md.
 
 Exits with 1 if a result was wrong; its speed-up is then not printed.
 """
@@ -55,10 +56,11 @@ BENCHMARKS = {
     "serve": imported_late("serve"),
     "trees": trees.run,
     "trainers": imported_late("trainers"),
+    "serve_load": imported_late("serve_load"),
     "families": imported_late("families"),
     "integrations": imported_late("integrations"),
 }
-BY_NAME = ("families", "integrations")
+BY_NAME = ("serve_load", "families", "integrations")
 
 
 def main(arguments=None):
@@ -67,7 +69,7 @@ def main(arguments=None):
         "benchmarks",
         nargs="*",
         metavar="benchmark",
-        help=f"of {', '.join(BENCHMARKS)}; all but the last two by default",
+        help=f"of {', '.join(BENCHMARKS)}; all but the last three by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for CSV and plots")

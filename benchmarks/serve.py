@@ -1,62 +1,90 @@
 """Answers to 32 requests over many prompts of one frozen model: a bank's mixed batch, PEFT grouped by prompt, and the
 bare model, which is given as many tokens as prompt and text together.
 
-PEFT cannot mix prompts in a batch, so it answers the requests of each prompt in turn. The first token is there when the
-last row has its first; PEFT then needs not have finished the other rows. A decoding step is what each of the other
-tokens takes, on a cache of the same length in the mixed batch and in the bare model.
+PEFT cannot mix prompts in a batch, so it answers the requests of each prompt in turn; its time to the first token is
+the sum over the prompts, as if it gave every row its first before any row a second. A decoding step is the median of
+those of a run, on a cache of the same length in the mixed batch and in the bare model.
 """
 
 from statistics import median
+from time import perf_counter
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from tqdm import tqdm
+from transformers import StoppingCriteria
 
 from fastprompt import PromptBank, compile_prompt
 from fastprompt.peft.renamed_cache import right_generation
 
 from . import models, report
-from .timing import seconds_of
 
 ROWS, PROMPT, TEXT, NEW = 32, 100, 24, 64
+ROUNDS = 3
 NUMBERS = (1, 8, 16, 64, 500)  # of prompts
+
+
+class Clock(StoppingCriteria):
+    """Stops nothing, and notes when each token was there.
+
+    Attributes:
+        first: seconds to the first token, summed over the calls of ``generate``.
+        steps: seconds of the others.
+    """
+
+    def __init__(self):
+        self.first, self.steps = 0.0, []
+
+    def start(self):
+        self._last, self._is_first = perf_counter(), True
+        return self
+
+    def __call__(self, input_ids, scores, **kwargs):
+        now = perf_counter()
+        if self._is_first:
+            self.first += now - self._last
+        else:
+            self.steps.append(now - self._last)
+        self._last, self._is_first = now, False
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 class Requests:
     """Requests to some of the first ``number`` prompts of a model, in turn."""
 
     def __init__(self, bank, peft_model, number, new):
-        self.bank, self.peft, self.new, base = bank, peft_model, new, bank.base
-        vocabulary = base.config.vocab_size
+        self.bank, self.peft, self.new = bank, peft_model, new
+        vocabulary = bank.base.config.vocab_size
         generator = torch.Generator().manual_seed(number)
         self.ids = torch.randint(3, vocabulary, (ROWS, TEXT), generator=generator)
         self.long = torch.randint(3, vocabulary, (ROWS, PROMPT + TEXT), generator=generator)
         names = list(peft_model.peft_config)[:number]
         self.names = [names[row * max(number // ROWS, 1) % number] for row in range(ROWS)]
 
-    def mixed(self, new=None):
+    def mixed(self, clock):
         """The new tokens of all rows, ``[B, new]``."""
-        return self.bank.generate(self.ids, prompts=self.names, **self._options(new))[:, TEXT:]
+        return self.bank.generate(self.ids, prompts=self.names, **self._options(clock))[:, TEXT:]
 
-    def grouped(self, new=None):
+    def grouped(self, clock):
         """The same by PEFT."""
-        found = torch.empty(ROWS, new or self.new, dtype=torch.int64)
+        found = torch.empty(ROWS, self.new, dtype=torch.int64)
         for name in dict.fromkeys(self.names):
             members = [row for row, own in enumerate(self.names) if own == name]
             ids = self.ids[members]
             self.peft.set_adapter(name)
             with right_generation(self.peft):
-                got = self.peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **self._options(new))
+                got = self.peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **self._options(clock))
             found[members] = got[:, TEXT:]
         return found
 
-    def bare(self, new=None):
+    def bare(self, clock):
         """As many tokens of the bare model, behind as many."""
         mask = torch.ones_like(self.long)
-        return self.bank.base.generate(self.long, attention_mask=mask, **self._options(new))[:, -(new or self.new) :]
+        return self.bank.base.generate(self.long, attention_mask=mask, **self._options(clock))[:, -self.new :]
 
-    def _options(self, new):
-        return dict(max_new_tokens=new or self.new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    def _options(self, clock):
+        options = dict(max_new_tokens=self.new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return dict(options, stopping_criteria=[clock.start()])
 
 
 def run(out, quick=False, sizes=models.SIZES, numbers=NUMBERS, new=NEW):
@@ -74,7 +102,7 @@ def run(out, quick=False, sizes=models.SIZES, numbers=NUMBERS, new=NEW):
             if name != "0":
                 peft_model.add_adapter(name, config)
             bank.add(name, compile_prompt(peft_model, name))
-        records.append(_measure(Requests(bank, peft_model, number, new), number, 1 if quick else 3))
+        records.append(_measure(Requests(bank, peft_model, number, new), number, 1 if quick else ROUNDS))
         print(report.table(list(records[0]), [[str(x) for x in record.values()] for record in records]), flush=True)
     report.write_csv(out / "serve.csv", records)
     right = all(record["over PEFT"] != "WRONG" for record in records)
@@ -84,17 +112,21 @@ def run(out, quick=False, sizes=models.SIZES, numbers=NUMBERS, new=NEW):
 
 
 def _measure(requests, number, rounds):
-    right = torch.equal(requests.mixed(), requests.grouped())
     ways = {"PEFT": requests.grouped, "mixed": requests.mixed, "bare": requests.bare}
-    first, whole = {name: [] for name in ways}, {name: [] for name in ways}
+    for name in ("mixed", "bare"):  # warm up
+        ways[name](Clock())
+    first, step, whole = ({name: [] for name in ways} for _ in range(3))
+    right = True
     for _ in tqdm(range(rounds), desc=f"{number} prompts", unit="round"):
+        found = {}
         for name, way in ways.items():
-            first[name].append(seconds_of(lambda way=way: way(1)))
-            whole[name].append(seconds_of(way))
+            clock, start = Clock(), perf_counter()
+            found[name] = way(clock)
+            whole[name].append(perf_counter() - start)
+            first[name].append(clock.first)
+            step[name].append(median(clock.steps))
+        right &= torch.equal(found["PEFT"], found["mixed"])
     tokens = ROWS * requests.new
-    steps = [
-        [(a - b) / (requests.new - 1) for a, b in zip(whole[name], first[name])] for name in ("mixed", "bare")
-    ]  # seconds of a decoding step
     held = requests.bank[requests.names[0]].nbytes
     encoder = sum(x.nbytes for x in requests.peft.prompt_encoder[requests.names[0]].parameters())
     return {
@@ -103,7 +135,7 @@ def _measure(requests, number, rounds):
         **{f"{name} tokens/s": f"{tokens / median(whole[name]):.0f}" for name in ways},
         "over PEFT": f"{median(a / b for a, b in zip(whole['PEFT'], whole['mixed'])):.2f}" if right else "WRONG",
         **{f"{name} first ms": f"{median(first[name]) * 1e3:.0f}" for name in ways},
-        "step over bare": f"{median(a / b for a, b in zip(*steps)):.3f}",
+        "step over bare": f"{median(a / b for a, b in zip(step['mixed'], step['bare'])):.3f}",
         "KiB a prompt": f"{held / 1024:.0f}",
         "PEFT KiB": f"{encoder / 1024:.0f}",
     }

@@ -1,4 +1,4 @@
-"""``fastprompt train | eval | generate | compile | inspect | doctor``."""
+"""``fastprompt train | eval | generate | compile | serve | inspect | doctor``."""
 
 import argparse
 import json
@@ -109,6 +109,13 @@ def compile(**options: Any) -> None:
         print(json.dumps(written))
 
 
+def serve(**options: Any) -> None:
+    """Answer requests to the prompts of one model until SIGTERM."""
+    from fastprompt.serve import serve
+
+    serve(**options)
+
+
 def inspect(output: str | None = None, as_json: bool = False, **options: Any) -> None:
     """Print what a soft prompt looks like, and write pictures of it into ``output``."""
     from pathlib import Path
@@ -148,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(command("eval", evaluate, "loss, and accuracy on labelled data, of a trained soft prompt"))
     _add_generate(command("generate", generate, "complete text with a trained soft prompt"))
     _add_compile(command("compile", compile, "run soft prompts through their model once, for serving"))
+    _add_serve(command("serve", serve, "prompts of one model behind OpenAI's interface, on one machine"))
     _add_inspect(command("inspect", inspect, "what a soft prompt looks like: nearest tokens, norms, similarity"))
     command("doctor", doctor, "what is installed, and which backend each operator uses")
     return parser
@@ -261,6 +269,30 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     formats = "compiled (default), embeds (for vLLM's prompt embeddings) or peft (a Prefix-Tuning adapter)"
     add("--format", choices=("compiled", "embeds", "peft"), help=formats)
     _add_model(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prompts of one frozen model behind OpenAI's interface: one process on one machine. For more load than that, "
+        "give the prompts to vLLM: docs/vllm.md."
+    )
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="folder of the frozen model, or its name on the hub")
+    sources = "compiled prompts, adapters' folders, folders of these, or NAME=PATH; a request's `model` is the name"
+    add("--prompts", nargs="+", metavar="PATH", help=sources)
+    add("--base-name", metavar="NAME", help="what requests without a prompt call the model (default: as its folder)")
+    add("--gguf-file", metavar="NAME", help="a GGUF file in the model's folder")
+    add("--precision", help="of the weights: fp32 (default), bf16 or fp16")
+    add("--host", help="default 127.0.0.1")
+    add("--port", type=int, help="default 8000")
+    add("--max-batch", type=int, metavar="ROWS", help="that are generated together (default 32)")
+    add("--max-wait-ms", type=float, metavar="MS", help="how long the first row waits for others (default 5)")
+    add("--max-tokens", type=int, metavar="N", help="of prompt, text and answer together (default: as the model has)")
+    add("--max-body", type=int, metavar="BYTES", help="of a request (default 1 MiB)")
+    add("--max-queue", type=int, metavar="ROWS", help="that wait (default 256)")
+    add("--max-prompt-bytes", type=int, metavar="BYTES", help="memory of the prompts; others wait on disk")
+    admin = "from where PUT /admin/prompts/NAME may add prompts, with the token of FASTPROMPT_ADMIN_TOKEN"
+    add("--admin-folder", metavar="DIR", help=admin)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

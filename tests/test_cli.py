@@ -135,7 +135,7 @@ def test_inspect_names_the_nearest_tokens(trained, capsys):
     assert "argument --top: expected at least 1, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["inspect"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["serve"], ["inspect"]], ids=" ".join)
 def test_help_answers_without_torch(command):
     run = f"import sys; sys.modules['torch'] = None; from fastprompt.cli import main; main({[*command, '--help']})"
     result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ from .compiled_prompts import CompiledPrompts, prompt_of_method
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .padded_generation import generate_behind_prefix, generate_from_embeddings
-from .request import Request, Target
+from .request import Request, target_of
 from .shared_state import SharedState
 from .trained_state import is_head, keep_what_trains
 
@@ -154,7 +154,7 @@ class SoftPromptModel(nn.Module):
             prompt_ids=ids,
             shared=shared,
             attention_mask=attention_mask,
-            target=self._target(options),
+            target=target_of(self.config, options),
             labels=labels if is_lm else None,
             virtual_tokens=virtual_tokens,
             cu_seqlens=cu_seqlens,
@@ -362,13 +362,6 @@ class SoftPromptModel(nn.Module):
             options["labels"] = labels
         with self._engine.runner.padded_backbone(plan):
             return self.base(**inputs, **options)
-
-    def _target(self, options):
-        """What the decoder of an encoder-decoder is given; None for other models."""
-        if not self.config.is_encoder_decoder:
-            return None
-        embeds, mask = options.get("decoder_inputs_embeds"), options.get("decoder_attention_mask")
-        return Target(options.get("decoder_input_ids") if embeds is None else embeds, mask)
 
     def _padded_pairs(self, request, labels, options):
         """The forward of an encoder-decoder on padded rows."""

@@ -115,3 +115,11 @@ class Request:
 def tokens_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     """The embeddings or token ids among the arguments of a model's forward; None if there are neither."""
     return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
+def target_of(config: Any, options: dict[str, Any]) -> Target | None:
+    """What the decoder of an encoder-decoder is given, by the arguments of its forward; None for other models."""
+    if not config.is_encoder_decoder:
+        return None
+    embeds, mask = options.get("decoder_inputs_embeds"), options.get("decoder_attention_mask")
+    return Target(options.get("decoder_input_ids") if embeds is None else embeds, mask)

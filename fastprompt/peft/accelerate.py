@@ -44,9 +44,9 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
     what stands behind a row's last label is padding, which no label sees.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
     ``generate`` runs the prompt once, until a parameter changes, and takes ``adapter_names``, one a row, of adapters of
-    any method and length; a padded row gives what it gives alone, where PEFT's gives what its padding makes of it. What
-    it does not take is PEFT's own, put right where that does not find the cache (transformers 5.24). One forward at a
-    time: as PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
+    any method and length; then a padded row gives what it gives alone. A padded batch without them, and what it does
+    not take, is PEFT's own, put right where that does not find the cache (transformers 5.24). One forward at a time: as
+    PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
     ``torch.export`` sees PEFT's own forward.
 
     Args:

@@ -1,0 +1,42 @@
+"""A server's process: it ends on SIGTERM when everything that it accepted is finished."""
+
+import signal
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .app import Service
+
+_SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse new requests; a second Ctrl-C ends at once."""
+        if self._service.draining and sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+        self._service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Is it time to end?"""
+        if self._service.draining and self._service.is_idle:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, and what was accepted until then to its end.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_READ
+    )
+    socket = config.bind_socket()
+    _Server(config, app.state.service).run(sockets=[socket])
