@@ -162,9 +162,8 @@ def test_trees_are_right_and_reported(tmp_path, capsys):
         records = list(csv.DictReader(line for line in stream if not line.startswith("#")))
     assert [record["step"] for record in records] == ["trees", "trees", "LoRA trees", "trees", "LoRA trees"]
     rows = 20 + 3 * 24 + 12 * (5 - 1)  # nothing is predicted from a last token
-    assert records[0]["rows"] == f"{20 + 12 * (29 - 1)} {rows}" and all(
-        float(record["ratio"]) > 0 for record in records
-    )
+    assert records[0]["rows"] == f"{20 + 12 * (29 - 1)} {rows}"
+    assert all(float(record["ratio"]) > 0 for record in records)
 
 
 @pytest.mark.parametrize("name", encoder_decoder.MODELS)

@@ -27,7 +27,7 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     original = state.original(model, "generate")
     names = kwargs.get("adapter_names")
     prompts = isinstance(model, PeftModelForCausalLM) and model.active_peft_config.is_prompt_learning
-    if not prompts or (names is None and (model._adapters_disabled or _is_padded(kwargs.get("attention_mask")))):
+    if not prompts or (names is None and _is_left_to_peft(model, state, kwargs)):
         return original(*args, **kwargs)
     try:
         run = _prepared(model, state, args, kwargs)
@@ -39,8 +39,12 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     return run()
 
 
-def _is_padded(mask):
-    return mask is not None and not bool(torch.as_tensor(mask).all())
+def _is_left_to_peft(model, state, given):
+    """Is a call without ``adapter_names`` one that PEFT's own generate is meant for? Not a second turn."""
+    if state.heads != "text" or model._adapters_disabled:
+        return True
+    mask, goes_on = given.get("attention_mask"), any(given.get(name) is not None for name in CACHE_NAMES)
+    return mask is not None and not goes_on and not bool(torch.as_tensor(mask).all())
 
 
 def _prepared(model, state, args, kwargs):
