@@ -95,19 +95,25 @@ def batch(padding, labelled="all", common=0, method="prompt_tuning", lengths=LEN
     return dict(inputs, task_ids=TASKS) if method == "multitask" else inputs
 
 
-def step(model, inputs):
-    """Loss, gradients of everything that trains (of a training step) and the output of an evaluation."""
+def trained(model, inputs):
+    """Loss and gradients of everything that trains, of a training step."""
     model.zero_grad()
     model.train()
     loss = model(**inputs).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return loss.detach(), gradients
+
+
+def step(model, inputs):
+    """Loss, gradients of everything that trains (of a training step) and the output of an evaluation."""
+    loss, gradients = trained(model, inputs)
     model.eval()
     targets = ("labels", "start_positions", "end_positions")
     with torch.no_grad():
         output = model(**{k: v for k, v in inputs.items() if k not in targets})
     model.train()
-    return loss.detach(), gradients, next(x for x in output.values() if isinstance(x, torch.Tensor))
+    return loss, gradients, next(x for x in output.values() if isinstance(x, torch.Tensor))
 
 
 @contextmanager

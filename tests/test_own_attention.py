@@ -11,24 +11,13 @@ import transformers as hf
 from parity import P, assert_equal, assert_identical, batch, both, peft_model, step
 from test_abilities import leaked
 from test_parity import assert_within_rounding
-from tiny_models import VOCABULARY, drawn
+from tiny_models import GPT, VOCABULARY, drawn
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 import fastprompt
 from fastprompt.hf import attention
 
-_GPT = dict(
-    vocab_size=VOCABULARY,
-    n_embd=48,
-    n_layer=3,
-    n_head=4,
-    n_positions=64,
-    n_ctx=64,
-    rotary_dim=8,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-)
+_GPT = dict(GPT, n_head=4, n_ctx=64, rotary_dim=8)
 _FALCON = dict(
     vocab_size=VOCABULARY,
     hidden_size=48,

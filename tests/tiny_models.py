@@ -13,21 +13,24 @@ _COMMON = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=3, num_a
 _GQA = dict(_COMMON, num_key_value_heads=2, intermediate_size=80)
 _NO_DROPOUT = dict(attention_dropout=0.0)
 
+# What the configs of GPT's kind call the sizes.
+GPT = dict(
+    vocab_size=VOCABULARY,
+    n_embd=48,
+    n_layer=3,
+    n_head=6,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+
 # name -> (config class, arguments, does the packed path run?)
 MODELS = {
     "llama": (hf.LlamaConfig, _GQA, True),
     "gpt2": (
         hf.GPT2Config,
-        dict(
-            vocab_size=VOCABULARY,
-            n_embd=48,
-            n_layer=3,
-            n_head=6,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        ),
+        GPT,
         True,
     ),
     "mistral_window": (hf.MistralConfig, dict(_GQA, sliding_window=6), True),
@@ -107,16 +110,7 @@ MODELS = {
     ),
     "openai_gpt": (
         hf.OpenAIGPTConfig,
-        dict(
-            vocab_size=VOCABULARY,
-            n_embd=48,
-            n_layer=3,
-            n_head=6,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        ),
+        GPT,
         False,
     ),
 }

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 import transformers as hf
-from parity import TASKS, peft_model
+from parity import TASKS, peft_model, trained
 from tiny_models import T5, VOCABULARY, drawn
 
 import fastprompt
@@ -87,16 +87,12 @@ def pair_batch(padding="right", labelled="all", method="prompt_tuning", sources=
 
 def pair_step(model, inputs):
     """Loss and gradients of a training step, and the loss, logits and encoder states of an evaluation."""
-    model.zero_grad()
-    model.train()
-    loss = model(**inputs).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    loss, gradients = trained(model, inputs)
     model.eval()
     with torch.no_grad():
         output = model(**inputs)
     model.train()
-    return loss.detach(), gradients, output
+    return loss, gradients, output
 
 
 def both_pairs(model, inputs):

@@ -127,7 +127,7 @@ class Probe:
                 cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
                 row_limit=row_limit(self.backbone),
-                has_window=self._has_window,
+                has_window=self._has_window or adds_alibi(self.backbone),
             )
             if not self.is_lm:
                 return replace(found, pooled_column=column_read(self.expected))
@@ -231,7 +231,7 @@ class Probe:
             else:
                 with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
                     output = first_output(sample.run(self.base, mask))
-        self._has_window = runner.has_window or adds_alibi(self.backbone)
+        self._has_window = runner.has_window
         return plan, output
 
     def _cache_is_the_same(self, found):

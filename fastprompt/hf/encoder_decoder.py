@@ -15,7 +15,7 @@ from ..ops import linear_cross_entropy
 from .abilities import Abilities
 from .cache import PairRecorder
 from .cache_names import cache_argument
-from .head import ROWS, logits_later
+from .head import ROWS, logits_of_states
 from .later import later
 from .request import Embed, Request, Target
 from .runner import Runner, gathered
@@ -149,7 +149,7 @@ class PairRunner:
         def logits_of(hidden):
             return self.head(states, hidden, encoded.detach()).logits[0]
 
-        return loss, logits_later(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
+        return loss, logits_of_states(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
 
     def _chunked_loss(self, hidden, items, found):
         head = self.base.get_output_embeddings()

@@ -77,36 +77,13 @@ class LanguageHead:
 
     def _logits_later(self, plan, states, vocabulary, dtype, whole):
         """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
-        device = states.last_hidden_state.device
-        autocast = dict(enabled=torch.is_autocast_enabled(device.type), dtype=torch.get_autocast_dtype(device.type))
-        sources, compute_all = ([states.last_hidden_state], self._logits_of(plan, states)) if whole is None else whole
+        if whole is not None:
+            return logits_later(plan, *whole, vocabulary, dtype, states.last_hidden_state.device)
 
-        def compute(*sources):
-            with torch.autocast(device.type, **autocast):
-                return compute_all(*sources)
+        def logits_of(hidden):
+            return self.runner.head(states, hidden).logits[0]
 
-        return later(sources, compute, (*plan.grid.shape, vocabulary), dtype, device)
-
-    def _logits_of(self, plan, states):
-        unchanged = self.unchanged([], self.base.get_output_embeddings())
-
-        def compute(hidden):
-            unchanged()
-            return plan.unpack(self.runner.head(states, hidden[0]).logits[0])
-
-        return compute
-
-    def unchanged(self, sources: Sequence[torch.Tensor], part: nn.Module | None = None) -> Callable[[], None]:
-        """A function that raises RuntimeError if ``sources`` or weights, of a part or of all, were written to."""
-        now = [(x, _version(x)) for x in (*sources, *(part or self.base).parameters())]
-
-        def check():
-            changed = [x for x, version in now if _version(x) != version]
-            if changed:
-                what = "head" if changed[0] is self.base.get_output_embeddings().weight else "model"
-                raise RuntimeError(f"the {what} has changed since the step whose logits are read; read them before")
-
-        return check
+        return logits_of_states(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
 
     def loss_of_logits(self, request: Request, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
         """The loss of the labelled rows' logits ``[M, V]``."""
@@ -159,7 +136,41 @@ def _version(x):
     return None if x.is_inference() else x._version
 
 
+def unchanged(
+    base: PreTrainedModel, sources: Sequence[torch.Tensor], part: nn.Module | None = None
+) -> Callable[[], None]:
+    """A function that raises RuntimeError if ``sources`` or weights, of a part of the model or all, were written to."""
+    now = [(x, _version(x)) for x in (*sources, *(part or base).parameters())]
+
+    def check():
+        changed = [x for x, version in now if _version(x) != version]
+        if changed:
+            what = "head" if changed[0] is base.get_output_embeddings().weight else "model"
+            raise RuntimeError(f"the {what} has changed since the step whose logits are read; read them before")
+
+    return check
+
+
 def logits_later(
+    plan: RowPlan,
+    sources: Sequence[torch.Tensor],
+    compute: Callable[..., torch.Tensor],
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Logits ``[B, W, vocabulary]`` of a plan, ``compute(*sources)`` when they are read, under the autocast of now."""
+    kind = device.type
+    autocast: dict[str, Any] = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+
+    def compute_as_now(*sources):
+        with torch.autocast(kind, **autocast):
+            return compute(*sources)
+
+    return later(sources, compute_as_now, torch.Size((*plan.grid.shape, vocabulary)), dtype, device)
+
+
+def logits_of_states(
     base: PreTrainedModel,
     plan: RowPlan,
     states: torch.Tensor,
@@ -176,19 +187,13 @@ def logits_later(
         logits_of: ``[R, D]`` -> ``[R, vocabulary]``.
         vocabulary, dtype: what is known of them before.
     """
-    kind = states.device.type
-    head: Any = base.get_output_embeddings()
-    autocast: dict[str, Any] = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
-    weight: Any = head.weight
-    version = _version(weight)
+    check = unchanged(base, [], base.get_output_embeddings())
 
     def compute(hidden):
-        if _version(weight) != version:
-            raise RuntimeError("the head has changed since the step whose logits are read; read them before")
-        with torch.autocast(kind, **autocast):
-            return plan.unpack(logits_of(hidden[0]))
+        check()
+        return plan.unpack(logits_of(hidden[0]))
 
-    return later([states], compute, torch.Size((*plan.grid.shape, vocabulary)), dtype, states.device)
+    return logits_later(plan, [states], compute, vocabulary, dtype, states.device)
 
 
 def _if_few(wanted: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .attachment import attach, detach
+from .head import unchanged
 from .request import Embed, Request
 from .structure import draws
 
@@ -31,10 +32,10 @@ def whole_logits(engine: Any, request: Request, embed: Embed) -> tuple[list[torc
     given = [] if request.prompts is None else [request.prompts()]
     given += [] if request.has_ids else [request.tokens]
     sources = given + ([] if request.shared is None else request.shared.tensors())
-    unchanged = engine.head.unchanged(sources)
+    check = unchanged(engine.base, sources)
 
     def compute(*sources: torch.Tensor) -> torch.Tensor:
-        unchanged()
+        check()
         engine.logits_are_read = True
         rest = iter(sources)
         prompts = None if request.prompts is None else next(rest)
