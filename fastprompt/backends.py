@@ -36,6 +36,8 @@ class Call(NamedTuple):
     position_bias: bool = False
     cross: bool = False
     """Whether the keys are of other rows than the queries."""
+    activation: str = "silu"
+    """The name of a gated activation's function, or "a function" for one without a name."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16)
 _ALWAYS = lambda call: True  # noqa: E731
 
 
-def _cpp(operator):
-    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP)
+def _cpp(operator, *limits):
+    return Backend(operator, "cpu", "the C++ kernels", ("cpu",), _REAL, CPP, limits)
 
 
 def _triton(operator, *limits, **options):
@@ -207,6 +209,13 @@ TABLE = (
     _reference("prompt_lstm"),
     Backend("linear_cross_entropy", "blocked", "PyTorch's own operations", (), (*_REAL, torch.float64)),
     _reference("linear_cross_entropy"),
+    _cpp(
+        "gated_activation",
+        Limit(
+            "take silu and gelu_tanh",
+            lambda call: call.activation not in ("silu", "gelu_tanh") and f"the activation is {call.activation}",
+        ),
+    ),
     _reference("gated_activation"),
     _cpp("rms_norm"),
     _reference("rms_norm"),

@@ -1,11 +1,17 @@
-"""gated_activation against autograd over the activation and the product: the same bits, with less saved."""
+"""gated_activation against autograd over the activation and the product: the same bits, with less saved, or the C++
+kernels' rounding."""
+
+from functools import partial
 
 import pytest
 import torch
+from budget import assert_within
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from benchmarks.budget import Budget
 from fastprompt import gated_activation
+from fastprompt.backends import available
 from fastprompt.ops.gated_activation.api import GatedActivation
 
 NAMED = {
@@ -50,7 +56,8 @@ def run(function, gate, up, grad, activation):
 def test_same_bits_as_autograd_and_nothing_is_written_into(activation, dtype):
     gate, up, grad = inputs(dtype)
     before = [x.clone() for x in (gate, up, grad, CONSTANT)]
-    got, expected = (run(f, gate, up, grad, activation) for f in (gated_activation, plain))
+    reference = partial(gated_activation, backend="reference")
+    got, expected = (run(f, gate, up, grad, activation) for f in (reference, plain))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip((gate, up, grad, CONSTANT), before))
 
@@ -110,11 +117,78 @@ def test_any_shape_and_strides(activation):
         assert torch.equal(base, before)
 
 
+def budget_of(gate, up, grad, activation, dtype):
+    def evaluate(stored):
+        def definition(gate, up, activation):
+            return Product.apply(gate, up, activation, stored)
+
+        out, *grads = run(definition, gate.double(), up.double(), grad.double(), activation)
+        return [stored(x) for x in (out, *grads)]
+
+    return Budget.of(evaluate, dtype, operands=False)
+
+
+class Product(torch.autograd.Function):
+    """The definition, rounded where PyTorch's own operations in a narrow dtype round."""
+
+    @staticmethod
+    def forward(ctx, gate, up, activation, stored):
+        with torch.enable_grad():
+            ctx.leaf = gate.detach().requires_grad_()
+            ctx.activated = NAMED[activation](ctx.leaf)
+        ctx.up, ctx.stored = up, stored
+        return stored(ctx.activated.detach()) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        (dgate,) = torch.autograd.grad(ctx.activated, ctx.leaf, ctx.stored(grad * ctx.up))
+        return dgate, ctx.stored(ctx.activated.detach()) * grad, None, None
+
+
+CPP = pytest.mark.skipif(available("gated_activation")["cpu"] is not None, reason="there is no C++ library")
+
+
+@CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_kernels_within_the_budget(activation, dtype, every_isa):
+    gate, up, grad = inputs(dtype, (3, 67))
+    gate[0, :9] = torch.tensor([0.0, -0.0, 20.0, -20.0, 95.0, -95.0, 3e4, -3e4, 1e-4])
+    budget = budget_of(gate, up, grad, activation, dtype)
+    cpu = partial(gated_activation, backend="cpu")
+    for _ in every_isa():
+        assert_within(budget, run(cpu, gate, up, grad, activation))
+    faults = [(gate.roll(1), up, grad), (gate, up.roll(1), grad), (gate, up, grad.roll(1))]
+    for fault in faults:
+        assert budget.ratio(run(cpu, *fault, activation)) > 1
+    assert budget.ratio(run(cpu, gate, up, grad, {"silu": "gelu_tanh"}.get(activation, "silu"))) > 1
+
+
+@CPP
+def test_kernels_take_any_strides_and_what_is_not_a_number():
+    base = inputs(torch.float32, (6, 4, 8))[0]
+    cpu = partial(gated_activation, backend="cpu")
+    for gate, up in [
+        (base.transpose(0, 2), base.transpose(0, 2) + 1),
+        (base[..., ::2], base[..., 1::2]),
+        (base[:1].expand(6, 4, 8), base),
+        (base[:0], base[:0]),
+        (base[0, 0, 0], base[0, 0, 1]),
+    ]:
+        grad = torch.ones(()).expand(gate.shape)
+        for a, b in zip(*(run(f, gate, up, grad, "silu") for f in (cpu, plain)), strict=True):
+            torch.testing.assert_close(a, b)
+    extremes = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for activation in ("silu", "gelu_tanh"):
+        got, expected = (f(extremes, torch.ones(3), activation) for f in (cpu, plain))
+        assert torch.equal(got.isnan(), expected.isnan()) and got[0] == torch.inf
+
+
 @pytest.mark.parametrize("activation", ["silu", torch.nn.SiLU(), torch.nn.SiLU(inplace=True), torch.nn.Identity()])
 def test_modes(activation):
     """Without gradients, in inference mode, and under autocast, which the backward would not see."""
     gate, up, grad = inputs(torch.bfloat16)
-    expected, before = run(plain, gate, up, grad, activation), gate.clone()
+    expected, before = run(gated_activation, gate, up, grad, activation), gate.clone()
     with torch.no_grad():
         assert torch.equal(gated_activation(gate, up, activation), expected[0])
     with torch.inference_mode():
@@ -143,6 +217,10 @@ def test_opcheck():
     gate, up, grad = inputs(torch.float32)
     torch.library.opcheck(torch.ops.fastprompt.gated_activation.default, (gate, up, "silu", "auto"))
     arguments = (grad, gate, up, "gelu", True, False, "auto")
+    torch.library.opcheck(torch.ops.fastprompt.gated_activation_backward.default, arguments)
+    gate, up, grad = (x.t() for x in (gate, up, grad))
+    torch.library.opcheck(torch.ops.fastprompt.gated_activation.default, (gate, up, "silu", "auto"))
+    arguments = (grad, gate, up, "silu", True, True, "auto")
     torch.library.opcheck(torch.ops.fastprompt.gated_activation_backward.default, arguments)
 
 
@@ -187,7 +265,7 @@ def fails(x):
         (dict(activation=lambda x: x.float()), ValueError, "activation must be elementwise"),
         (dict(activation=fails), RuntimeError, "a failure of its own"),
         (dict(backend="fast"), ValueError, "backend of gated_activation must be 'auto' or one of"),
-        (dict(backend="cpu"), RuntimeError, "'cpu' of gated_activation cannot run this call"),
+        (dict(backend="cpu"), RuntimeError, "'cpu' of gated_activation cannot run this call: .* no float64"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -23,15 +23,6 @@ inline float sum_of(int64_t width, const Term& term) {
   return total;
 }
 
-// As it is stored in the dtype.
-inline floats rounded(floats x, const float*) { return x; }
-template <typename T>
-inline floats rounded(floats x, const T*) {
-  T stored[LANES];
-  store(stored, x);
-  return load(stored);
-}
-
 template <typename T>
 float norm_forward(const NormRow& a, float eps, void* out) {
   auto const x = static_cast<const T*>(a.x), weight = static_cast<const T*>(a.weight);

@@ -33,6 +33,15 @@ void narrow(const float* from, void* to, int64_t count) {
   }
 }
 
+// As it is stored in the dtype of the pointer.
+inline floats rounded(floats x, const float*) { return x; }
+template <typename T>
+inline floats rounded(floats x, const T*) {
+  T stored[LANES];
+  store(stored, x);
+  return load(stored);
+}
+
 // e^x for x <= 88, to 1e-7 of itself; 0 below the normal numbers. With n the integer next to x / log(2), e^x = 2^n e^f.
 inline floats exp(floats x) {
   constexpr float log2_e = 1.44269504f, magic = 0x1.8p23f;  // adding magic leaves the nearest integer in the low bits

@@ -47,7 +47,7 @@ def _forward(self, *args, **kwargs):
     gate, up = gate_proj(*args), up_proj(*args)
     if gate.dtype != up.dtype or gate.shape != up.shape:
         return down_proj(activation(gate) * up)
-    return down_proj(GatedActivation.apply(gate, up, activation))
+    return down_proj(GatedActivation.apply(gate, up, _known(activation)))
 
 
 # What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
@@ -132,6 +132,19 @@ def _is_pure(activation):
     if "forward" in own or own.get("inplace") or any(own[hooks] for hooks in _HOOKS):
         return False
     return "act" not in own or _is_pure(own["act"])  # some call a function they hold
+
+
+def _known(activation):
+    """The name by which the operator knows a pure activation, else the activation: a name has kernels."""
+    if activation is F.silu or isinstance(activation, nn.SiLU | activations.SiLUActivation):
+        return "silu"
+    function = getattr(activation, "act", activation)  # some modules call a function they hold
+    if function is F.gelu:
+        return "gelu"
+    if isinstance(function, functools.partial | nn.GELU):
+        options = vars(function) if isinstance(function, nn.GELU) else function.keywords
+        return {"none": "gelu", "tanh": "gelu_tanh"}[options.get("approximate", "none")]
+    return activation
 
 
 # By exact type, as a subclass may add anything. Not those that autocast takes to another dtype (torch.pow).

@@ -28,11 +28,11 @@ def gated_activation(
         activation: "silu", "gelu", "gelu_tanh" or "relu", or an elementwise function that gives its argument's shape
             and dtype, the same whenever it is called. It may be the identity, or work in place: it is not given
             ``gate`` itself to write into. torch.compile sees through a function and chooses itself what to save.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "cpu" (the C++ library, which has "silu" and "gelu_tanh").
 
     Returns:
-        A tensor like ``gate``, differentiable in both. Its bits and those of the gradients are the ones of PyTorch's
-        own operations in this dtype, with autocast off.
+        A tensor like ``gate``, differentiable in both. By "reference" its bits and those of the gradients are the ones
+        of PyTorch's own operations in this dtype, with autocast off; "cpu" rounds where they do.
 
     Raises:
         TypeError, ValueError: an argument with another dtype, shape or device, an unknown name, or a function that is
@@ -89,9 +89,13 @@ _library.define(
 
 @torch.library.impl(_library, "gated_activation", "CompositeExplicitAutograd")
 def _forward(gate, up, activation, backend):
-    runner = implementation("gated_activation", backend, gate.device.type, gate.dtype)
     with without_autocast(gate.device.type):
-        return runner.forward(gate, up, activation)
+        return _implementation(gate, activation, backend).forward(gate, up, activation)
+
+
+def _implementation(gate, activation, backend):
+    name = activation if isinstance(activation, str) else "a function"
+    return implementation("gated_activation", backend, gate.device.type, gate.dtype, activation=name)
 
 
 @torch.library.register_fake("fastprompt::gated_activation", lib=_library)
@@ -102,8 +106,8 @@ def _forward_fake(gate, up, activation, backend):
 @torch.library.impl(_library, "gated_activation_backward", "CompositeExplicitAutograd")
 def _backward(grad, gate, up, activation, need_gate, need_up, backend):
     """Gradients of gate and up; an empty tensor stands for one that nobody asked for."""
-    runner = implementation("gated_activation", backend, gate.device.type, gate.dtype)
     with without_autocast(gate.device.type):
+        runner = _implementation(gate, activation, backend)
         grads = runner.backward(grad, gate, up, activation, need_gate, need_up)
     return tuple(gate.new_empty(0) if g is None else g for g in grads)
 

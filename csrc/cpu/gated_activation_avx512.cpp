@@ -1,0 +1,1 @@
+#include "gated_activation_kernels.h"
