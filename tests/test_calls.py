@@ -17,6 +17,7 @@ from test_heads import build as build_with_head
 from test_heads import inputs_for
 from test_parity import PACKED
 from tiny_models import build
+from torch.utils import _pytree as pytree
 
 import fastprompt
 from fastprompt.layout import plan_padded_input
@@ -296,12 +297,40 @@ def test_padded_logits_are_made_once():
     assert len(made) == 1 and not unpacked[plan.grid < 0].any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
-def test_labels_and_masks_on_another_device():
-    model, inputs = fastprompt.accelerate(peft_model("llama").cuda()), batch("right")
-    expected = model(**{name: x.cuda() for name, x in inputs.items()}).loss
-    inputs["input_ids"] = inputs["input_ids"].cuda()
-    torch.testing.assert_close(model(**inputs).loss, expected)
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the CPU's: operators take no tensors of both, and ``to`` brings a copy."""
+
+    @staticmethod
+    def __new__(cls, content):
+        new = torch.Tensor._make_wrapper_subclass(
+            cls, content.shape, strides=content.stride(), dtype=content.dtype, device="meta"
+        )
+        new.content = content
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        flat, structure = pytree.tree_flatten((args, kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dim() and not isinstance(x, cls) for x in flat):
+            raise RuntimeError(f"{function} expects all tensors on the same device")
+        brought = torch.device("cpu") in flat
+        flat = [x.content if isinstance(x, cls) else x for x in flat]
+        args, kwargs = pytree.tree_unflatten(flat, structure)
+        if kwargs.get("device") == torch.device("meta"):
+            kwargs["device"] = torch.device("cpu")
+        out = function(*args, **kwargs)
+        return out if brought else pytree.tree_map_only(torch.Tensor, cls, out)
+
+
+@pytest.mark.parametrize("names", [["labels"], ["attention_mask"], ["labels", "attention_mask", "task_ids"]], ids=str)
+def test_labels_masks_and_tasks_on_another_device(names, packed):
+    method = "multitask" if "task_ids" in names else "prompt_tuning"
+    model, inputs = fastprompt.accelerate(peft_model("llama", method)), batch("right", method=method)
+    expected = model(**inputs).loss
+    moved = {name: Elsewhere(inputs[name]) for name in names}
+    with pytest.raises(RuntimeError, match="same device"):
+        moved[names[0]] == inputs[names[0]]  # noqa: B015
+    assert torch.equal(model(**inputs | moved).loss, expected)
 
 
 def test_an_adapter_that_is_added_behind_a_copy(packed):
