@@ -322,10 +322,9 @@ class Elsewhere(torch.Tensor):
         return out if brought else pytree.tree_map_only(torch.Tensor, cls, out)
 
 
-@pytest.mark.parametrize("names", [["labels"], ["attention_mask"], ["labels", "attention_mask", "task_ids"]], ids=str)
-def test_labels_masks_and_tasks_on_another_device(names, packed):
-    method = "multitask" if "task_ids" in names else "prompt_tuning"
-    model, inputs = fastprompt.accelerate(peft_model("llama", method)), batch("right", method=method)
+@pytest.mark.parametrize("names", [["labels"], ["attention_mask"], ["labels", "attention_mask"]], ids=str)
+def test_labels_and_masks_on_another_device(names, packed):
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
     expected = model(**inputs).loss
     moved = {name: Elsewhere(inputs[name]) for name in names}
     with pytest.raises(RuntimeError, match="same device"):
