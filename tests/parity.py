@@ -137,12 +137,24 @@ def plain_step(model, inputs):
 
 def both(model, inputs):
     """The step by PEFT and by fastprompt, which must have run packed rows without a warning."""
-    plain = plain_step(model, inputs)
+    return both_of_each(model, [inputs])[0]
+
+
+def both_of_each(model, batches):
+    """:func:`both` of each batch, with a model that is accelerated once."""
+    plain = [plain_step(model, inputs) for inputs in batches]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastprompt runs PEFT's own padded forward")
-        fast = step(fastprompt.accelerate(model), inputs)
+        fastprompt.accelerate(model)
+        fast = [step(model, inputs) for inputs in batches]
     fastprompt.restore(model)
-    return plain, fast
+    return list(zip(plain, fast))
+
+
+def assert_same_steps(model, batches):
+    """Each of the batches gives the same by PEFT and by fastprompt, on packed rows without a warning."""
+    for (plain, fast), inputs in zip(both_of_each(model, batches), batches, strict=True):
+        assert_equal(plain, fast, inputs)
 
 
 def assert_equal(plain, fast, inputs, loss_rtol=1e-5, gradient_rtol=1e-4, output_rtol=1e-4):

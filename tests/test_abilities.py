@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from covering import covering_array
 from parity import P, assert_equal, assert_identical, batch, peft_model, step
 from tiny_hybrids import build_hybrid
 from tiny_models import VOCABULARY, build
@@ -49,11 +50,12 @@ def by_a_forward_of_its_own(model, share, layer):
 LEAKS = [before_layer, behind_mlp, by_another_class, by_a_forward_of_its_own]
 
 
-@pytest.mark.parametrize("share", [1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("leak, layer", [(leak, i % 3) for i, leak in enumerate(LEAKS)] + [(before_layer, 2)])
-def test_a_leak_between_neighbours_is_found(leak, layer, dtype, share):
-    base = build("llama", dtype)
+@pytest.mark.parametrize(
+    "place, dtype, share",
+    covering_array([*zip(LEAKS, (0, 1, 2, 0)), (before_layer, 2)], DTYPES, [1e-3, 1e-2, 1e-1]),
+)
+def test_a_leak_between_neighbours_is_found(place, dtype, share):
+    (leak, layer), base = place, build("llama", dtype)
     leak(base, share, layer)
     with pytest.warns(UserWarning, match=PADDED + "packed rows give another output"):
         fastprompt.accelerate(peft_model(None, base=base))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from budget import assert_within
+from covering import covering_array
 from dropout_masks import InEveryDraw, describe
 from test_prefix_attention import FLAGS, dense, layout, run, tensors
 from test_prefix_attention_cpu import all_results
@@ -110,12 +111,13 @@ def case(
     return seq, described, inputs, grad.to(dtype), flags
 
 
-@pytest.mark.parametrize("p", [0.1, 0.999])
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("heads, kv_heads, prefixes", [(4, 2, 2), (3, 3, 0)])
-def test_the_reference_equals_dense_attention(flags, kind, heads, kv_heads, prefixes, p):
-    seq, described, inputs, grad, flags = case(flags, kind, heads, kv_heads, prefixes)
+@pytest.mark.parametrize(
+    "flags, kind, sizes, p",
+    covering_array(list(FLAGS), ["packed", "padded"], [(4, 2, 2), (3, 3, 0)], [0.1, 0.999]),
+    ids=str,
+)
+def test_the_reference_equals_dense_attention(flags, kind, sizes, p):
+    seq, described, inputs, grad, flags = case(flags, kind, *sizes)
     dropout = Dropout(p, 5)
     expected = run(lambda *a, **f: dense(*a[:5], described, dropout=dropout, **f), inputs, grad, **flags)
     got = run(prefix_attention, inputs, grad, seq, backend="reference", dropout_p=p, dropout_seed=5, **flags)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import FEATURES, biased
 from budget import assert_within
+from covering import covering_array
 from dropout_masks import InEveryDraw
 from faults import assert_found, attention_faults
 from hypothesis import HealthCheck, given, settings
@@ -33,11 +34,13 @@ def case(feature, heads=4, kv_heads=2, prefixes=2, dtype=torch.float64, lengths=
     return seq, described, inputs, grad, biased(feature, heads)
 
 
-@pytest.mark.parametrize("flags", [{}, dict(causal=False), dict(window=4), dict(causal=False, window=4)], ids=str)
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", SIZES)
-@pytest.mark.parametrize("feature", FEATURES)
-def test_the_reference_equals_dense_attention(feature, kind, flags, heads, kv_heads, prefixes, widths):
+@pytest.mark.parametrize(
+    "feature, kind, causal, window, sizes",
+    covering_array(FEATURES, ["packed", "padded"], [True, False], [None, 4], SIZES),
+    ids=str,
+)
+def test_the_reference_equals_dense_attention(feature, kind, causal, window, sizes):
+    (heads, kv_heads, prefixes, widths), flags = sizes, dict(causal=causal, window=window)
     case_ = case(feature, heads, kv_heads, prefixes, kind=kind, widths=widths, sinks=prefixes == 2)
     seq, described, inputs, grad, biases = case_
     biases = {name: x.double() for name, x in biases.items()}

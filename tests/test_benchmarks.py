@@ -116,7 +116,8 @@ def test_many_prompts_are_right_and_reported(method, tmp_path, monkeypatch, caps
     assert "overhead" in capsys.readouterr().out and (tmp_path / "many_prompts.csv").exists()
 
 
-def test_memory_compares_two_processes(tmp_path, capsys):
+def test_memory_compares_two_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "METHODS", memory.METHODS[:1])
     assert memory.run(tmp_path, quick=True, sizes=TINY)
     assert "of PEFT's peak" in capsys.readouterr().out
     assert (tmp_path / "memory.csv").exists()

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 import pickle
 import warnings
 
@@ -16,6 +17,7 @@ from test_heads import build as build_with_head
 from test_heads import inputs_for
 from test_parity import PACKED
 from tiny_models import build
+from torch.utils import _pytree as pytree
 
 import fastprompt
 from fastprompt.layout import plan_padded_input
@@ -34,31 +36,29 @@ def packed():
 def decoded(model, inputs, following):
     """The logits of one token behind the cache that a forward returns, as a hand-written loop has them."""
     with torch.no_grad():
-        cache = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).past_key_values
+        cache = model(**{name: x for name, x in inputs.items() if name != "labels"}).past_key_values
         mask = inputs["attention_mask"]
         if mask is not None:
             mask = torch.cat([mask.new_ones(B, cache.get_seq_length() - S), mask, mask.new_ones(B, 1)], 1)
         return model.base_model(input_ids=following, attention_mask=mask, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix", "multitask"])
-@pytest.mark.parametrize("name", PACKED)
-def test_an_evaluation_returns_the_cache_that_peft_returns(name, method, padding, packed):
-    if method == "multitask" and name != "llama":
-        pytest.skip("one model shows it")
-    if (name, method, padding) == ("roberta", "prefix", "left"):
-        pytest.skip("PEFT's own forward: RoBERTa does not count padding on the left where it sees token ids")
-    model, inputs = peft_model(name, method).eval(), batch(padding, method=method)
-    inputs.pop("labels")
-    following = torch.arange(5, 5 + B)[:, None]
-    tasks = {"task_ids": inputs.pop("task_ids")} if method == "multitask" else {}
-    run = lambda **given: model(**given, **tasks)  # noqa: E731
-    run.base_model = model.base_model
-    plain = decoded(run, inputs, following)
+@pytest.mark.parametrize(
+    "name, method", [("llama", "multitask"), *itertools.product(PACKED, ["prompt_tuning", "prefix"])]
+)
+def test_an_evaluation_returns_the_cache_that_peft_returns(name, method, packed):
+    model, following = peft_model(name, method).eval(), torch.arange(5, 5 + B)[:, None]
+    # Where it sees token ids, RoBERTa does not count padding on the left: PEFT's own forward runs.
+    paddings = ["none"] if (name, method) == ("roberta", "prefix") else ["none", "left"]
+    inputs = {padding: batch(padding, method=method) for padding in paddings}
+
+    def logits():
+        return [decoded(model, x, following) for x in inputs.values()]
+
+    plain = logits()
     fastprompt.accelerate(model)
-    fast = decoded(run, inputs, following)
-    assert (fast - plain).abs().max() <= 1e-4 * plain.abs().max()
+    for got, expected in zip(logits(), plain, strict=True):
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_classifier_returns_the_cache_too(packed):
@@ -297,12 +297,39 @@ def test_padded_logits_are_made_once():
     assert len(made) == 1 and not unpacked[plan.grid < 0].any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
-def test_labels_and_masks_on_another_device():
-    model, inputs = fastprompt.accelerate(peft_model("llama").cuda()), batch("right")
-    expected = model(**{name: x.cuda() for name, x in inputs.items()}).loss
-    inputs["input_ids"] = inputs["input_ids"].cuda()
-    torch.testing.assert_close(model(**inputs).loss, expected)
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the CPU's: operators take no tensors of both, and ``to`` brings a copy."""
+
+    @staticmethod
+    def __new__(cls, content):
+        new = torch.Tensor._make_wrapper_subclass(
+            cls, content.shape, strides=content.stride(), dtype=content.dtype, device="meta"
+        )
+        new.content = content
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        flat, structure = pytree.tree_flatten((args, kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dim() and not isinstance(x, cls) for x in flat):
+            raise RuntimeError(f"{function} expects all tensors on the same device")
+        brought = torch.device("cpu") in flat
+        flat = [x.content if isinstance(x, cls) else x for x in flat]
+        args, kwargs = pytree.tree_unflatten(flat, structure)
+        if kwargs.get("device") == torch.device("meta"):
+            kwargs["device"] = torch.device("cpu")
+        out = function(*args, **kwargs)
+        return out if brought else pytree.tree_map_only(torch.Tensor, cls, out)
+
+
+@pytest.mark.parametrize("names", [["labels"], ["attention_mask"], ["labels", "attention_mask"]], ids=str)
+def test_labels_and_masks_on_another_device(names, packed):
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
+    expected = model(**inputs).loss
+    moved = {name: Elsewhere(inputs[name]) for name in names}
+    with pytest.raises(RuntimeError, match="same device"):
+        moved[names[0]] == inputs[names[0]]  # noqa: B015
+    assert torch.equal(model(**inputs | moved).loss, expected)
 
 
 def test_an_adapter_that_is_added_behind_a_copy(packed):

@@ -75,7 +75,7 @@ def test_windows_softcaps_and_sinks(model):
 
 
 def test_a_learned_prefix_takes_a_graph_for_each_layer():
-    eager, compiled, counter = pair("llama", method="prefix")
+    eager, compiled, counter = pair("llama", method="prefix", num_hidden_layers=2)
     for inputs in shapes(4):
         assert_same(eager, compiled, inputs)
     assert counter.frame_count == 2 * len(compiled.base_model.model.layers)
@@ -97,7 +97,7 @@ def test_left_padding_and_evaluation():
 
 
 def test_a_whole_model_is_compiled_twice_at_most():
-    eager, compiled = (fastprompt.accelerate(peft_model("llama")) for _ in range(2))
+    eager, compiled = (fastprompt.accelerate(peft_model("llama", num_hidden_layers=2)) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     run, counts = torch.compile(compiled, backend=counter), []
     for inputs in shapes(6):

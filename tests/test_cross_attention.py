@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_cases import Cross
+from covering import covering_array
 from faults import assert_found, attention_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,11 +16,18 @@ from fastprompt.ops.prefix_attention.dropout import Dropout
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded", "runs"])
-@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", [(4, 2, 2, (8, 5)), (3, 3, 1, (8, 8)), (6, 1, 0, (5, 8))])
-@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_the_reference_equals_dense_attention(kind, heads, kv_heads, prefixes, widths, sinks, p):
+@pytest.mark.parametrize(
+    "kind, sizes, sinks, p",
+    covering_array(
+        ["packed", "padded", "runs"],
+        [(4, 2, 2, (8, 5)), (3, 3, 1, (8, 8)), (6, 1, 0, (5, 8))],
+        [False, True],
+        [0.0, 0.4],
+    ),
+    ids=str,
+)
+def test_the_reference_equals_dense_attention(kind, sizes, sinks, p):
+    heads, kv_heads, prefixes, widths = sizes
     case = Cross(heads=heads, kv_heads=kv_heads, prefixes=prefixes, widths=widths, kind=kind, sinks=sinks, seed=heads)
     dropout = Dropout(p, 5) if p else None
     expected = case.differentiate(lambda *x: case.dense(*x, dropout=dropout))
@@ -29,10 +37,13 @@ def test_the_reference_equals_dense_attention(kind, heads, kv_heads, prefixes, w
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("queries, keys", [((17, 3, 150, 40, 9, 1), (40, 200, 17, 1, 9, 3)), ((700, 2), (90, 300))])
+@pytest.mark.parametrize(
+    "heads, kv_heads, queries, keys",
+    [(6, 2, (17, 3, 150, 40, 9, 1), (40, 200, 17, 1, 9, 3)), (2, 1, (700, 2), (90, 300))],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_within_the_budget_in_every_dtype(backend, queries, keys, dtype, every_isa):
-    case = Cross(queries, keys, 6, 2, (20, 12), room=70, dtype=dtype, sinks=True)
+def test_within_the_budget_in_every_dtype(backend, heads, kv_heads, queries, keys, dtype, every_isa):
+    case = Cross(queries, keys, heads, kv_heads, (20, 12), room=70, dtype=dtype, sinks=True)
     for _ in every_isa() if backend == "cpu" else "r":
         case.check(backend)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from budget import assert_within
+from covering import covering_array
 from faults import assert_found
 from parity import PREFIXES, P
 from tiny_models import T5, VOCABULARY
@@ -16,6 +17,7 @@ from tiny_pairs import (
     TARGETS,
     assert_outputs_equal,
     assert_pairs_equal,
+    both_of_each_pair,
     both_pairs,
     build_pair,
     pair_batch,
@@ -31,11 +33,11 @@ from fastprompt.hf.cache_names import cache_in
 PADDED = "fastprompt runs PEFT's own padded forward: "
 
 
-@pytest.mark.parametrize("padding", ["right", "none"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_same_as_peft(name, padding):
-    inputs = pair_batch(padding)
-    assert_pairs_equal(*both_pairs(pair_model(name), inputs), inputs)
+def test_same_as_peft(name):
+    batches = [pair_batch(padding) for padding in ("right", "none")]
+    for (plain, fast), inputs in zip(both_of_each_pair(pair_model(name), batches), batches, strict=True):
+        assert_pairs_equal(plain, fast, inputs)
 
 
 @pytest.mark.parametrize("method", ["p_tuning_lstm", "p_tuning_mlp", "multitask", *PREFIXES])
@@ -53,11 +55,12 @@ def test_prompts_of_the_encoder_alone(name):
     assert_pairs_equal(*both_pairs(model, inputs), inputs)
 
 
-@pytest.mark.parametrize("sources, targets", [((1,) * 4, (1,) * 4), ((7,), (3,)), ((2, 8, 1, 8), (1, 1, 9, 1))])
 @pytest.mark.parametrize("name", ["t5_scaled", "bart"])
-def test_shapes(name, sources, targets):
-    inputs = pair_batch(sources=sources, targets=targets)
-    assert_pairs_equal(*both_pairs(pair_model(name), inputs), inputs)
+def test_shapes(name):
+    shapes = [((1,) * 4, (1,) * 4), ((7,), (3,)), ((2, 8, 1, 8), (1, 1, 9, 1))]
+    batches = [pair_batch(sources=sources, targets=targets) for sources, targets in shapes]
+    for (plain, fast), inputs in zip(both_of_each_pair(pair_model(name), batches), batches, strict=True):
+        assert_pairs_equal(plain, fast, inputs)
 
 
 @pytest.mark.parametrize("given", ["decoder_input_ids", "decoder_inputs_embeds"])
@@ -82,15 +85,15 @@ def test_many_labels(name):
     assert_pairs_equal(*both_pairs(model, inputs), inputs)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_mlp"])
 @pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
-def test_gradient_checkpointing(name, method, reentrant):
+def test_gradient_checkpointing(name, method):
     model, inputs = pair_model(name, method), pair_batch()
     plain = pair_step(model, inputs)
     fastprompt.accelerate(model)
-    model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_pairs_equal(plain, pair_step(model, inputs), inputs)
+    for reentrant in (False, True):
+        model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_pairs_equal(plain, pair_step(model, inputs), inputs)
     assert fastprompt.stats(model).padded == {}
 
 
@@ -233,9 +236,7 @@ def by_position(model, share):
 LEAKS = [in_the_encoder, in_the_decoder, in_cross_attention, by_a_forward_of_its_own, by_position]
 
 
-@pytest.mark.parametrize("share", [1e-3, 1e-1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("leak, dtype, share", covering_array(LEAKS, [torch.float32, torch.bfloat16], [1e-3, 1e-1]))
 def test_a_leak_between_sequences_is_found(leak, dtype, share):
     base = build_pair("t5", dtype)
     leak(base, share)

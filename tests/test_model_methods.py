@@ -46,34 +46,27 @@ def method_of(model, method):
     return ours, {name: name for name in state}
 
 
-def both(name, method, inputs):
-    """The step of a PEFT model and of ours with the same parameters, the gradients under the same names."""
+def assert_same_steps(name, method, batches):
+    """Each of the batches gives the same by a PEFT model and by ours with the same parameters."""
     theirs = peft_model(name, method)
     module, names = method_of(theirs, method)
     ours = SoftPromptModel(build(name), module)
-    inputs = dict(inputs)
-    plain = step(theirs, inputs)
-    if method == "multitask":
-        inputs["prompt_ids"] = inputs.pop("task_ids")
-    fast = step(ours, inputs)
-    plain[1].update({name.removeprefix("prompt_encoder.default."): x for name, x in plain[1].items()})
-    expected = {
-        ours_name: plain[1][theirs_name].reshape(fast[1]["method." + ours_name].shape)
-        for ours_name, theirs_name in names.items()
-    }
-    return (plain[0], expected, plain[2]), (
-        fast[0],
-        {name.removeprefix("method."): x for name, x in fast[1].items()},
-        fast[2],
-    )
+    for inputs in batches:
+        given = dict(inputs)
+        plain_loss, plain, plain_output = step(theirs, given)
+        if method == "multitask":
+            given["prompt_ids"] = given.pop("task_ids")
+        loss, gradients, output = step(ours, given)
+        gradients = {key.removeprefix("method."): x for key, x in gradients.items()}
+        plain = {key.removeprefix("prompt_encoder.default."): x for key, x in plain.items()}
+        expected = {key: plain[of_theirs].reshape(gradients[key].shape) for key, of_theirs in names.items()}
+        assert_equal((plain_loss, expected, plain_output), (loss, gradients, output), inputs)
 
 
 @pytest.mark.parametrize("method", OURS)
-@pytest.mark.parametrize("padding", ["right", "left", "none"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_every_method_equals_peft(name, padding, method):
-    inputs = batch(padding, method=method)
-    assert_equal(*both(name, method, inputs), inputs)
+def test_every_method_equals_peft(name, method):
+    assert_same_steps(name, method, [batch(padding, method=method) for padding in ("right", "left", "none")])
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -81,8 +74,7 @@ def test_every_method_equals_peft(name, padding, method):
 def test_every_method_on_a_model_that_cannot_be_packed(method):
     if method in PREFIXES:
         pytest.skip("PEFT gives Bloom's prefix in a format of its own; see test_a_prefix_on_the_padded_path")
-    inputs = batch("right", method=method)
-    assert_equal(*both("openai_gpt", method, inputs), inputs)
+    assert_same_steps("openai_gpt", method, [batch("right", method=method)])
 
 
 def test_a_prefix_on_the_padded_path():
@@ -98,8 +90,7 @@ def test_a_prefix_on_the_padded_path():
 
 @pytest.mark.parametrize("method", OURS)
 def test_common_text_is_run_once(method):
-    inputs = batch("right", common=3, method=method, lengths=(9, 4, 5, 6))
-    assert_equal(*both("llama", method, inputs), inputs)
+    assert_same_steps("llama", method, [batch("right", common=3, method=method, lengths=(9, 4, 5, 6))])
 
 
 def prefixes(count, projection=None):

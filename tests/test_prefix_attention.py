@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import Allocations
 from budget import assert_within
+from covering import covering_array
 from faults import assert_found, attention_faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,12 +132,17 @@ COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
 
 
 @pytest.mark.parametrize(
-    "backend, flags", [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS]
+    "run_by, kind, mixed, sizes",
+    covering_array(
+        [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS],
+        ["packed", "padded"],
+        [False, True],
+        SIZES,
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", SIZES)
-def test_equals_dense_attention(backend, flags, kind, mixed, heads, kv_heads, prefixes, widths):
+def test_equals_dense_attention(run_by, kind, mixed, sizes):
+    (backend, flags), (heads, kv_heads, prefixes, widths) = run_by, sizes
     lengths, prefix_length = [5, 0, 9, 1, 5, 2], 7
     seq, described = layout(lengths, kind, prefixes, prefix_length, seed=heads, mixed=mixed)
     flags = dict(FLAGS[flags])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from budget import assert_within
+from covering import covering_array
 from faults import assert_found, attention_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -74,11 +75,11 @@ def test_the_budget_finds_planted_faults(flags, dtype):
     assert_found(attention_budget(*case, **flags), attention_faults(*case, **flags))
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, prefixes, widths", SIZES)
-def test_equals_dense_attention(every_isa, flags, kind, mixed, heads, kv_heads, prefixes, widths):
+@pytest.mark.parametrize(
+    "flags, kind, mixed, sizes", covering_array(list(FLAGS), ["packed", "padded"], [False, True], SIZES), ids=str
+)
+def test_equals_dense_attention(every_isa, flags, kind, mixed, sizes):
+    heads, kv_heads, prefixes, widths = sizes
     seq, described = layout([5, 0, 9, 1, 5, 2], kind, prefixes, 7, seed=heads, mixed=mixed)
     flags = dict(FLAGS[flags])
     options = dict(sinks=flags.pop("sinks", False), value_dim=widths[1])

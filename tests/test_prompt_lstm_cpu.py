@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from budget import assert_within
+from covering import covering_array
 from faults import assert_found, lstm_faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -74,9 +75,7 @@ def test_every_depth_and_direction(every_isa, poisoned, hidden, layers, bidirect
     compare_sizes(every_isa, steps=20, size=33, hidden=hidden, layers=layers, bidirectional=bidirectional, bias=bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 17, 64, 100])
-@pytest.mark.parametrize("steps", [1, 2, 20, 210])
+@pytest.mark.parametrize("dtype, hidden, steps", covering_array(DTYPES, [1, 17, 64, 100], [1, 2, 20, 210]))
 def test_every_length_and_dtype(every_isa, poisoned, dtype, hidden, steps):
     compare_sizes(every_isa, dtype, steps=steps, size=65, hidden=hidden)
 

@@ -97,13 +97,19 @@ def pair_step(model, inputs):
 
 def both_pairs(model, inputs):
     """The step by PEFT and by fastprompt, which must have run packed rows without a warning."""
-    plain = pair_step(fastprompt.restore(model), inputs)
+    return both_of_each_pair(model, [inputs])[0]
+
+
+def both_of_each_pair(model, batches):
+    """:func:`both_pairs` of each batch, with a model that is accelerated once."""
+    plain = [pair_step(fastprompt.restore(model), inputs) for inputs in batches]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastprompt runs PEFT's own padded forward")
-        fast = pair_step(fastprompt.accelerate(model), inputs)
-    assert fastprompt.stats(model).packed == 2
+        fastprompt.accelerate(model)
+        fast = [pair_step(model, inputs) for inputs in batches]
+    assert fastprompt.stats(model).packed == 2 * len(batches)
     fastprompt.restore(model)
-    return plain, fast
+    return list(zip(plain, fast))
 
 
 def assert_pairs_equal(plain, fast, inputs, loss_rtol=1e-5, gradient_rtol=1e-4, output_rtol=1e-4):

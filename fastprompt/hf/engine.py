@@ -24,7 +24,7 @@ from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import is_encoder_decoder, why_drawn_otherwise
+from .structure import is_encoder_decoder, randomness
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -125,12 +125,15 @@ class Engine:
         self.stats.count_packed(-rows, -padded, calls=-1)
 
     def _planned(self, request):
-        reason = self._why_not(request)
+        if self.refusal is not None:
+            raise CannotPack(self.refusal)
+        noise = randomness(self.base if self.is_lm else self.runner.backbone)
+        reason = self._why_not(request, noise.otherwise)
         if reason is not None:
             raise CannotPack(reason)
         if request.target is not None:
             return planned_pairs(request, request.target)
-        plan = self.laid_out(request, needs_labels_alone(self, request))
+        plan = self.laid_out(request, needs_labels_alone(self, request, noise.draws))
         reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
         if reason is not None:
             raise CannotPack(reason)
@@ -273,14 +276,11 @@ class Engine:
             except Exception as error:  # as in _probe
                 return reason_of(self.base, error)
 
-    def _why_not(self, request):
-        """The reason why this call has to take the padded path, or None. Costs a look at every module's flags."""
-        if self.refusal is not None:
-            return self.refusal
+    def _why_not(self, request, drawn_otherwise):
+        """The reason why this call has to take the padded path, or None; see ``randomness`` for the second argument."""
         found, mask = self.abilities, request.attention_mask
-        noise = why_drawn_otherwise(self.base if self.is_lm else self.runner.backbone)
-        if noise is not None:
-            return f"{noise} is at work in the base model; call .eval() on it"
+        if drawn_otherwise is not None:
+            return f"{drawn_otherwise} is at work in the base model; call .eval() on it"
         if mask is not None:
             if mask.dim() != 2:
                 return f"the attention mask has {mask.dim()} dimensions"

@@ -9,11 +9,10 @@ import torch
 from .attachment import attach, detach
 from .head import unchanged
 from .request import Embed, Request
-from .structure import draws
 
 
-def needs_labels_alone(engine: Any, request: Request) -> bool:
-    """May rows be left out on which the loss does not depend?
+def needs_labels_alone(engine: Any, request: Request, draws: bool) -> bool:
+    """May rows be left out on which the loss does not depend? ``draws``: does the model draw random numbers?
 
     Not once somebody has read the logits of such a step, which costs a second forward pass; nor where that would not be
     the same pass: where random numbers are drawn, where positions or a row's place depend on the rows that there are,
@@ -24,7 +23,7 @@ def needs_labels_alone(engine: Any, request: Request) -> bool:
         return False
     if found.rope_limit is not None or found.row_limit is not None or found.position_offset:
         return False
-    return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws(engine.base))
+    return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws)
 
 
 def whole_logits(engine: Any, request: Request, embed: Embed) -> tuple[list[torch.Tensor], Callable[..., torch.Tensor]]:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -138,35 +138,43 @@ def names_used(kind: type) -> set[str]:
 _WHOLE_FEATURES = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 
 
-def why_drawn_otherwise(module: nn.Module) -> str | None:
-    """The first random part inside of ``module`` that packed rows would draw from another distribution now, or None.
+class Randomness(NamedTuple):
+    """What a model draws at random as it stands.
 
-    Dropout of single numbers is none: every row of a batch sees a prompt, and text it shares with others, whose numbers
-    are dropped with the same probability as in the padded forward, and its own tokens draw their own mask. So the loss
-    and the gradient of each row have the distribution they have there; rows that share a prompt share its mask.
-
-    Looked for in every call: adapters may be added and modes changed at any time.
+    Attributes:
+        draws: does it draw random numbers?
+        otherwise: the first part that packed rows would draw from another distribution, or None.
     """
-    for part in module.modules():
+
+    draws: bool
+    otherwise: str | None
+
+
+def randomness(model: Any) -> Randomness:
+    """Whether a model draws random numbers, and what packed rows would draw from another distribution.
+
+    Dropout of single numbers is none of the latter: every row of a batch sees a prompt, and text it shares with others,
+    whose numbers are dropped with the same probability as in the padded forward, and its own tokens draw their own
+    mask. So the loss and the gradient of each row have the distribution they have there; rows that share a prompt share
+    its mask.
+
+    Looked for in every call, in one walk over the modules: adapters may be added and modes changed at any time.
+    """
+    config = getattr(model, "config", None)
+    draws = config is not None and model.training and any(_is_dropout(*item) for item in vars(config).items())
+    for part in model.modules():
         if not part.training:
             continue
-        if isinstance(part, _WHOLE_FEATURES) and part.p > 0:
-            return f"{type(part).__name__}, which drops a feature of a whole row,"
+        if isinstance(part, _DropoutNd) and part.p > 0:
+            if isinstance(part, _WHOLE_FEATURES):
+                return Randomness(True, f"{type(part).__name__}, which drops a feature of a whole row,")
+            draws = True
         for name, value in vars(part).items():
-            if "jitter" in name and type(value) in (int, float) and value > 0:
-                return f"{type(part).__name__}.{name} = {value}"
-    return None
-
-
-def draws(model: Any) -> bool:
-    """Does a model draw random numbers as it stands?"""
-    if model.training and any(_is_dropout(name, value) for name, value in vars(model.config).items()):
-        return True
-    return any(
-        isinstance(part, _DropoutNd) and part.p > 0 or any(_is_dropout(*item) for item in vars(part).items())
-        for part in model.modules()
-        if part.training
-    )
+            if type(value) in (int, float) and value > 0:
+                if "jitter" in name:
+                    return Randomness(True, f"{type(part).__name__}.{name} = {value}")
+                draws = draws or _is_dropout(name, value)
+    return Randomness(draws, None)
 
 
 def _is_dropout(name, value):

@@ -1,12 +1,12 @@
 """ALiBi, position biases and cross-attention in the Triton kernels of prefix_attention, against float64."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from attention_cases import FEATURES, Cross, biased
+from covering import covering_array
 from faults import assert_found, attention_faults
 from guard import DEVICE, guarded
 from hypothesis import HealthCheck, given, settings
@@ -33,14 +33,13 @@ def _small_tiles(monkeypatch, request):
         small_tiles(monkeypatch)
 
 
-FLAGS = [dict(causal=causal, window=window) for causal, window in itertools.product([True, False], [None, 9])]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("feature", ["alibi", "bias"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_biases_with_every_flag(kind, feature, flags, dtype):
+@pytest.mark.parametrize(
+    "kind, feature, causal, window, dtype",
+    covering_array(KINDS, ["alibi", "bias"], [True, False], [None, 9], [torch.float32, torch.bfloat16], strength=3),
+    ids=str,
+)
+def test_biases_with_every_flag(kind, feature, causal, window, dtype):
+    flags = dict(causal=causal, window=window)
     seq = sequences(kind, LENGTHS, 2, 19)
     tensors = draw(seq, dtype, 4, 2, prefixes=2, prefix_length=19, sinks=True, value_dim=12)
     check(tensors, seq, **flags, **biased(feature, 4))
@@ -55,10 +54,11 @@ def test_the_budget_finds_planted_faults_of_biases(kind, feature):
     assert_found(attention_budget(inputs, grad, seq, **flags), attention_faults(inputs, grad, seq, **flags))
 
 
-@pytest.mark.parametrize("feature", ["alibi", "bias"])
-@pytest.mark.parametrize("heads, kv_heads, width", [(9, 3, 64), (4, 1, 128)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_biases_with_real_tiles(kind, heads, kv_heads, width, feature):
+@pytest.mark.parametrize(
+    "kind, sizes, feature", covering_array(KINDS, [(9, 3, 64), (4, 1, 128)], ["alibi", "bias"]), ids=str
+)
+def test_biases_with_real_tiles(kind, sizes, feature):
+    heads, kv_heads, width = sizes
     seq = sequences(kind, [20, 3, 40], 2, 30)
     tensors = draw(seq, torch.bfloat16, heads, kv_heads, width, prefixes=2, prefix_length=30)
     check(tensors, seq, **biased(feature, heads))
@@ -146,7 +146,7 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, feature):
                 assert x is y is None or torch.equal(x, y)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5),
     feature=st.sampled_from([*FEATURES, "cross"]),

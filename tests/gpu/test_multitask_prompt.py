@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from budget import assert_sums_rounded_once
+from covering import covering_array
 from fastprompt.kernels.launch import INTERPRETED
 from guard import DEVICE, guarded, shuffled
 from hypothesis import given, settings
@@ -48,9 +49,7 @@ def check(shared, rows, cols, task_ids, grad, needs=ALL):
         assert_sums_rounded_once(*triple, terms)
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("rank", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("width", [1, 7, 33])
+@pytest.mark.parametrize("dtype, rank, width", covering_array(DTYPES, [1, 2, 3, 5, 8], [1, 7, 33]), ids=str)
 def test_forward_and_gradients(dtype, rank, width):
     check(*map(guarded, inputs(ids=(1, 0), tasks=2, width=width, rank=rank, dtype=dtype, seed=rank)))
 

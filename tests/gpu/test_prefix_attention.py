@@ -1,12 +1,11 @@
 """The Triton kernels of prefix_attention against the float64 reference: flags, layouts and dtypes, both directions."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from allocations import Allocations
 from budget import assert_within
+from covering import covering_array
 from dropout_masks import InEveryDraw, describe
 from fastprompt.kernels.launch import Options
 from fastprompt.kernels.prefix_attention import config, schedule
@@ -107,27 +106,22 @@ def test_the_budget_finds_planted_faults(kind, dtype, flags):
     assert_found(attention_budget(inputs, grad, seq, **flags), attention_faults(inputs, grad, seq, **flags))
 
 
-FLAGS = [
-    dict(causal=causal, window=window, softcap=softcap)
-    for causal, window, softcap in itertools.product([True, False], [None, 9], [None, 2.0])
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_flags(kind, flags, sinks, dtype):
+@pytest.mark.parametrize(
+    "kind, causal, window, softcap, sinks, dtype",
+    covering_array(KINDS, [True, False], [None, 9], [None, 2.0], [False, True], DTYPES, strength=3),
+    ids=str,
+)
+def test_flags(kind, causal, window, softcap, sinks, dtype):
+    flags = dict(causal=causal, window=window, softcap=softcap)
     seq = sequences(kind, LENGTHS, 2, 19)
     value_dim = 12 if sinks else 16
     check(draw(seq, dtype, 2, 1, prefixes=2, prefix_length=19, sinks=sinks, value_dim=value_dim), seq, **flags)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "widths", [*((n, n) for n in (7, 16, 80, 96, 112, 128, 256)), (192, 128), (24, 12), (12, 40)], ids=str
-)
-@pytest.mark.parametrize("kind", KINDS)
+WIDTHS = [*((n, n) for n in (7, 16, 80, 96, 112, 128, 256)), (192, 128), (24, 12), (12, 40)]
+
+
+@pytest.mark.parametrize("kind, widths, dtype", covering_array(KINDS, WIDTHS, DTYPES), ids=str)
 def test_widths(kind, widths, dtype):
     seq = sequences(kind, [3, 20, 1], 2, 5)
     check(draw(seq, dtype, 2, 1, widths[0], prefixes=2, prefix_length=5, value_dim=widths[1]), seq)
@@ -162,10 +156,13 @@ def test_runs_in_any_order():
     check(draw(seq, torch.float16, prefixes=2, prefix_length=5), seq)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads, kv_heads, widths", [(9, 3, (64, 64)), (4, 1, (128, 128)), (4, 4, (192, 128))])
-@pytest.mark.parametrize("kind", KINDS)
-def test_real_tiles(kind, heads, kv_heads, widths, dtype):
+@pytest.mark.parametrize(
+    "kind, sizes, dtype",
+    covering_array(KINDS, [(9, 3, (64, 64)), (4, 1, (128, 128)), (4, 4, (192, 128))], DTYPES),
+    ids=str,
+)
+def test_real_tiles(kind, sizes, dtype):
+    heads, kv_heads, widths = sizes
     seq = sequences(kind, [40, 3, 90], 2, 70)
     check(draw(seq, dtype, heads, kv_heads, widths[0], prefixes=2, prefix_length=70, value_dim=widths[1]), seq)
 
@@ -304,7 +301,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*inputs, *options))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=6),
     kind=st.sampled_from(KINDS),
@@ -354,17 +351,19 @@ def test_dropout_draws_the_same_mask_in_other_tiles(monkeypatch, kind, queries, 
     assert torch.equal(case.of_backward(2, torch.float32, "triton", guarded), case.expected(2))
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_with_every_flag(kind, flags):
+@pytest.mark.parametrize(
+    "kind, causal, window, softcap",
+    covering_array(KINDS, [True, False], [None, 9], [None, 2.0], strength=3),
+    ids=str,
+)
+def test_dropout_with_every_flag(kind, causal, window, softcap):
+    flags = dict(causal=causal, window=window, softcap=softcap)
     seq = sequences(kind, LENGTHS, 2, 19)
     tensors = draw(seq, torch.float32, 2, 1, prefixes=2, prefix_length=19, sinks=True, value_dim=12)
     check(tensors, seq, dropout_p=0.3, **flags)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p", [0.5, 0.999])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, p, dtype", covering_array(KINDS, [0.5, 0.999], DTYPES), ids=str)
 def test_dropout_in_every_dtype(kind, p, dtype):
     seq = sequences(kind, [3, 20, 1], 2, 5)
     check(draw(seq, dtype, 6, 2, prefixes=2, prefix_length=5), seq, dropout_p=p)

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from budget import assert_sums_rounded_once
+from covering import covering_array
 from fastprompt.kernels.launch import INTERPRETED
 from fastprompt.kernels.prompt_concat.backward import CHUNK
 from guard import DEVICE, guarded, shuffled
@@ -49,9 +50,9 @@ def check(source, table, prompt, grad, scale=1.0, needs=(True, True)):
         assert torch.equal(got[0], same[0])  # copies
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("width", [1, 7, 33, 64, 72])
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype, width, index", covering_array(DTYPES, [1, 7, 33, 64, 72], [torch.int32, torch.int64]), ids=str
+)
 def test_forward_and_gradients(dtype, width, index):
     source, *tensors = inputs(width=width, dtype=dtype, seed=width)
     check(guarded(source.to(index)), *map(guarded, tensors), scale=24.0 if index == torch.int32 else 1.0)
