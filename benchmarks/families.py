@@ -16,7 +16,7 @@ from tqdm import tqdm
 import fastprompt
 
 from . import report
-from .tiny_families import VOCABULARY, families, tiny_model
+from .tiny_families import VOCABULARY, check_size, families, tiny_model
 
 PROMPT, ROWS, WIDTH = 5, 4, 14
 # Relative differences in fp32. A gradient may differ by what PEFT's own differs from that in float64, if that is more.
@@ -92,7 +92,7 @@ def step(model, inputs):
 
 def peft_model(family, **changes):
     """A tiny model behind a prompt of PEFT's, the same every time."""
-    torch.manual_seed(0)
+    check_size(family, **changes)
     model = tiny_model(family, **changes)
     # PEFT looks these up in the config, under names that not all families have; a prompt needs its width alone.
     sizes = dict(token_dim=model.get_input_embeddings().weight.shape[1], num_layers=1, num_attention_heads=1)
