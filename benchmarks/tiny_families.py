@@ -1,9 +1,13 @@
-"""Tiny random models of every causal language model that transformers knows, by one table of small sizes."""
+"""Tiny random models of every causal language model that transformers knows, by one table of small sizes.
+
+The tests take theirs with states from here, too.
+"""
 
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 97, 64, 4, 4, 2
@@ -27,7 +31,8 @@ _SAME = [
     (4, "laurel_rank linear_conv_kernel_dim linear_num_value_heads linear_num_heads"),
     (32, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size"),
     (12, "v_head_dim"),
-    (8, "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads mamba_d_state ssm_state_size state_size"),
+    (8, "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads"),
+    (12, "mamba_d_state ssm_state_size state_size"),
     (8, "mamba_chunk_size chunk_size sliding_window rotary_dim index_head_dim"),
     (1, "n_group num_expert_group topk_group first_k_dense_replace n_groups mamba_n_groups mamba_ngroups"),
 ]
@@ -46,46 +51,64 @@ _OPTIONAL = ("head_dim", "num_key_value_heads", "pad_token_id")  # set where the
 _RANDOM = ("dropout", "pdrop", "drop_prob", "layerdrop", "jitter")
 
 _LATENT = dict(num_key_value_heads=HEADS, head_dim=8)
+_DELTA = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
+_CONVOLUTIONS = dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+_MAMBA = dict(num_hidden_layers=2, num_attention_heads=1)  # it has none, but PEFT asks
 # What a family needs beside small sizes.
 _CHANGES: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
     "axk2": _LATENT,
     "bailing_hybrid": dict(_LATENT, layer_group_size=2, num_local_experts=4),
-    "bamba": dict(attn_layer_indices=[1, 3]),
+    "bamba": dict(num_hidden_layers=3, attn_layer_indices=[1]),
     "codegen": dict(n_head=4),
     "deepseek_v2": dict(_LATENT, num_experts_per_tok=2),
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "dots3_note_text": dict(num_key_value_heads=HEADS),
+    "falcon_h1": dict(num_hidden_layers=3),
+    "falcon_mamba": _MAMBA,
     "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0),
     "gemma4_text": dict(hidden_size_per_layer_input=0),  # before the E models, PEFT searches for virtual tokens' ids
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
-    "granitemoehybrid": dict(layer_types=["mamba", "attention", "mamba", "attention"]),
-    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
-    "kimi_linear": dict(_LATENT, num_local_experts=4, layer_types=["linear_attention"] * 3 + ["full_attention"]),
-    "lfm2_moe": dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
+    "granitemoehybrid": dict(num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"]),
+    "jamba": dict(num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2),
+    "kimi_linear": dict(_LATENT, **_DELTA, num_local_experts=4),
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": dict(_CONVOLUTIONS, num_dense_layers=1),
+    "lfm3": _CONVOLUTIONS,
     "longcat_flash": _LATENT,
-    "mamba2": dict(num_heads=8, head_dim=16),
+    "mamba": _MAMBA,
+    "mamba2": dict(num_hidden_layers=2, num_heads=8, head_dim=16),
     "minicpm3": _LATENT,
+    "minimax": dict(num_hidden_layers=2, num_experts_per_tok=1),
+    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "mamba"]),
+    "olmo_hybrid": dict(_DELTA, linear_num_key_heads=4),
+    "qwen3_5_moe_text": _DELTA,
+    "qwen3_5_text": _DELTA,
+    "qwen3_next": _DELTA,
     "reformer": dict(axial_pos_embds_dim=[16, 48], axial_pos_shape=[16, 16]),
     "xmod": dict(default_language="en_XX"),
     "youtu": _LATENT,
     "zamba": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], attention_hidden_size=128),
-    "zamba2": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
-    "zaya": dict(num_experts_per_tok=1),
+    "zamba2": dict(
+        num_hidden_layers=3,
+        layers_block_type=["mamba", "hybrid", "mamba"],
+        hybrid_layer_ids=[1],
+        num_mem_blocks=1,
+        adapter_rank=4,
+        use_mem_rope=True,
+    ),
+    "zaya": dict(num_hidden_layers=2, num_experts_per_tok=1),
 }
 
 
-def families() -> dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]]:
-    """Model type -> its config and its causal language model; of models with images, the text model only."""
-    found = {}
-    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        found[config_class.model_type] = config_class, model_class[0] if isinstance(model_class, tuple) else model_class
-    return {name: both for name, both in found.items() if f"{name}_text" not in found}
+def families() -> set[str]:
+    """The model types of all causal language models; of models with images, the text model only."""
+    found = {config_class.model_type for config_class in MODEL_FOR_CAUSAL_LM_MAPPING.keys()}
+    return {name for name in found if f"{name}_text" not in found}
 
 
 def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
@@ -106,24 +129,43 @@ def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> Pretrai
     return config_class(**{**given, **_CHANGES.get(config_class.model_type, {}), **changes})
 
 
-def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
-    """A random model of the family in evaluation mode, its weights large enough that a mistake shows.
+def classes_of(name: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The config and the causal language model of one family, without a look at the others."""
+    config_class = CONFIG_MAPPING[name]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return config_class, model_class[0] if isinstance(model_class, tuple) else model_class
 
-    Raises:
-        ValueError: it is not small; whatever a family raises that the table does not fit.
-    """
-    config_class, model_class = families()[name]
-    config = tiny_config(config_class, **changes)
+
+def check_size(name: str, **changes: Any) -> None:
+    """Raises ValueError if the sizes of a family are others than the table knows."""
+    config_class, model_class = classes_of(name)
     with torch.device("meta"):
-        size = sum(p.numel() for p in model_class._from_config(config).parameters())
+        size = sum(p.numel() for p in model_class._from_config(tiny_config(config_class, **changes)).parameters())
     if size > LARGEST:
         raise ValueError(f"{name} must have at most {LARGEST} parameters, got {size}")
-    torch.manual_seed(0)
-    model = model_class._from_config(config).float()
-    generator = torch.Generator().manual_seed(0)
+
+
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of the family, with changes of its config, in evaluation mode.
+
+    Raises:
+        Exception: whatever a family raises that the table does not fit.
+    """
+    config_class, model_class = classes_of(name)
+    torch.manual_seed(seed)
+    return drawn(model_class._from_config(tiny_config(config_class, **changes)).float(), seed).eval()
+
+
+def drawn(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model with weights so large that a mistake shows, and states that neither vanish nor drown the rest."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                scale = parameter.shape[-1] ** -0.5
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith(("A_log", "dt_bias")):
+                parameter.copy_(0.5 * noise - 1)
+            elif parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model

@@ -17,7 +17,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from tiny_models import VOCABULARY, build
+from tiny_models import GEMMA4_E, VOCABULARY, build
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig
 
 from fastprompt.methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
@@ -223,25 +223,8 @@ def test_low_precision_is_kept(tmp_path):
 
 
 def sharing_model():
-    """Gemma 4 with four layers, of which the last two use the keys and values of the first two."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        Gemma4TextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=8,
-            global_head_dim=8,
-            intermediate_size=80,
-            num_kv_shared_layers=2,
-            sliding_window=64,
-            hidden_size_per_layer_input=4,
-            vocab_size_per_layer_input=VOCABULARY,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-        )
-    )
+    return AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4_E))
 
 
 @pytest.mark.parametrize("projection", [None, 6])

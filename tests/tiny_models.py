@@ -7,7 +7,7 @@ position would hide below the tolerance.
 import torch
 import transformers as hf
 
-VOCABULARY = 97
+from benchmarks.tiny_families import VOCABULARY, drawn
 
 _COMMON = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
 _GQA = dict(_COMMON, num_key_value_heads=2, intermediate_size=80)
@@ -138,6 +138,21 @@ GEMMA3N = dict(
     head_dim=8,
     laurel_rank=2,
 )
+GEMMA4_E = dict(  # of four layers the last two use the keys and values of the first two
+    vocab_size=VOCABULARY,
+    vocab_size_per_layer_input=VOCABULARY,
+    hidden_size=48,
+    hidden_size_per_layer_input=4,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    global_head_dim=8,
+    intermediate_size=80,
+    num_kv_shared_layers=2,
+    sliding_window=64,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
 
 
 def build(name, dtype=torch.float32, seed=0, **changes):
@@ -146,15 +161,3 @@ def build(name, dtype=torch.float32, seed=0, **changes):
     config = config_class(**{**arguments, **changes})
     torch.manual_seed(seed)
     return drawn(hf.AutoModelForCausalLM.from_config(config), seed).to(dtype).train()
-
-
-def drawn(model, seed=0):
-    """The model with weights large enough that a mistake shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model

@@ -17,9 +17,10 @@ from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
-from .known_attention import adds_alibi
+from .known_attention import sees_distances
 from .last_layer import LastLayer
 from .masks import UnsupportedAttention
+from .per_layer import searching_part, why_no_padding
 from .runner import Runner
 from .states import Recorded
 from .structure import backbone_of, is_plain_linear, rope_limit, row_limit, why_never_packed
@@ -52,7 +53,7 @@ class Abilities:
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
         last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
-        has_window: does a layer count positions in attention: through a sliding window, or by ALiBi?
+        has_window: does a layer count positions in attention: through a sliding window, ALiBi or T5's bias?
     """
 
     refusal: str | None = None
@@ -105,7 +106,8 @@ class Probe:
     @torch.no_grad()
     def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
-        reason = why_never_packed(self.base, self.backbone, adds_alibi(self.backbone))
+        reason = why_never_packed(self.base, self.backbone, sees_distances(self.backbone))
+        reason = reason or why_no_padding(searching_part(self.base))
         if reason is None:
             with evaluation_mode(self.base):
                 self.expected = Expectations.of(self.base, self.backbone, self.is_lm)
@@ -127,7 +129,7 @@ class Probe:
                 cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
                 row_limit=row_limit(self.backbone),
-                has_window=self._has_window or adds_alibi(self.backbone),
+                has_window=self._has_window or sees_distances(self.backbone),
             )
             if not self.is_lm:
                 return replace(found, pooled_column=column_read(self.expected))
@@ -202,7 +204,7 @@ class Probe:
                 return None
             sample, runner = self.expected.sample, self.runner(replace(found, last_layer=last))
             mask = sample.masks["right"]
-            plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
+            plan = self._plan(found.layout, mask)
             wanted = torch.arange(0, len(plan.source), 2, device=plan.source.device)
             with self.expected.arithmetic():
                 rows = runner.rows(plan, sample.prompt, sample.embeds)
@@ -222,7 +224,7 @@ class Probe:
         """The plan of the sample under a mask, and the output of the attached model on its packed rows."""
         sample = self.expected.sample
         mask = sample.masks[name]
-        plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=tried.layout)
+        plan = self._plan(tried.layout, mask)
         runner = self.runner(tried)
         with self.expected.arithmetic():
             rows = runner.rows(plan, sample.prompt, sample.embeds)
@@ -233,6 +235,12 @@ class Probe:
                     output = first_output(sample.run(self.base, mask))
         self._has_window = runner.has_window
         return plan, output
+
+    def _plan(self, layout, mask):
+        """The rows of the sample under a mask."""
+        sample = self.expected.sample
+        plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=layout)
+        return replace(plan, ids=plan.token_ids(sample.ids))
 
     def _cache_is_the_same(self, found):
         """Do packed rows leave the cache that the untouched model returned?"""
@@ -266,7 +274,7 @@ class Probe:
         """Is the loss of the model's own forward the same when its backbone runs packed rows?"""
         expected, sample = self.expected, self.expected.sample
         mask, runner = sample.masks["right"], self.runner(found)
-        plan = plan_padded_input(*mask.shape, len(sample.prompt), attention_mask=mask, layout=found.layout)
+        plan = self._plan(found.layout, mask)
         for items, loss in expected.losses.items():
             extra = {} if items is None else {"num_items_in_batch": items}
             if isinstance(loss, str):

@@ -208,7 +208,7 @@ def _run(
 ):
     unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
     if not isinstance(position_bias, PositionBias | None):
-        unknown.append("position_bias")
+        raise UnsupportedAttention(f"{type(module).__name__} adds a bias of its own to each pair of rows")
     if unknown:
         raise UnsupportedAttention(f"{type(module).__name__} passes {unknown}, which prefix_attention does not know")
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does

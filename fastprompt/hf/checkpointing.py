@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
     """While the block runs, the model's own checkpoints are told to recompute their layers as layers of ``batch``.
 
     Attention finds its batch in the mask, which a checkpoint keeps; a layer with a state, or a norm, is given no mask.
+    Where layers use the keys and values of others, reentrant checkpoints would lose what of the gradient goes that way
+    (in transformers' own forward they do): there they are run as others.
     """
     name = "_gradient_checkpointing_func"
     checkpoints = {module: vars(module)[name] for module in _checkpointing(model) if name in vars(module)}
+    if _shares_keys(model):
+        checkpoints = {module: partial(function, use_reentrant=False) for module, function in checkpoints.items()}
 
     @contextmanager
     def told():
@@ -81,6 +86,11 @@ def recomputing(model: nn.Module, batch: PackedRows) -> Iterator[None]:
 
     with told():
         yield
+
+
+def _shares_keys(model):
+    config: Any = getattr(model, "config", None)
+    return config is not None and bool(getattr(config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 def others_checkpoint(model: nn.Module) -> bool:

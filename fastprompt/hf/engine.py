@@ -141,6 +141,10 @@ class Engine:
 
     def laid_out(self, request: Request, to_last_label: bool) -> RowPlan:
         """The rows of a request that can be packed."""
+        plan = self._laid_out(request, to_last_label)
+        return plan if self.runner.searching is None else replace(plan, ids=plan.token_ids(request.tokens))
+
+    def _laid_out(self, request, to_last_label):
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
         device = request.tokens.device
@@ -294,6 +298,8 @@ class Engine:
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if getattr(self.base.config, name, False):
                 return f"config.{name} is set"
+        if not request.has_ids and request.target is None and self.runner.searching is not None:
+            return "the model looks embeddings up by token id in every layer, and is given none; pass input_ids"
         if request.shared is not None and found.position_offset:  # RoBERTa
             if not request.has_ids:
                 return "without token ids, the model does not count the prefix in its positions"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..layout import IGNORE
 from .cache_names import CACHE_NAME, CACHE_NAMES
+from .per_layer import behind_prompt, per_layer_inputs, searching_part
 from .precision import WideArithmetic
 from .runner import pooled_again
 
@@ -51,6 +52,8 @@ class Sample:
     def run(self, model: PreTrainedModel, mask: torch.Tensor, **options: Any) -> Mapping[str, Any]:
         """The model's output on padded rows, ``[3, 8]``, or as many of them as the mask has."""
         inputs = torch.cat([self.prompt.expand(len(mask), -1, -1), self.embeds[: len(mask)]], 1)
+        ids = behind_prompt(self.ids[: len(mask)], len(self.prompt))
+        options.update(per_layer_inputs(searching_part(model), ids))
         if "use_cache" in inspect.signature(model.forward).parameters:
             options.setdefault("use_cache", False)
         return model(inputs_embeds=inputs, attention_mask=self.real(mask).long(), return_dict=True, **options)
@@ -197,7 +200,8 @@ class Expectations:
                 base(**inputs, **options, return_dict=True).logits
                 for inputs in ({"input_ids": sample.ids}, {"inputs_embeds": sample.embeds.clone()})
             )
-            self.needs_ids = self.difference(by_id, by_embedding, None) is not None
+            searches = searching_part(base) is not None
+            self.needs_ids = searches or self.difference(by_id, by_embedding, None) is not None
         except Exception:  # it does not take both kinds of input
             self.needs_ids = True
         self.head_is_linear = _head_is_linear(base, backbone, sample)
@@ -266,7 +270,8 @@ def _head_is_linear(base, backbone, sample):
 
     hook = backbone.register_forward_hook(replace_output)
     try:
-        logits = base(inputs_embeds=sample.embeds.clone(), use_cache=False, return_dict=True).logits
+        options = {"use_cache": False, **per_layer_inputs(searching_part(base), sample.ids)}
+        logits = base(inputs_embeds=sample.embeds.clone(), return_dict=True, **options).logits
     except Exception:  # a head that does more than read hidden states
         return False
     finally:

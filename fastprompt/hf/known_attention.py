@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import attend
 from .masks import PackedMask, UnsupportedAttention
+from .structure import is_relative_attention
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,11 @@ def known_method(method: Any) -> Known | None:
     return known if in_transformers and set(method.__code__.co_names) == set(known.uses.split()) else None
 
 
-def adds_alibi(model: nn.Module) -> bool:
-    """Are there attention modules of a known kind whose scores depend on distances, and on no positions?"""
-    found = (known_method(type(module).forward) for module in model.modules())
-    return any(known is not None and known.ours in (_bloom, _mpt) for known in found)
+def sees_distances(model: nn.Module) -> bool:
+    """Is there attention whose scores are known to depend on distances (ALiBi, T5's bias), and on no positions?"""
+    return any(is_relative_attention(module) or _adds_alibi(module) for module in model.modules())
+
+
+def _adds_alibi(module):
+    known = known_method(type(module).forward)
+    return known is not None and known.ours in (_bloom, _mpt)

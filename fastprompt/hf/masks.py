@@ -52,6 +52,16 @@ class PackedMask:
         """accelerate moves whatever has ``to`` between devices; the sequences follow when attention reads them."""
         return self
 
+    def __getitem__(self, index: Any) -> "PackedMask":
+        """All of it: Gemma 4 takes the last rows of its mask for layers without keys of their own, or all of them.
+
+        Raises:
+            UnsupportedAttention: some of it is wanted.
+        """
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise UnsupportedAttention(f"it takes {index} of its mask")
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class DenseMask:

@@ -25,6 +25,7 @@ from .cache_names import CACHE_NAMES, cache_argument
 from .generation_options import GenerationOptions
 from .masks import AsBefore, running
 from .mixed_text import MixedText, checked_mask
+from .per_layer import searching_part
 from .prompt_cache import fill, virtual_columns
 from .prompt_state import PromptState, cache_of_all_tokens
 from .shared_state import layers_with_keys, text_config
@@ -57,6 +58,10 @@ class Mixed:
     Args:
         base: the model. It is not changed.
         needs_ids: does it look more up by token id than embeddings?
+
+    Attributes:
+        takes_prompts: may prompts of embeddings stand in front of text? Not where what is looked up by id would be
+            added to text that was without in training (Gemma 3n).
     """
 
     def __init__(self, base: PreTrainedModel, needs_ids: bool = False) -> None:
@@ -70,6 +75,7 @@ class Mixed:
         self._parameters = inspect.signature(base.forward).parameters
         prepare: Any = base.prepare_inputs_for_generation
         self._assisted: str | None = None  # why it cannot be; "": it can; None: that was not asked yet
+        self.takes_prompts = not needs_ids or searching_part(base) is not None
         self._takes_embeds = "inputs_embeds" in inspect.signature(prepare).parameters and not needs_ids
 
     def generate(

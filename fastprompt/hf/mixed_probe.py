@@ -9,6 +9,7 @@ from .abilities import reason_of
 from .attachment import evaluation_mode
 from .masks import AsBefore, running
 from .mixed import NO_PROMPT, Mixed
+from .per_layer import searching_part
 from .precision import WideArithmetic
 from .prompt_cache import fill, virtual_columns
 from .prompt_state import PromptState, cache_of_all_tokens
@@ -86,6 +87,8 @@ def _alone(mixed, table, prompt, state, text):
 
 def _needs_ids(base, table, ids):
     """Does the model look more up by token id than embeddings?"""
+    if searching_part(base) is not None:
+        return True
     try:
         by_id = base(input_ids=ids, use_cache=False, return_dict=True).logits
         by_embedding = base(inputs_embeds=table(ids), use_cache=False, return_dict=True).logits

@@ -19,12 +19,16 @@ from .compiled_prompts import CompiledPrompts, prompt_of_method
 from .engine import Engine
 from .masks import UnsupportedAttention
 from .padded_generation import generate_behind_prefix, generate_from_embeddings
+from .per_layer import per_layer_inputs, searching_part
 from .request import Request, target_of
 from .shared_state import SharedState
+from .structure import is_encoder_decoder
 from .trained_state import is_head, keep_what_trains
 
 # What the forward of an encoder-decoder may be given besides, on packed rows.
 _OF_TARGETS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "use_cache"}
+# What the forward of another head than a language model's may be given besides.
+_OF_HEADS = {"token_type_ids", "start_positions", "end_positions"}
 
 
 class SoftPromptModel(nn.Module):
@@ -154,7 +158,7 @@ class SoftPromptModel(nn.Module):
             prompt_ids=ids,
             shared=shared,
             attention_mask=attention_mask,
-            target=target_of(self.config, options),
+            target=target_of(self.base, options),
             labels=labels if is_lm else None,
             virtual_tokens=virtual_tokens,
             cu_seqlens=cu_seqlens,
@@ -207,10 +211,10 @@ class SoftPromptModel(nn.Module):
         ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
         keys = [0] * len(input_ids) if ids is None else ids.tolist()
         try:
-            if self.config.is_encoder_decoder:
+            if is_encoder_decoder(self.base):
                 raise NotImplementedError("an encoder-decoder's prompt stands in front of its encoder's text")
             mixed = self._compiled.mixed(self.base)
-            if not self._is_prefix and mixed.needs_ids:
+            if not self._is_prefix and not mixed.takes_prompts:
                 raise NotImplementedError(f"a {type(self.base).__name__} looks more up by token id than embeddings")
         except NotImplementedError:
             return self._generate_padded(input_ids, attention_mask, ids, options)
@@ -256,14 +260,10 @@ class SoftPromptModel(nn.Module):
             raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
         if cu_seqlens is not None and attention_mask is not None:
             raise ValueError("attention_mask must be None with cu_seqlens, which say where sequences end")
-        if self._engine.is_lm and not self.config.is_encoder_decoder:
-            known = set()
+        if self._engine.is_lm and not is_encoder_decoder(self.base):
+            known: set[str] = set()
         else:
-            known = (
-                set(options)
-                if self.config.is_encoder_decoder
-                else {"token_type_ids", "start_positions", "end_positions"}
-            )
+            known = set(options) if is_encoder_decoder(self.base) else _OF_HEADS
             for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
                 if value is not None:
                     raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
@@ -283,11 +283,8 @@ class SoftPromptModel(nn.Module):
             prefix = method()[:, :, :1] if used is None else method()[:, :, used]
             return None, SharedState.of_tensor(prefix, self.config, method.layers), ids
         if isinstance(method, MultitaskPromptTuning):
-            return (
-                method(torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used),
-                None,
-                ids,
-            )
+            used = torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used
+            return method(used), None, ids
         if used is None:
             return method()[: method.num_virtual_tokens], None, None
         return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
@@ -348,6 +345,9 @@ class SoftPromptModel(nn.Module):
             prompt = None if request.prompts is None else request.prompts()
             rows = self._engine.runner.rows(plan, prompt, self._embed(tokens))
             inputs["inputs_embeds"] = rows.unflatten(0, plan.grid.shape)
+            if request.has_ids:
+                ids = plan.token_ids(tokens).unflatten(0, plan.grid.shape)
+                inputs.update(per_layer_inputs(searching_part(self.base), ids))
         if self._engine.is_lm:
             if labels is not None:
                 inputs["labels"] = torch.cat([labels.new_full((batch, front), IGNORE), labels], 1)

@@ -17,9 +17,10 @@ from .cache import content
 from .cache_names import CACHE_NAME, CACHE_NAMES, cache_in
 from .encoder_decoder import PairRunner, plain_head, planned_pairs
 from .expectations import ITEMS, Expectations, Sample
+from .known_attention import sees_distances
 from .request import Request, Target
 from .shared_state import SharedState
-from .structure import is_plain_linear, is_relative_attention, why_never_packed
+from .structure import is_plain_linear, why_never_packed
 
 
 class PairSample(Sample):
@@ -119,8 +120,7 @@ class PairProbe:
         if encoder is self.base or decoder is self.base or encoder is decoder:
             return "it is an encoder-decoder whose two parts are not known apart"
         for part in (encoder, decoder):
-            by_distance = any(map(is_relative_attention, part.modules()))
-            reason = why_never_packed(self.base, part, by_distance)
+            reason = why_never_packed(self.base, part, sees_distances(part))
             if reason is not None:
                 return reason
         with evaluation_mode(self.base):

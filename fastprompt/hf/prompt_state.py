@@ -11,6 +11,7 @@ from .attachment import evaluation_mode
 from .cache import content
 from .cache_names import cache_argument
 from .masks import AsBefore, running
+from .per_layer import per_layer_inputs, searching_part
 from .shared_state import KeysValues, SharedState, layers_with_keys, text_config
 from .states import StateKey, States
 
@@ -65,6 +66,7 @@ class PromptState:
                 attention_mask=mask,
                 use_cache=True,
                 return_dict=True,
+                **per_layer_inputs(searching_part(base), -mask),
                 **cache_argument(base.forward, cache),
             )
         return next(cls.of_cache(cache, base, [len(rows)]))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..layout import RowPlan
 from .shared_state import SharedState
+from .structure import is_encoder_decoder
 
 
 class Loss(Protocol):
@@ -117,9 +119,9 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
 
 
-def target_of(config: Any, options: dict[str, Any]) -> Target | None:
+def target_of(base: nn.Module, options: dict[str, Any]) -> Target | None:
     """What the decoder of an encoder-decoder is given, by the arguments of its forward; None for other models."""
-    if not config.is_encoder_decoder:
+    if not is_encoder_decoder(base):
         return None
     embeds, mask = options.get("decoder_inputs_embeds"), options.get("decoder_attention_mask")
     return Target(options.get("decoder_input_ids") if embeds is None else embeds, mask)

@@ -20,6 +20,7 @@ from .checkpointing import checkpoints_reentrantly, others_checkpoint, recomputi
 from .last_layer import LastLayer
 from .masks import AsBefore, PackedRows, UnsupportedAttention, active, running
 from .own_attention import is_patched, own_attention
+from .per_layer import per_layer_inputs, searching_part
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
@@ -36,6 +37,7 @@ class Runner:
     Attributes:
         base: the model.
         mixers: its layers with a state.
+        searching: the part that looks up by token id what embeddings do not tell; or None.
         backbone: the part of it that runs packed rows; what comes behind it sees padded hidden states.
         is_lm: is it a causal LM, whose whole forward runs packed rows?
         layout: "shared" for a causal model, whose prompt no text changes, else "packed".
@@ -61,6 +63,7 @@ class Runner:
         self._position_embeddings = position_embeddings(self.backbone)
         self._own_attention = own_attention(self.backbone)
         self.mixers = mixers(self.backbone)
+        self.searching = searching_part(self.base)
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -139,6 +142,7 @@ class Runner:
         states = copy.copy(states)
         states.last_hidden_state = hidden[None]
         with self.replaced(lambda *args, **kwargs: states), running(AsBefore()):  # nothing of this call is to be packed
+            options.update(per_layer_inputs(self.searching, torch.zeros_like(hidden[None, :, 0], dtype=torch.int64)))
             return self.base(inputs_embeds=hidden[None], return_dict=True, **options)
 
     @contextmanager
@@ -261,6 +265,8 @@ class Runner:
                     hook = table.register_forward_hook(lambda module, args, output: bridge(output))
                     block.callback(hook.remove)
             inputs = {name: _batch_of_one(x) for name, x in rows.items()}
+            if plan.ids is not None and "inputs_embeds" in rows:
+                inputs.update(per_layer_inputs(self.searching, plan.ids[None]))
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
             for module in self._position_embeddings:

@@ -93,9 +93,11 @@ def is_relative_attention(module: nn.Module) -> bool:
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:
-    """Has a model an encoder and a decoder that attends to its states?"""
+    """Has a model an encoder and a decoder that attends to its states? UMT5's encoder alone has the config of both."""
     config: Any = getattr(base, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
+    kind: Any = type(base)
+    takes_both = "decoder_input_ids" in inspect.signature(kind.forward).parameters
+    return takes_both and bool(getattr(config, "is_encoder_decoder", False))
 
 
 def keeps_state(module: nn.Module) -> bool:

@@ -44,6 +44,7 @@ class RowPlan:
             prompt row predicts the first token of every sequence). None without labels.
         labels: ``[M]`` int64, what they predict: already shifted.
         to_last_label: are tokens left out that no label depends on?
+        ids: ``[R]`` int64, the token id of every row, below 0 where a prompt's stands; None: nobody asked for them.
     """
 
     layout: str
@@ -55,6 +56,7 @@ class RowPlan:
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
     to_last_label: bool = False
+    ids: torch.Tensor | None = None
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftMod
 
 from ..hf.checkpointing import without_checkpoints
 from ..hf.masks import UnsupportedAttention
+from ..hf.per_layer import behind_prompt, told_ids
 from ..layout import CannotPack
 from .adapter import is_prefix, rows_in_front
 from .call import PACKED_CLASSES, Call
@@ -86,12 +87,15 @@ def _packed_or_padded(model, state, original, given, reading):
 
 def _padded(model, state, original, given):
     """PEFT's own forward; samples that come packed into one row get a row each, or it would take them for one."""
+    front = rows_in_front(model.active_peft_config)
     starts = cu_seqlens_of(given) if isinstance(model, PeftModelForCausalLM) else None
-    if starts is None:
-        return original(**given)
-    state.tell(TOLD)
-    output = original(**padded(given, starts))
-    return in_one_row(output, starts, rows_in_front(model.active_peft_config))
+    if starts is not None:
+        state.tell(TOLD)
+        given = padded(given, starts)
+    ids = given.get("input_ids")
+    with nullcontext() if ids is None else told_ids(model.base_model, behind_prompt(ids, front)):
+        output = original(**given)
+    return output if starts is None else in_one_row(output, starts, front)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def _prepared(model, state, args, kwargs):
         return mixed.prepare(None, ids, mask, **options)
     keys = _keys(model, len(ids), names, task_ids)
     of_rows = [name for name, _ in keys if not is_prefix(model.peft_config[name])]
-    if mixed.needs_ids and of_rows:
+    if of_rows and not mixed.takes_prompts:
         raise NotImplementedError(f"a {type(base).__name__} looks more up by token id than embeddings")
     state.compiled.keep_only(lambda key: key[0] in model.peft_config)
     rows = state.compiled.states(

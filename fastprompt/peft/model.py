@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..hf import model
+from ..hf.structure import is_encoder_decoder
 from . import checkpoint
 
 _TASK_TYPES = {
@@ -37,7 +38,7 @@ class SoftPromptModel(model.SoftPromptModel):
         return cls(base, method)
 
     def _task_type(self):
-        if self.config.is_encoder_decoder:
+        if is_encoder_decoder(self.base):
             return "SEQ_2_SEQ_LM"
         if self._engine.is_lm:
             return "CAUSAL_LM"

@@ -84,7 +84,7 @@ class PromptBank:
             raise TypeError(f"name must be a string that is not empty, got {name!r}")
         compiled = self._compiled(prompt, task_id)
         compiled.check(self.fingerprint)
-        if self._mixed.needs_ids and compiled.method not in _LEARNED:
+        if not self._mixed.takes_prompts and compiled.method not in _LEARNED:
             raise NotImplementedError(
                 f"a {type(self.base).__name__} looks more up by token id than embeddings, and a prompt of embeddings "
                 f"({compiled.method}) has no ids"

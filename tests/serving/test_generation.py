@@ -349,7 +349,7 @@ def test_learned_keys_and_values_before_layers_with_a_state():
     """Those start from nothing; a batch may mix them with prompts of embeddings."""
     base = frozen("qwen3_5_text")
     bank, (ids, mask) = bank_of(base), texts()
-    learned = SoftPromptModel(frozen("qwen3_5_text"), PrefixTuning(4, 1, 2, 8, layers=[1]))
+    learned = SoftPromptModel(frozen("qwen3_5_text"), PrefixTuning(4, 1, 2, base.config.head_dim, layers=[1]))
     bank.add("learned", compile_prompt(learned))
     prompts = ["learned", "long", None, "learned"]
     sequences = bank.generate(ids, mask, prompts=prompts, max_new_tokens=NEW, do_sample=False)
