@@ -40,6 +40,7 @@ class StreamOptions(_Fields):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+NewTokens = Annotated[int | None, Field(ge=1, lt=2**31)]
 
 
 class _Request(_Fields):
@@ -53,7 +54,7 @@ class _Request(_Fields):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: NewTokens = None
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +114,7 @@ class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: NewTokens = None
 
     @property
     def new_tokens(self) -> int | None:
