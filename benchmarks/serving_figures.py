@@ -16,9 +16,9 @@ MIXED = """
 
 {rows} requests of {text} tokens, {new} new tokens each, greedy, behind prompts of P = {P}, to a random Llama of the
 benchmarks' shape (6 layers, hidden 576, vocabulary 32768). Three ways answer them in turn, in one process: *mixed* is
-`PromptBank.generate`, all rows in one batch; *PEFT* cannot mix prompts, and answers the requests of each prompt in turn;
-*bare* is the frozen model on as many tokens as prompt and text together, which knows no prompt at all. A line counts
-only if every row's tokens were PEFT's.
+`PromptBank.generate`, all rows in one batch; *PEFT* cannot mix prompts, and answers the requests of one prompt after
+the other; *bare* is the frozen model on as many tokens as prompt and text together, which knows no prompt at all. A
+line counts only if every row's tokens were PEFT's.
 
 - *Tokens/s*: new tokens of all rows over the time of the whole call, prefill included.
 - *First token*: until every row has its first one; PEFT's is the sum over its prompts.

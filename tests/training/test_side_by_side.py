@@ -134,7 +134,7 @@ def test_three_hundred_prompts_in_one_run(config, files, tmp_path):
     rows = read_rows(files["data"]) * 10
     data = write_tasks(tmp_path / "many.csv", rows, lambda i: f"customer {min(i % 320, 299)}")
     config = dataclasses.replace(
-        config, data=data, num_virtual_tokens=8, eval_fraction=None, eval_steps=None, epochs=2, batch_size=2
+        config, data=data, num_virtual_tokens=8, eval_fraction=None, eval_steps=None, epochs=2, batch_size=2, warmup=0
     )
     trained = train_tasks(config)
     assert len(trained) == 300 and len({prompt.folder for prompt in trained}) == 300
