@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from .app import Service
 
 _SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
-_SECONDS_TO_REFUSE = 1  # how long open connections are answered that the server ends
+_SECONDS_TO_REFUSE = 2  # how long requests are answered, at the end, that the server ends
 
 
 class _Server(uvicorn.Server):
@@ -33,10 +33,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections; those that are there may hold requests that were not read yet, and get their 503
-        before they are closed."""
-        for server in self.servers:
-            server.close()
+        """Answer on for a moment: whose request is on its way gets its 503, and no connection that breaks."""
         deadline = time.monotonic() + _SECONDS_TO_REFUSE
         while self.server_state.connections and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.02)
