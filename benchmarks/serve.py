@@ -17,7 +17,7 @@ from transformers import StoppingCriteria
 from fastprompt import PromptBank, compile_prompt
 from fastprompt.peft.renamed_cache import right_generation
 
-from . import models, report
+from . import models, report, serving_figures
 
 ROWS, PROMPT, TEXT, NEW = 32, 100, 24, 64
 ROUNDS = 3
@@ -108,6 +108,8 @@ def run(out, quick=False, sizes=models.SIZES, numbers=NUMBERS, new=NEW):
     right = all(record["over PEFT"] != "WRONG" for record in records)
     if right:
         _plot(records, out / "serve.png")
+    if right and not quick:
+        serving_figures.write(out)
     return right
 
 
@@ -130,6 +132,10 @@ def _measure(requests, number, rounds):
     held = requests.bank[requests.names[0]].nbytes
     encoder = sum(x.nbytes for x in requests.peft.prompt_encoder[requests.names[0]].parameters())
     return {
+        "rows": ROWS,
+        "P": PROMPT,
+        "text": TEXT,
+        "new": requests.new,
         "prompts": number,
         "in the batch": len(set(requests.names)),
         **{f"{name} tokens/s": f"{tokens / median(whole[name]):.0f}" for name in ways},

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, encoder_decoder, many_prompts, memory, methods, models, serve, small_ops, step, trees
+from benchmarks import (
+    common,
+    encoder_decoder,
+    many_prompts,
+    memory,
+    methods,
+    models,
+    serve,
+    serving_figures,
+    small_ops,
+    step,
+    trees,
+)
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -131,6 +143,13 @@ def test_serving_is_reported_unless_a_row_has_other_tokens(right, tmp_path, monk
     assert serve.run(tmp_path, quick=True, sizes=TINY, numbers=(1, 3), new=3) == right
     assert ("WRONG" in capsys.readouterr().out) != right
     assert (tmp_path / "serve.csv").exists()
+    assert "## Many prompts in one batch" in serving_figures.document(tmp_path)
+
+
+def test_the_figures_of_serving_are_those_of_their_csv():
+    """After a change: python -m benchmarks serve serve_load."""
+    written = serving_figures.DOCUMENT
+    assert written.read_text(encoding="utf-8") == serving_figures.document(written.parents[1] / "benchmarks/results")
 
 
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))

@@ -351,6 +351,9 @@ def test_what_is_no_prompt_of_embeddings_is_refused(tmp_path):
     save_file({"a": torch.zeros(P, 4)}, file)
     with pytest.raises(ValueError, match="at least one token"):
         embed_prompt(file, [], embed)
+    for ids in ([7], [1, -1]):
+        with pytest.raises(ValueError, match="ids of the model"):
+            embed_prompt(file, ids, embed)
     file.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="safetensors file"):
         embed_prompt(file, [1], embed)

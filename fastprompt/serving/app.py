@@ -24,6 +24,7 @@ from .requests import Limits, Pieces, Reader, context_of, listed
 from .schema import ChatRequest, CompletionRequest, PromptSource, parse
 
 _CHUNK_SECONDS = 30  # the longest pause inside of a body
+_DISCARDED = 2**26  # bytes that are read of a body behind those that it may have
 _BODY = "http.request"
 
 
@@ -93,8 +94,8 @@ class Service:
         """
         most, parts, size = self.options.max_body, [], 0
         declared = request.headers.get("content-length", "0")
-        too_large = declared.isdecimal() and int(declared) > most
-        while not too_large:
+        more = not declared.isdecimal() or int(declared) <= most + _DISCARDED
+        while more:
             try:
                 message = await asyncio.wait_for(request.receive(), _CHUNK_SECONDS)
             except asyncio.TimeoutError:
@@ -104,10 +105,12 @@ class Service:
                 raise HungUp
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            too_large = size > most
-            if not message.get("more_body") and not too_large:
-                return b"".join(parts)
-        raise ApiError(413, f"expected a body of at most {most} bytes", headers={"Connection": "close"})
+            if size > most:  # it is read on: who is cut off while it sends does not see the answer
+                parts.clear()
+            more = message.get("more_body", False) and size <= most + _DISCARDED
+        if size > most or not parts:
+            raise ApiError(413, f"expected a body of at most {most} bytes", headers={"Connection": "close"})
+        return b"".join(parts)
 
     async def answer(self, request: Request, chat: bool) -> Response:
         """The response to a completion or a conversation."""

@@ -200,7 +200,7 @@ class Batcher:
         """Run rows; each is finished afterwards."""
         steps = _Steps(rows, self.ends, self.metrics)
         for row in rows:
-            if row.prompt is not None and row.prompt not in self.bank:
+            if not self._has_prompt(row):
                 row.finish(Piece(row.index, error=_gone(row.prompt)))
         rows = [row for row in rows if not row.finished]
         if not rows:
@@ -224,6 +224,13 @@ class Batcher:
             row.finish(
                 Piece(row.index, error=failed or ApiError(500, "the generation failed; the server's log says why"))
             )
+
+    def _has_prompt(self, row):
+        """Is its prompt still there, and as long as when the row was found to fit the model's positions?"""
+        try:
+            return row.prompt is None or self.bank[row.prompt].length == row.virtual
+        except KeyError:
+            return False
 
     def _generate(self, rows, steps):
         if self.metrics is not None:
@@ -276,4 +283,5 @@ class _Steps(StoppingCriteria):
 
 
 def _gone(name):
-    return ApiError(404, f"the prompt {name!r} was removed before the request was run", "model", "model_not_found")
+    message = f"the prompt {name!r} was removed, or replaced by one of another length, before the request was run"
+    return ApiError(404, message, "model", "model_not_found")

@@ -1,7 +1,5 @@
 """Prompts for other engines: PEFT's Prefix-Tuning, and embeddings as vLLM takes them."""
 
-import base64
-import io
 import os
 from pathlib import Path
 
@@ -54,27 +52,11 @@ def prompt_embeds(model: nn.Module, adapter_name: str | None = None, *, task_id:
 
 
 def save_prompt_embeds(embeds: torch.Tensor, path: str | os.PathLike[str]) -> None:
-    """Write ``[P, hidden]`` embeddings as the tensor ``prompt_embeds`` of a safetensors file."""
-    write_tensors(Path(path), {EMBEDS: embeds}, {"format": "fastprompt-prompt-embeds", "length": str(len(embeds))})
+    """Write ``[P, hidden]`` embeddings as the tensor ``prompt_embeds`` of a safetensors file.
 
-
-def request_embeds(embeds: torch.Tensor, table: torch.Tensor, token_ids: list[int]) -> str:
-    """The field ``prompt_embeds`` of a request to vLLM's server: prompt and text, as base64 of a file of torch's.
-
-    Args:
-        embeds: ``[P, hidden]``.
-        table: ``[V, hidden]``, the model's table of embeddings, for the text.
-        token_ids: the text.
-
-    Raises:
-        ValueError: an id that is not in the table.
+    ``fastprompt.integrations.vllm.embed_prompt`` makes requests of it, with no more than torch and safetensors.
     """
-    ids = torch.as_tensor(token_ids, dtype=torch.int64)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        raise ValueError(f"token_ids must lie in [0, {len(table)}), got from {int(ids.min())} to {int(ids.max())}")
-    file = io.BytesIO()
-    torch.save(torch.cat([embeds.to(table.dtype), table[ids]]).contiguous(), file)
-    return base64.b64encode(file.getvalue()).decode()
+    write_tensors(Path(path), {EMBEDS: embeds}, {"format": "fastprompt-prompt-embeds", "length": str(len(embeds))})
 
 
 def _why_no_prefix(prompt, model):

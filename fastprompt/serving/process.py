@@ -1,6 +1,9 @@
 """A server's process: it ends on SIGTERM when everything that it accepted is finished."""
 
+import asyncio
 import signal
+import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -9,6 +12,7 @@ from fastapi import FastAPI
 from .app import Service
 
 _SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
+_SECONDS_TO_REFUSE = 2  # how long requests are answered, at the end, that the server ends
 
 
 class _Server(uvicorn.Server):
@@ -28,6 +32,13 @@ class _Server(uvicorn.Server):
             self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer on for a moment: whose request is on its way gets its 503, and no connection that breaks."""
+        deadline = time.monotonic() + _SECONDS_TO_REFUSE
+        while self.server_state.connections and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
 
 def run(app: FastAPI, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and what was accepted until then to its end.
@@ -38,5 +49,5 @@ def run(app: FastAPI, host: str, port: int) -> None:
     config = uvicorn.Config(
         app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_READ
     )
-    socket = config.bind_socket()
-    _Server(config, app.state.service).run(sockets=[socket])
+    listening = config.bind_socket()
+    _Server(config, app.state.service).run(sockets=[listening])

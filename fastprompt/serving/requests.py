@@ -69,7 +69,7 @@ class Reader:
         """The answer to be filled, and its rows."""
         given: Any = asked.prompt
         prompts: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-        return self._rows(asked, [self._ids(prompt) for prompt in prompts], send, False)
+        return self._rows(asked, prompts, send, False)
 
     def chat(self, asked: ChatRequest, send: Callable[[Piece], None]) -> tuple[Answer, list[Row]]:
         """The answer to be filled, and its rows."""
@@ -88,22 +88,25 @@ class Reader:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._rows(asked, [list(ids)], send, True)
 
-    def _ids(self, prompt):
-        if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
-        wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
-            raise ApiError(400, f"prompt: token ids must be in 0 to {self._vocabulary - 1}, got {wrong}", "prompt")
-        return list(prompt)
-
-    def _rows(self, asked, texts, send, chat):
-        name, virtual = self.prompt(asked.model)
-        field = "messages" if chat else "prompt"
-        if not texts or not all(texts):
+    def _ids(self, prompt, field):
+        ids = list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        if not ids:
             raise ApiError(400, f"{field}: expected at least one token, got none", field)
-        if len(texts) * asked.n > self._limits.max_rows:
-            message = f"at most {self._limits.max_rows} answers a request, got {len(texts)} texts and n={asked.n}"
+        wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise ApiError(400, f"{field}: token ids must be in 0 to {self._vocabulary - 1}, got {wrong}", field)
+        return ids
+
+    def _rows(self, asked, prompts, send, chat):
+        """``prompts`` are texts or token ids."""
+        name, virtual = self.prompt(asked.model)
+        if len(prompts) * asked.n > self._limits.max_rows:
+            message = f"at most {self._limits.max_rows} answers a request, got {len(prompts)} texts and n={asked.n}"
             raise ApiError(400, f"n: expected {message}", "n")
+        field = "messages" if chat else "prompt"
+        if not prompts:
+            raise ApiError(400, f"{field}: expected at least one text, got none", field)
+        texts = [self._ids(prompt, field) for prompt in prompts]
         drawn = Sampling(asked.temperature, asked.top_p, asked.seed)
         rows: list[Row] = []
         for ids in texts:

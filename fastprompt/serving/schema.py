@@ -40,6 +40,9 @@ class StreamOptions(_Fields):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# A long list of what is no text has one error, not one for each.
+Texts, TokenIds = Annotated[list[str], Field(fail_fast=True)], Annotated[list[int], Field(fail_fast=True)]
+NewTokens = Annotated[int | None, Field(ge=1, lt=2**31)]
 
 
 class _Request(_Fields):
@@ -50,10 +53,10 @@ class _Request(_Fields):
     top_p: float = Field(1.0, ge=0, le=1)
     n: int = Field(1, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: NewTokens = None
 
     @model_validator(mode="before")
     @classmethod
@@ -81,7 +84,7 @@ def _is_zero(name, value):
 class CompletionRequest(_Request):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     echo: bool = False
 
     @property
@@ -101,7 +104,7 @@ class Message(_Fields):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -112,8 +115,8 @@ class Message(_Fields):
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: NewTokens = None
 
     @property
     def new_tokens(self) -> int | None:

@@ -1,12 +1,14 @@
-"""AdamW for many prompts at once: one update for all, a state, a gradient norm and a learning rate for each."""
+"""AdamW for many prompts at once: a state, a gradient norm and a learning rate for each."""
 
 import re
 from collections.abc import Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 # The names of parameters that transformers' Trainer does not decay.
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_FUSED = ("cpu", "cuda")  # devices on which torch updates in one pass
 
 
 class StackedAdamW:
@@ -37,6 +39,8 @@ class StackedAdamW:
     ) -> None:
         self.values, self.betas, self.eps = values, betas, eps
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+        self._not_decayed = [name for name in values if _NOT_DECAYED.search(name)]
+        self._decayed = [name for name in values if name not in self._not_decayed]
         self.steps = torch.zeros(len(next(iter(values.values()))), dtype=torch.int64)
         self.exp_avg = {name: torch.zeros_like(x) for name, x in values.items()}
         self.exp_avg_sq = {name: torch.zeros_like(x) for name, x in values.items()}
@@ -53,33 +57,43 @@ class StackedAdamW:
             norms: ``[n]``, their :func:`gradient_norms`.
             lr: the learning rate of each of the n.
         """
-        index = torch.tensor(list(ids))
-        self.steps[index] += 1
-        steps, rates = self.steps[index].double(), torch.tensor(list(lr), dtype=torch.float64)
-        first, second = self.betas
-        # What differs from one to the next, in float64 on the host as torch computes it, then as a factor of a row.
-        factors = torch.stack(
-            [
-                1 - rates * self.weight_decay,
-                rates / (1 - first**steps),
-                (1 - second**steps).sqrt(),
-            ]
+        clips = [1.0] * len(ids)
+        if self.max_grad_norm:
+            clips = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1).tolist()
+        for place, (index, rate, clip) in enumerate(zip(ids, lr, clips)):
+            own = {name: gradient[place].contiguous() for name, gradient in gradients.items()}
+            if clip < 1:
+                for gradient in own.values():
+                    gradient.mul_(clip)
+            for names, decay in (self._decayed, self.weight_decay), (self._not_decayed, 0.0):
+                self._update(index, {name: own[name] for name in names}, rate, decay)
+            self.steps[index] += 1
+
+    def _update(self, index, gradients, rate, decay):
+        """One of the N, in one pass over its values: a stack is too large for the caches."""
+        if not gradients:
+            return
+        values, exp_avgs, exp_avg_sqs = (
+            [stacked[name][index] for name in gradients] for stacked in (self.values, self.exp_avg, self.exp_avg_sq)
         )
-        index, factors = index.to(norms.device), factors.to(norms.device, torch.float32)
-        clip = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1) if self.max_grad_norm else None
-        for name, value in self.values.items():
-            decay, size, root = (x.view(-1, *[1] * (value.dim() - 1)) for x in factors)
-            gradient, exp_avg, exp_avg_sq = gradients[name], self.exp_avg[name][index], self.exp_avg_sq[name][index]
-            if clip is not None:
-                gradient.mul_(clip.view_as(size))
-            exp_avg.lerp_(gradient, 1 - first)
-            exp_avg_sq.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            updated = value[index]
-            if self.weight_decay and not _NOT_DECAYED.search(name):
-                updated.mul_(decay)
-            updated.sub_(exp_avg.mul(size).div_(exp_avg_sq.sqrt().div_(root).add_(self.eps)))
-            for whole, part in ((value, updated), (self.exp_avg[name], exp_avg), (self.exp_avg_sq[name], exp_avg_sq)):
-                whole.index_copy_(0, index, part)
+        device = values[0].device
+        steps = torch.full((len(values),), float(self.steps[index]), device=device)
+        adamw(
+            values,
+            list(gradients.values()),
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            list(steps.unbind()),  # each is counted up
+            fused=device.type in _FUSED,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate,
+            weight_decay=decay,
+            eps=self.eps,
+            maximize=False,
+        )
 
 
 def gradient_norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,8 @@ import fastprompt
 from fastprompt import CompiledPrompt, PromptTuning, SoftPromptModel, compile_prompt
 from fastprompt.hf.cache_names import cache_argument
 from fastprompt.hf.fingerprint import fingerprint
-from fastprompt.serving.export import prompt_embeds, request_embeds, save_prompt_embeds, to_peft
+from fastprompt.integrations.vllm import PromptFolder, embed_prompt, encode_prompt_embeds
+from fastprompt.serving.export import prompt_embeds, save_prompt_embeds, to_peft
 
 IDS = torch.tensor([[5, 9, 11, 20, 8, 41]])
 
@@ -59,6 +60,9 @@ def test_every_method(method, accelerated, tmp_path):
         torch.float32,
         fingerprint(model.base_model),
     )
+    folder = PromptFolder(tmp_path)  # vLLM's side reads the file by itself
+    for (keys, values), layer in zip(folder.layers(folder.info("prompt")), loaded.layers, strict=True):
+        assert keys.equal(layer.keys) and values.equal(layer.values)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "bloom", "qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "mamba2"])
@@ -224,14 +228,12 @@ def test_embeddings_for_other_engines(method, tmp_path):
     embeds = prompt_embeds(model, task_id=task)
     save_prompt_embeds(embeds, tmp_path / "embeds.safetensors")
     assert load_file(tmp_path / "embeds.safetensors")["prompt_embeds"].shape == (P, 48)
-    table = model.base_model.get_input_embeddings().weight.detach()
-    sent = torch.load(io.BytesIO(base64.b64decode(request_embeds(embeds, table, IDS[0].tolist()))), weights_only=True)
+    request = embed_prompt(tmp_path / "embeds.safetensors", IDS[0].tolist(), model.base_model.get_input_embeddings())
+    sent = torch.load(io.BytesIO(base64.b64decode(encode_prompt_embeds(request))), weights_only=True)
     expected = by_peft(model, **({} if task is None else {"task_ids": torch.tensor([1])}))
     with torch.no_grad():
         got = model.base_model(inputs_embeds=sent[None]).logits[:, P:]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"token_ids must lie in \[0, 97\)"):
-        request_embeds(embeds, table, [97])
 
 
 @pytest.fixture(scope="module")

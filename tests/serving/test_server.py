@@ -203,6 +203,8 @@ def test_conversations_go_through_the_template(served, client):
         ({"max_tokens": 64}, 400, "max_tokens"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": "8"}, 400, "max_tokens"),
+        ({"max_tokens": 10**30}, 400, "max_tokens"),
+        ({"prompt": ["cat"] * 9}, 400, "n"),
         ({"temperature": -1}, 400, "temperature"),
         ({"top_p": 2}, 400, "top_p"),
         ({"n": 9}, 400, "n"),
@@ -266,6 +268,36 @@ def test_large_bodies_and_full_queues_are_refused(served):
         refused = complete(client, n=2)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert complete(client).is_success
+
+
+def test_a_large_body_is_read_to_its_end(served):
+    """Who is cut off while it sends would see a broken connection, and no status."""
+    with served.running(max_body=200) as client:
+        address = client.base_url.host, client.base_url.port
+        with socket.create_connection(address, timeout=0.1) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 300\r\n\r\n" + b" " * 150)
+            with pytest.raises(TimeoutError):
+                raw.recv(1)
+            raw.sendall(b" " * 150)
+            raw.settimeout(60)
+            assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
+        with socket.create_connection(address, timeout=60) as raw:  # one that nobody would read
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_request_waits_for_a_prompt_of_the_length_that_it_had(served):
+    """A longer one of the same name might not fit behind the model's positions."""
+    with served.running(max_wait_ms=300) as client:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(complete(client, model="changing")))
+        served.bank.add("changing", served.folder / "prompts" / "sql.safetensors")
+        thread.start()
+        assert waited_for(lambda: client.service.batcher.waiting == 1)
+        served.bank.add("changing", served.folder / "prompts" / "summary.safetensors")
+        thread.join()
+        served.bank.remove("changing")
+    assert found[0].status_code == 404 and "of another length" in found[0].text
 
 
 def test_a_client_that_hangs_up_frees_its_rows(served, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from training_runs import METHODS, adapter_of, losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import fastprompt
 from fastprompt.cli import main
-from fastprompt.training import InputError, StackedAdamW, TrainedAdapter, read_rows, sweep, train, train_tasks
+from fastprompt.training import (
+    InputError,
+    StackedAdamW,
+    TrainedAdapter,
+    TrainingRun,
+    read_rows,
+    sweep,
+    train,
+    train_tasks,
+)
+from fastprompt.training.data import rows_by_task
+from fastprompt.training.encoding import collate
 from fastprompt.training.member import Member
 from fastprompt.training.run_data import Data
 from fastprompt.training.side_by_side import SideBySide
@@ -94,20 +106,51 @@ def test_each_task_is_a_run_of_its_own(config, tmp_path, changes):
         assert {**record, "config": None} == {**theirs, "config": None}
 
 
+def by_plain_peft(run, config, rows):
+    """Log and adapter of a run of its own on some rows, by PEFT's forward and torch's optimiser.
+
+    ``run`` lends its model, whose prompt is as it was afterwards.
+    """
+    data, (prompt,) = Data(config, rows), [x for x in run.model.parameters() if x.requires_grad]
+    data.encode(run.tokenizer)
+    start, history = prompt.detach().clone(), []
+    optimizer = torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup, data.steps)
+    for step, batch in enumerate(data.batches, 1):
+        optimizer.zero_grad()
+        loss = run.model(**collate([data.features[row] for row in batch])).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([prompt], config.max_grad_norm)
+        rate = schedule.get_last_lr()[0]
+        history.append({"loss": float(loss), "grad_norm": float(norm), "learning_rate": rate, "step": step})
+        optimizer.step()
+        schedule.step()
+    adapter = prompt.detach().clone()
+    prompt.data.copy_(start)
+    return history, adapter
+
+
 def test_three_hundred_prompts_in_one_run(config, files, tmp_path):
-    rows = read_rows(files["data"])
-    data = write_tasks(tmp_path / "many.csv", rows * 10, lambda i: f"customer {min(i % 320, 299)}")
+    rows = read_rows(files["data"]) * 10
+    data = write_tasks(tmp_path / "many.csv", rows, lambda i: f"customer {min(i % 320, 299)}")
     config = dataclasses.replace(
-        config, data=data, num_virtual_tokens=8, eval_fraction=None, eval_steps=None, epochs=2, batch_size=2
+        config, data=data, num_virtual_tokens=8, eval_fraction=None, eval_steps=None, epochs=2, batch_size=2, warmup=0
     )
     trained = train_tasks(config)
     assert len(trained) == 300 and len({prompt.folder for prompt in trained}) == 300
     assert max(prompt.steps for prompt in trained) > 10 * min(prompt.steps for prompt in trained)
-    for name in ("customer 0", "customer 170", "customer 299"):
-        (prompt,) = (prompt for prompt in trained if prompt.name == name)
-        own = alone(config, name, tmp_path / name)
-        assert_equal_runs(prompt.history, train(own))
-        assert_equal_adapters(Path(config.output, prompt.folder), own)
+    own_rows = rows_by_task(read_rows(data), "task")
+    plain = TrainingRun(alone(config, trained[0].name, tmp_path / "plain"), accelerated=False)
+    for prompt in trained:
+        own = alone(config, prompt.name, tmp_path / "own")
+        history, adapter = by_plain_peft(plain, own, own_rows[prompt.name])
+        assert_equal_runs(prompt.history, history)
+        ours = adapter_of(dataclasses.replace(config, output=str(Path(config.output, prompt.folder))))
+        torch.testing.assert_close(ours, adapter, rtol=0, atol=1e-4)
+    some = random.choice(trained)
+    own = alone(config, some.name, tmp_path / "alone")
+    assert_equal_runs(some.history, train(own))
+    assert_equal_adapters(Path(config.output, some.folder), own)
 
 
 def test_each_stops_early_by_itself_and_keeps_its_best(config, tmp_path):

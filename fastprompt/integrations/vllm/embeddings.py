@@ -25,7 +25,7 @@ def embed_prompt(
         ``[P + n, D]``, in the dtype of ``embed``.
 
     Raises:
-        ValueError: another file, no token, or another width.
+        ValueError: another file, no token, an id that the model does not have, or another width.
     """
     try:
         tensors = load_file(file)
@@ -37,8 +37,12 @@ def embed_prompt(
     if not len(token_ids):
         raise ValueError("token_ids must have at least one token, got none")
     (prompt,) = tensors.values()
-    with torch.no_grad():
-        text = embed(torch.tensor(list(token_ids))).cpu()
+    ids = torch.tensor(list(token_ids))
+    try:
+        with torch.no_grad():
+            text = embed(ids).cpu()
+    except IndexError as error:
+        raise ValueError(f"token_ids must be ids of the model, got {int(ids.min())} to {int(ids.max())}") from error
     if text.shape[-1] != prompt.shape[-1]:
         raise ValueError(
             f"{str(file)!r} has embeddings of width {prompt.shape[-1]}; the model's have {text.shape[-1]} (keys and "
