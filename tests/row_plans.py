@@ -10,6 +10,9 @@ from fastprompt.layout import CannotPack
 
 def flat(plan):
     """Everything in a plan, tensors as lists."""
+    if plan.label_rows is not None:  # each of them once
+        once, places = plan.label_rows.unique(return_inverse=True)
+        assert torch.equal(plan.labelled_rows, once) and torch.equal(plan.label_places, places)
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     if plan.sequences is not None:
         values["sequences"] = [

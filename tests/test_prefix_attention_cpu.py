@@ -70,8 +70,8 @@ def compare_with_dense(every_isa, seq, described, inputs, **flags):
 def test_the_budget_finds_planted_faults(flags, dtype):
     """In a batch of the size that the tests below have."""
     seq, _ = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, 20, 2, 140, dtype, value_dim=12)
-    case = inputs, random_grad(seq, 6, 12, dtype), seq
+    inputs = tensors(seq.rows, 3, 1, 20, 2, 140, dtype, value_dim=12)
+    case = inputs, random_grad(seq, 3, 12, dtype), seq
     assert_found(attention_budget(*case, **flags), attention_faults(*case, **flags))
 
 
@@ -94,7 +94,7 @@ WIDTHS = [*((n, n) for n in (1, 7, 20, 64, 80, 96, 112, 128, 256)), (192, 128), 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_width_and_dtype(every_isa, widths, dtype):
     seq, described = layout([17, 3, 150, 40, 9, 1], "packed", 2, 140, seed=0, mixed=True)
-    inputs = tensors(seq.rows, 6, 2, widths[0], 2, 140, dtype, value_dim=widths[1])
+    inputs = tensors(seq.rows, 3, 1, widths[0], 2, 140, dtype, value_dim=widths[1])
     compare_with_dense(every_isa, seq, described, inputs)
 
 

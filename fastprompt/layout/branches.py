@@ -95,21 +95,39 @@ class Told(NamedTuple):
         return order, np.minimum(common, np.minimum(lengths[order], lengths[before]))
 
 
+class OnHost(NamedTuple):
+    """What the host is told of a batch.
+
+    Attributes:
+        stats: what was measured.
+        starts: ``[B]``, where sequences begin in flat tensors.
+        labels: ``[T]``, or None.
+        groups: what groups are looked for in, or None.
+    """
+
+    stats: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray | None
+    groups: Tokens | Told | None
+
+
 def on_host(
-    batch: Batch, stats: torch.Tensor, common: torch.Tensor | None, wanted: bool
-) -> tuple[np.ndarray, Tokens | Told | None]:
-    """What was measured, and what groups are looked for in, if they are ``wanted``: by one copy."""
-    if not wanted or batch.size < 2 or (batch.token_ids is None and common is None):
-        return stats.cpu().numpy(), None
-    given = [stats, common] if common is not None else [stats, batch.token_ids, batch.virtual, batch.starts]
-    measured, there, *others = (
-        x.numpy() for x in move([x.long() for x in given if x is not None], torch.device("cpu"))
-    )
+    batch: Batch, stats: torch.Tensor, labels: torch.Tensor | None, common: torch.Tensor | None, wanted: bool
+) -> OnHost:
+    """What was measured, labels, and what groups are looked for in, if they are ``wanted``: by one copy."""
+    wanted = wanted and batch.size > 1
+    there = (common if common is not None else batch.token_ids) if wanted else None
+    virtual = batch.virtual if there is not None and common is None else None
+    given = [stats, batch.starts, labels, there, virtual]
+    moved = iter(move([x.long() for x in given if x is not None], torch.device("cpu")))
+    measured, starts, found, groups, of_groups = (None if x is None else next(moved).numpy() for x in given)
+    if starts is None:
+        starts = np.arange(batch.size) * batch.width
+    if groups is None:
+        return OnHost(measured, starts, found, None)
     if common is not None:
-        return measured, Told(there, measured[STATS.index("length")])
-    virtual = None if batch.virtual is None else others.pop(0)
-    starts = np.arange(batch.size) * batch.width if batch.starts is None else others.pop(0)
-    return measured, Tokens(there, virtual, starts)
+        return OnHost(measured, starts, found, Told(groups, measured[STATS.index("length")]))
+    return OnHost(measured, starts, found, Tokens(groups, of_groups, starts))
 
 
 class _Branch:

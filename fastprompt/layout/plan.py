@@ -19,7 +19,8 @@ from . import cells
 from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host
 from .cells import IGNORE as IGNORE
 from .cells import Stats
-from .sequences import Ints, Sequences
+from .labelled import labelled
+from .sequences import Ints, Sequences, move
 from .tree import Node, Tree, tree_sequences
 
 
@@ -44,6 +45,8 @@ class RowPlan:
             prompt row predicts the first token of every sequence). None without labels.
         labels: ``[M]`` int64, what they predict: already shifted.
         to_last_label: are tokens left out that no label depends on?
+        labelled_rows: ``[K]`` int64, those of ``label_rows`` once, in ascending order.
+        label_places: ``[M]`` int64, where the row of each label stands in them.
     """
 
     layout: str
@@ -55,6 +58,8 @@ class RowPlan:
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
     to_last_label: bool = False
+    labelled_rows: torch.Tensor | None = None
+    label_places: torch.Tensor | None = None
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -257,8 +262,9 @@ def _plan(
             raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
-    measured, tokens = on_host(batch, on_device.measure(batch), common, node_cost is not None)
-    stats = Stats(*measured)
+    wanted = batch.labels if layout == "shared" else None
+    told = on_host(batch, on_device.measure(batch), wanted, common, node_cost is not None)
+    stats = Stats(*told.stats)
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
@@ -273,7 +279,7 @@ def _plan(
     if to_last_label:
         stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
-    options: tuple = (tokens, node_cost, share_padded) if layout == "shared" else ()
+    options: tuple = (told.groups, node_cost, share_padded) if layout == "shared" else ()
     rows, entries, sequences, tree, folded = rows_of[layout](batch, stats, *options)
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
@@ -284,12 +290,19 @@ def _plan(
         line[: len(entries[name])] = entries[name]
     if sequences is not None:
         sequences = sequences.to(batch.device)
-    on_batch = torch.from_numpy(table).to(batch.device)
+    tables = [table]
+    if told.labels is not None:
+        shared = sum(node.length for node in tree.nodes)
+        moved_to = None if folded is None else folded.places
+        tables += labelled(batch, told.labels, told.starts, entries, shared, moved_to)
+    on_batch, *of_labels = move([torch.from_numpy(x) for x in tables], batch.device)
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     if folded is not None:
         filled = folded.of(filled)
     rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label)
+    if filled.label_rows is not None and not of_labels:  # nothing is shared
+        of_labels = [filled.label_rows, torch.arange(labels, device=batch.device)]
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *of_labels)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
