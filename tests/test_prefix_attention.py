@@ -128,18 +128,12 @@ FLAGS = {
 }
 # Heads, key heads, prefixes, and the widths of keys and of values.
 SIZES = [(4, 2, 3, (8, 5)), (3, 3, 1, (8, 8)), (6, 1, 2, (5, 8)), (2, 2, 0, (8, 8))]
-COMPOSED_FLAGS = ["plain", "bidirectional", "wide_window", "scale", "sinks"]
+RUN_BY = [("reference", flags) for flags in FLAGS]
+RUN_BY += [("composed", flags) for flags in ("plain", "bidirectional", "wide_window", "scale", "sinks")]
 
 
 @pytest.mark.parametrize(
-    "run_by, kind, mixed, sizes",
-    covering_array(
-        [("reference", f) for f in FLAGS] + [("composed", f) for f in COMPOSED_FLAGS],
-        ["packed", "padded"],
-        [False, True],
-        SIZES,
-    ),
-    ids=str,
+    "run_by, kind, mixed, sizes", covering_array(RUN_BY, ["packed", "padded"], [False, True], SIZES), ids=str
 )
 def test_equals_dense_attention(run_by, kind, mixed, sizes):
     (backend, flags), (heads, kv_heads, prefixes, widths) = run_by, sizes
