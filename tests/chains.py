@@ -1,7 +1,6 @@
 """Sequences of prefix_attention behind chains: prefixes whose keys are rows of k and learned ones."""
 
 import torch
-from test_prefix_attention import dense, tensors
 
 from fastprompt import Sequences
 
@@ -38,19 +37,11 @@ def chained(root, child, grandchild, others, learned=True, gaps=True):
 
 def drawn(seq, heads, kv_heads, widths, dtype=torch.float64, sinks=False, learned=True):
     """q, k, v, prefix_k, prefix_v, sinks."""
-    prefixes = LEARNED if learned else 0
-    return tensors(seq.rows, heads, kv_heads, widths[0], prefixes, ROOM, dtype, sinks=sinks, value_dim=widths[1])
+    generator = torch.Generator().manual_seed(0)
 
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-def concatenated(q, k, v, prefix_k, prefix_v, seq, **flags):
-    """Dense attention behind copies of what the chains name."""
-    used = torch.arange(seq.chains.shape[1]) < seq.prefix_lens[:, None]
-    index = torch.where(used, seq.chains, 0)
-    index = torch.where(index < 0, len(k) - 1 - index, index)
-    banks = [
-        (own if learned is None else torch.cat([own, learned.flatten(0, 1)]))[index]
-        for own, learned in ((k, prefix_k), (v, prefix_v))
-    ]
-    table = zip(*(x.tolist() for x in (seq.starts, seq.lengths, seq.prefix_ids)), seq.host.gaps.tolist())
-    described = [(start, n, i, 0 if i < 0 else int(seq.prefix_lens[i]), gap) for start, n, i, gap in table]
-    return dense(q, k, v, *banks, described, **flags)
+    bank = [draw(LEARNED, ROOM, kv_heads, width) if learned else None for width in widths]
+    q, k, v = draw(seq.rows, heads, widths[0]), *(draw(seq.rows, kv_heads, width) for width in widths)
+    return [q, k, v, *bank, draw(heads) if sinks else None]

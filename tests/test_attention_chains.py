@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import biased
-from chains import chained, concatenated, drawn
-from test_prefix_attention import run
+from chains import chained, drawn
+from test_prefix_attention import dense, run
 from test_prefix_attention_cpu import check, ours, random_grad
 
 from benchmarks.budget import attention_budget
@@ -14,7 +14,7 @@ from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
 SMALL = (3, 7, 5, (4, 1, 0, 6, 2, 3, 8))
-LARGE = (40, 170, 33, (17, 90, 2, 5, 60, 3, 130))  # several tiles and chunks
+LARGE = (33, 140, 20, (17, 2, 60, 5, 40))  # several tiles and chunks
 FLAGS = [
     {},
     dict(causal=False),
@@ -22,6 +22,20 @@ FLAGS = [
     dict(softcap=1.5, sinks=True),
     dict(alibi=True, window=9),
 ]
+
+
+def concatenated(q, k, v, prefix_k, prefix_v, seq, **flags):
+    """Dense attention behind copies of what the chains name."""
+    used = torch.arange(seq.chains.shape[1]) < seq.prefix_lens[:, None]
+    index = torch.where(used, seq.chains, 0)
+    index = torch.where(index < 0, len(k) - 1 - index, index)
+    banks = [
+        (own if learned is None else torch.cat([own, learned.flatten(0, 1)]))[index]
+        for own, learned in ((k, prefix_k), (v, prefix_v))
+    ]
+    table = zip(*(x.tolist() for x in (seq.starts, seq.lengths, seq.prefix_ids, seq.gaps)))
+    described = [(start, n, i, 0 if i < 0 else int(seq.prefix_lens[i]), gap) for start, n, i, gap in table]
+    return dense(q, k, v, *banks, described, **flags)
 
 
 def prepared(seq, flags, dtype=torch.float64, heads=4, kv_heads=2, widths=(8, 5), learned=True):
@@ -32,12 +46,12 @@ def prepared(seq, flags, dtype=torch.float64, heads=4, kv_heads=2, widths=(8, 5)
     return inputs, flags
 
 
+CASES = [("reference", flags) for flags in (*FLAGS, dict(dropout=True))] + [("composed", flags) for flags in FLAGS[:2]]
+
+
 @pytest.mark.parametrize("learned", [True, False])
-@pytest.mark.parametrize("flags", [*FLAGS, dict(dropout=True)], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("backend, flags", CASES, ids=str)
 def test_equals_a_concatenation(backend, flags, learned):
-    if backend == "composed" and flags not in ({}, dict(causal=False)):
-        pytest.skip("it takes none of these")
     seq = chained(*SMALL, learned=learned)
     inputs, flags = prepared(seq, flags, learned=learned)
     grad = torch.randn(seq.rows, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -55,12 +69,15 @@ needs_library = pytest.mark.skipif(native.missing is not None, reason=str(native
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [({}, torch.bfloat16), (dict(window=50), torch.float32), (dict(causal=False, softcap=1.5, sinks=True), torch.float32)],
+    ids=str,
+)
 def test_the_kernel_keeps_the_budget(every_isa, flags, dtype):
     seq = chained(*LARGE)
-    inputs, flags = prepared(seq, flags, dtype, widths=(20, 12))
-    check(every_isa, inputs, random_grad(seq, 4, 12, dtype), seq, **flags)
+    inputs, flags = prepared(seq, flags, dtype, 2, 1, (20, 12))
+    check(every_isa, inputs, random_grad(seq, 2, 12, dtype), seq, **flags)
 
 
 @needs_library

@@ -165,7 +165,7 @@ def dkv_of_keys(
         b_k = load_rows(keys_of, k_at, real, static.DH, static.BD)  # [BN, BD]
         b_v = load_rows(values_of, v_at, real, static.DV, static.BV)  # [BN, BV]
     else:
-        in_chain = real & (role == PREFIX)
+        in_chain = key < tl.where(role == PREFIX, k1, k0)
         from_at = tl.where(in_chain, chain_rows(number, key, in_chain, batch), at)
         b_k, b_v = load_keys(own, prefix, from_at, real, kv_head, static)
     sums = tl.zeros([BN, static.BD], tl.float32), tl.zeros([BN, static.BV], tl.float32)
