@@ -9,7 +9,6 @@ from chains import chained, drawn
 from test_prefix_attention import dense, run
 from test_prefix_attention_cpu import check, ours, random_grad
 
-from benchmarks.budget import attention_budget
 from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
@@ -71,7 +70,11 @@ needs_library = pytest.mark.skipif(native.missing is not None, reason=str(native
 @needs_library
 @pytest.mark.parametrize(
     "flags, dtype",
-    [({}, torch.bfloat16), (dict(window=50), torch.float32), (dict(causal=False, softcap=1.5, sinks=True), torch.float32)],
+    [
+        ({}, torch.bfloat16),
+        (dict(window=50), torch.float32),
+        (dict(causal=False, softcap=1.5, sinks=True), torch.float32),
+    ],
     ids=str,
 )
 def test_the_kernel_keeps_the_budget(every_isa, flags, dtype):
@@ -83,9 +86,13 @@ def test_the_kernel_keeps_the_budget(every_isa, flags, dtype):
 @needs_library
 def test_rows_may_lie_apart_and_outside_of_sequences(every_isa):
     """k and v of other strides, sequences that leave rows out, and chains of such rows."""
-    seq = Sequences.runs([60, 20, 45], [9, 12, 15], 70, [0, 1, -1], [30, 11], None, [range(30), [*range(40, 51)] * 2 + [0] * 8])
+    seq = Sequences.runs(
+        [60, 20, 45], [9, 12, 15], 70, [0, 1, -1], [30, 11], None, [range(30), [*range(40, 51)] * 2 + [0] * 8]
+    )
     inputs = drawn(seq, 4, 2, (8, 8), torch.float32, learned=False)
-    inputs[1:3] = (x.repeat_interleave(2, 2)[..., ::2].transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[1:3])
+    inputs[1:3] = (
+        x.repeat_interleave(2, 2)[..., ::2].transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[1:3]
+    )
     check(every_isa, inputs, random_grad(seq, 4, 8), seq)
 
 
@@ -125,9 +132,11 @@ def test_gradients_do_not_depend_on_threads():
 def test_the_registered_operator_takes_chains():
     seq = chained(*SMALL)
     inputs, grad = drawn(seq, 4, 2, (8, 5), torch.float32), random_grad(seq, 4, 5)
-    compiled = torch.compile(lambda *x, **flags: prefix_attention(*x[:5], seq, **flags), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *x, **flags: prefix_attention(*x[:5], seq, **flags), fullgraph=True, backend="eager"
+    )
     expected = run(prefix_attention, inputs, grad, seq)
-    for x, y in zip(run(lambda *x, **flags: compiled(*x, **flags), inputs, grad), expected, strict=True):
+    for x, y in zip(run(compiled, inputs, grad), expected, strict=True):
         assert torch.equal(x, y)
 
 

@@ -15,8 +15,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values with a first dimension of sequences in a cache or of prefixes; own keys of rows have none, nor have
-    learned ones in chains."""
+    """Keys and values with a first dimension of sequences in a cache or of prefixes; own keys of rows have none, nor
+    have learned ones in chains."""
 
     k: Any
     v: Any

@@ -13,8 +13,8 @@ class Pieces(NamedTuple):
     Attributes:
         begin, end: ``[G]`` the links of each prefix.
         link, offset: ``[L]`` a piece, and where it stands in the prefix.
-        learned, base, row: ``[M]`` whether its keys are learned ones, and where the first is: a prefix of the bank and a
-            key of it, or a row of k and 0.
+        learned, base, row: ``[M]`` whether its keys are learned ones, and where the first is: a prefix of the bank and
+            a key of it, or a row of k and 0.
         length: ``[M]``.
     """
 
