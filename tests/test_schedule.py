@@ -80,7 +80,7 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
         used, number = readers[0][4], -1
         if prefix >= 0:
             number = len(prefixes)
-            prefixes.append([prefix, used, sum(aligned(length) for _, length, _ in prefixes)])
+            prefixes.append((prefix, used))
         tiles, free = [], 0  # of (sequence, first query, end)
         for s in readers:
             rows = rows_of[s]
@@ -148,9 +148,18 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
                 slot += aligned(stop - begin)
             most_slots = max(most_slots, slot)
             most_rows = max(most_rows, sum(end - first for _, first, end in tile))
-    prefix_slots = sum(aligned(length) for _, length, _ in prefixes)
-    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts]
-    return CpuSchedule(segments, tile_table, chunk_table, prefixes, splits, parts, sizes)
+    # A prefix of a bank is one piece, read by each of its chunks.
+    prefix_table, links, pieces, readers, prefix_slots = [], [], [], [], 0
+    for number, (prefix, used) in enumerate(prefixes):
+        parts_of_it = [[part] for _, _, of, part in chunk_table if of == number]
+        prefix_table.append([number, number + 1, used])
+        links.append([number, 0])
+        pieces.append([1, prefix, 0, used, prefix_slots, len(readers), len(readers) + len(parts_of_it)])
+        readers += parts_of_it
+        prefix_slots += aligned(used)
+    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts, sum(used for _, used in prefixes)]
+    tables = segments, tile_table, chunk_table, prefix_table, links, pieces, readers, splits, parts
+    return CpuSchedule(*tables, sizes)
 
 
 FLAGS = dict(
@@ -171,6 +180,46 @@ def test_the_cpu_schedule_is_its_definition(batch, flags):
     for name, table, expected in zip(CpuSchedule._fields, found, exact):
         assert table.dtype == torch.int64 and table.is_contiguous(), name
         assert table.tolist() == expected, name
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_chains_are_their_keys(data):
+    """No key is in two pieces, and a piece is read by every chunk of the chains that it is part of, in order."""
+    room, rows = data.draw(st.sampled_from([0, 1, 3])), 60
+    learned = st.lists(st.integers(-2 * room, -1), max_size=3) if room else st.just([])
+    run = st.tuples(st.integers(0, rows - 1), st.integers(1, 20)).map(lambda x: [*range(x[0], min(sum(x), rows))])
+    chains = [data.draw(learned) + sum(data.draw(st.lists(run, max_size=3)), []) for _ in range(3)]
+    chains.append(chains[0] + data.draw(run))
+    used, width = [len(chain) for chain in chains], max(map(len, chains))
+    table = torch.tensor([chain + [999] * (width - len(chain)) for chain in chains]).view(len(chains), width)
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    ids = [data.draw(st.integers(-1, 3)) for _ in lengths]
+    seq = Sequences.packed([sum(lengths[:i]) for i in range(len(lengths) + 1)], ids, used, chains=table)
+    found = cpu_schedule(seq, causal=True, window=None, room=room, heads=400, kv_heads=2)
+    pieces = []
+    for is_learned, base, row, length, slot, *_ in found.pieces.tolist():
+        first = -1 - base * room - row if is_learned else base
+        pieces.append([first + (-i if is_learned else i) for i in range(length)])
+        assert slot % 32 == 0
+    keys = sum(pieces, [])
+    assert len(keys) == len(set(keys))
+    readers = [[] for _ in pieces]
+    chunk_prefix = {}  # by what its tiles' segments are behind
+    for begin, _, prefix, part in found.chunks.tolist():
+        row = found.segments[found.tiles[begin, 0], 0]
+        chain = ids[int(torch.searchsorted(seq.starts, row, right=True)) - 1]
+        if prefix < 0:
+            assert chain < 0 or not chains[chain]
+            continue
+        first, last, length = found.prefixes[prefix].tolist()
+        links = found.links[first:last].tolist()
+        assert sum([pieces[piece] for piece, _ in links], []) == chains[chain] and length == len(chains[chain])
+        assert chunk_prefix.setdefault(prefix, chain) == chain
+        for piece, offset in links:
+            readers[piece].append(part + offset)
+    for (*_, begin, end), expected in zip(found.pieces.tolist(), readers, strict=True):
+        assert found.readers[begin:end, 0].tolist() == expected
 
 
 @given(batches(longest=40), st.booleans(), st.sampled_from([None, 1, 9]), st.data())

@@ -29,11 +29,12 @@ List<T> list(const Tensor& x) {
 
 // The order is that of schedule.py.
 Schedule read_schedule(const Tables& x) {
-  STD_TORCH_CHECK(x.size() == 7, "a schedule has 7 tensors");
-  auto const sizes = list<int64_t>(x[6]);
-  STD_TORCH_CHECK(sizes.size == 5, "a schedule has 5 sizes");
-  return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Split>(x[4]),
-          list<Part>(x[5]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  STD_TORCH_CHECK(x.size() == 10, "a schedule has 10 tensors");
+  auto const sizes = list<int64_t>(x[9]);
+  STD_TORCH_CHECK(sizes.size == 6, "a schedule has 6 sizes");
+  return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Link>(x[4]),
+          list<Piece>(x[5]), list<Reader>(x[6]), list<Split>(x[7]), list<Part>(x[8]),
+          sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
 }
 
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
@@ -136,9 +137,9 @@ void for_each(const Call& call, int64_t count, int64_t floats, const Body& body)
   });
 }
 
-// Floats of a packed prefix, or of its sums, on average.
-int64_t prefix_floats(const Call& call, int64_t keys, int64_t width) {
-  return keys * width / std::max<int64_t>(call.schedule.prefixes.size, 1);
+// Floats of a packed piece, or of its sums, on average.
+int64_t piece_floats(const Call& call, int64_t keys, int64_t width) {
+  return keys * width / std::max<int64_t>(call.schedule.pieces.size, 1);
 }
 
 void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor prefix_v, MaybeTensor sinks,
@@ -152,9 +153,9 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, MaybeTensor pre
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
   const Floats panels(slots * call.head_dim), rows(slots * row_stride(call.value_dim));
   call.prefix_kt = panels.get(), call.prefix_vrows = rows.get();
-  for_each(call, call.schedule.prefixes.size,
-           prefix_floats(call, call.schedule.prefix_slots, call.head_dim + call.value_dim),
-           [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, false); });
+  for_each(call, call.schedule.pieces.size,
+           piece_floats(call, call.schedule.prefix_slots, call.head_dim + call.value_dim),
+           [&](int64_t head, int64_t i) { kernels.pack_piece(call, head, i, false); });
   share_out(call, kernels.forward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.forward(call, head, chunk, workspace); });
 }
@@ -177,24 +178,26 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
   auto const slots = call.kv_heads * call.schedule.prefix_slots;
   auto const prefix_parts = call.kv_heads * call.schedule.prefix_parts;
   auto const split_parts = call.kv_heads * call.schedule.split_parts;
+  auto const& pieces = call.schedule.pieces;
+  auto const chained = std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return !piece.learned; });
   const Floats kt(slots * call.head_dim), vt(slots * call.value_dim), krows(slots * key_stride);
-  const Floats prefix_dk(dprefix_k ? prefix_parts * key_stride : 0);
-  const Floats prefix_dv(dprefix_v ? prefix_parts * value_stride : 0);
+  auto const sums_of = [&](const MaybeTensor& learned, const MaybeTensor& rows) { return learned || (chained && rows); };
+  const Floats prefix_dk(sums_of(dprefix_k, dk) ? prefix_parts * key_stride : 0);
+  const Floats prefix_dv(sums_of(dprefix_v, dv) ? prefix_parts * value_stride : 0);
   const Floats split_dk(dk ? split_parts * key_stride : 0), split_dv(dv ? split_parts * value_stride : 0);
   call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
   call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get();
   call.split_dk = split_dk.get(), call.split_dv = split_dv.get();
   auto const both = call.head_dim + call.value_dim;
-  for_each(call, call.schedule.prefixes.size,
-           prefix_floats(call, call.schedule.prefix_slots, call.head_dim + both),
-           [&](int64_t head, int64_t i) { kernels.pack_prefix(call, head, i, true); });
+  for_each(call, pieces.size, piece_floats(call, call.schedule.prefix_slots, call.head_dim + both),
+           [&](int64_t head, int64_t i) { kernels.pack_piece(call, head, i, true); });
   share_out(call, kernels.backward_floats(call),
             [&](int64_t head, int64_t chunk, float* workspace) { kernels.backward(call, head, chunk, workspace); });
-  for_each(call, call.schedule.prefixes.size, prefix_floats(call, call.schedule.prefix_parts, both),
-           [&](int64_t head, int64_t i) { kernels.add_prefix_parts(call, head, i); });
   auto const splits = call.schedule.splits.size;
   for_each(call, splits, call.schedule.split_parts * both / std::max<int64_t>(splits, 1),
            [&](int64_t head, int64_t i) { kernels.add_split_parts(call, head, i); });
+  for_each(call, pieces.size, piece_floats(call, call.schedule.prefix_parts, both),
+           [&](int64_t head, int64_t i) { kernels.add_piece_parts(call, head, i); });
 }
 
 }  // namespace

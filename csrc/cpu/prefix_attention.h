@@ -8,6 +8,10 @@
 // A sequence that fits has one segment. A longer one is sliced; the slices in a chunk share their packed keys and the
 // sums of their gradients, and where slices lie in several chunks, each chunk leaves a part of the gradients, added up
 // at the end.
+//
+// A prefix is a list of pieces: keys that stand side by side, learned ones or rows of k. A piece is read where it lies
+// and packed once, whatever the number of prefixes that it is part of. Each chunk leaves a part of the gradients of its
+// whole prefix; at the end every piece adds up its places in the parts of all chunks that read it.
 #pragma once
 
 #include "dropout.h"
@@ -29,7 +33,16 @@ struct Segment {
 
 struct Tile { int64_t begin, end; };  // segments
 struct Chunk { int64_t begin, end, prefix, part; };  // tiles; which prefix, -1: none; its part of their gradients
-struct Prefix { int64_t id, length, slot; };
+struct Prefix { int64_t begin, end, length; };  // links
+struct Link { int64_t piece, offset; };  // and where it stands in the prefix
+struct Piece {
+  int64_t learned;     // 1: keys of prefix_k, 0: of k
+  int64_t base, row;   // the first: a prefix of prefix_k and a key of it, or a row of k and 0
+  int64_t length;
+  int64_t slot;        // where it is packed, in keys; a multiple of ALIGNMENT
+  int64_t begin, end;  // readers
+};
+struct Reader { int64_t part; };  // where the gradients of a piece start in the parts of prefixes, in keys
 struct Split { int64_t base, length, begin, end; };  // a sequence whose gradients come in parts
 struct Part { int64_t begin, end, slot; };  // keys, and where they stand
 
@@ -49,10 +62,14 @@ struct Schedule {
   List<Tile> tiles;
   List<Chunk> chunks;
   List<Prefix> prefixes;
+  List<Link> links;
+  List<Piece> pieces;
+  List<Reader> readers;
   List<Split> splits;
   List<Part> parts;
   int64_t rows, slots;                        // the most of any tile
   int64_t prefix_slots, prefix_parts, split_parts;  // in all, in keys
+  int64_t learned;  // keys of prefix_k in pieces
 };
 
 struct Strided {  // columns stand side by side
@@ -77,7 +94,7 @@ struct Call {
   // Backward. A gradient that nobody asked for has no data.
   Strided grad, dq, dk, dv, dprefix_k, dprefix_v;
   float* sink_parts;  // [chunks, H] or null
-  // Packed prefixes, for every key head [prefix_slots]: transposed panels and rows (see prefix_attention_tile.h).
+  // Packed pieces of prefixes, for every key head [prefix_slots]: transposed panels and rows (see prefix_attention_tile.h).
   float *prefix_kt, *prefix_vt, *prefix_krows, *prefix_vrows;
   float *prefix_dk, *prefix_dv;  // parts, for every key head [prefix_parts] rows
   float *split_dk, *split_dv;    // parts, for every key head [split_parts] rows
@@ -89,11 +106,11 @@ constexpr int64_t row_stride(int64_t width) { return ((width + 15) / 16 | 1) * 1
 struct AttentionKernels {
   int64_t (*forward_floats)(const Call&);   // of a thread's workspace
   int64_t (*backward_floats)(const Call&);
-  void (*pack_prefix)(const Call&, int64_t kv_head, int64_t prefix, bool backward);
+  void (*pack_piece)(const Call&, int64_t kv_head, int64_t piece, bool backward);
   void (*forward)(const Call&, int64_t kv_head, int64_t chunk, float* workspace);
   void (*backward)(const Call&, int64_t kv_head, int64_t chunk, float* workspace);
-  void (*add_prefix_parts)(const Call&, int64_t kv_head, int64_t prefix);
   void (*add_split_parts)(const Call&, int64_t kv_head, int64_t split);
+  void (*add_piece_parts)(const Call&, int64_t kv_head, int64_t piece);  // to rows of k after all else is there
 };
 
 namespace portable { AttentionKernels attention_kernels(Dtype); }

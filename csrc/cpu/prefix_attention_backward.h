@@ -9,7 +9,7 @@
 namespace fastprompt {
 namespace FASTPROMPT_SIMD {
 
-// Keys of a prefix or of one sequence.
+// Keys of a piece of a prefix or of one sequence.
 struct Keys {
   int64_t count;
   const float *kt, *vt, *k;  // transposed panels, rows
@@ -64,17 +64,19 @@ struct Backward {
     auto const& schedule = call.schedule;
     auto const& chunk = schedule.chunks[number];
     auto const sinks = call.sink_parts ? call.sink_parts + number * call.heads : nullptr;
-    Keys prefix{};
-    if (chunk.prefix >= 0) prefix = prefix_keys(kv_head, chunk);
+    auto const prefix_length = prefix_length_of(schedule, chunk);
     prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, true);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
-      load_queries<T>(rows, prefix.count, sinks);
+      load_queries<T>(rows, prefix_length, sinks);
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, true);
-      if (chunk.prefix >= 0) {
-        rows.see_prefix(prefix.count);
-        differentiate(rows, prefix, need_prefix_keys, need_prefix_values, t == chunk.begin, 0);
+      for (auto const& link : links_of(schedule, chunk)) {
+        auto const& piece = schedule.pieces[link.piece];
+        auto const with_keys = piece.learned ? need_prefix_keys : need_keys;
+        auto const with_values = piece.learned ? need_prefix_values : need_values;
+        rows.see_prefix(prefix_length, link.offset, piece.length);
+        differentiate(rows, keys_of(kv_head, chunk, link), with_keys, with_values, t == chunk.begin, link.offset);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
@@ -82,7 +84,7 @@ struct Backward {
         auto const own = own_keys(segment);
         if (segment.load) load_keys<T>(segment, own, kv_head);
         rows.see_own(segment, first);
-        auto const position = prefix.count + segment.gap + segment.begin;
+        auto const position = prefix_length + segment.gap + segment.begin;
         differentiate(rows, own, need_keys, need_values, segment.load, position);
         if (segment.store) store_keys<T>(segment, own, kv_head);
         first += segment.rows * rows.group();
@@ -95,11 +97,11 @@ struct Backward {
     }
   }
 
-  Keys prefix_keys(int64_t kv_head, const Chunk& chunk) const {
-    auto const& prefix = call.schedule.prefixes[chunk.prefix];
-    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
-    auto const part = kv_head * call.schedule.prefix_parts + chunk.part;
-    return {prefix.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * value_dim,
+  Keys keys_of(int64_t kv_head, const Chunk& chunk, const Link& link) const {
+    auto const& piece = call.schedule.pieces[link.piece];
+    auto const slot = kv_head * call.schedule.prefix_slots + piece.slot;
+    auto const part = kv_head * call.schedule.prefix_parts + chunk.part + link.offset;
+    return {piece.length, call.prefix_kt + slot * head_dim, call.prefix_vt + slot * value_dim,
             call.prefix_krows + slot * key_stride, call.prefix_dk + part * key_stride,
             call.prefix_dv + part * value_stride};
   }

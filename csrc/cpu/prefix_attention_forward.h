@@ -42,18 +42,19 @@ struct Forward {
   template <typename T>
   void run(int64_t kv_head, const Chunk& chunk) {
     auto const& schedule = call.schedule;
+    auto const prefix_length = prefix_length_of(schedule, chunk);
     prefetch_tile<T>(call, schedule.tiles[chunk.begin], kv_head, false);
     for (auto t = chunk.begin; t < chunk.end; ++t) {
       auto const& tile = schedule.tiles[t];
       Queries rows(call, tile, kv_head, queries);
-      auto const prefix_length = chunk.prefix >= 0 ? schedule.prefixes[chunk.prefix].length : 0;
       load_queries<T>(rows, prefix_length);
       if (t + 1 < chunk.end) prefetch_tile<T>(call, schedule.tiles[t + 1], kv_head, false);
-      if (chunk.prefix >= 0) {
-        auto const& prefix = schedule.prefixes[chunk.prefix];
-        auto const slot = kv_head * schedule.prefix_slots + prefix.slot;
-        rows.see_prefix(prefix_length);
-        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * value_stride, prefix_length, 0);
+      for (auto const& link : links_of(schedule, chunk)) {
+        auto const& piece = schedule.pieces[link.piece];
+        auto const slot = kv_head * schedule.prefix_slots + piece.slot;
+        rows.see_prefix(prefix_length, link.offset, piece.length);
+        attend(rows, call.prefix_kt + slot * head_dim, call.prefix_vrows + slot * value_stride, piece.length,
+               link.offset);
       }
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {

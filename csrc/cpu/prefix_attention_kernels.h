@@ -9,18 +9,20 @@ namespace FASTPROMPT_SIMD {
 
 template <typename T>
 struct Attention {
-  static void pack_prefix(const Call& call, int64_t kv_head, int64_t number, bool backward) {
-    auto const& prefix = call.schedule.prefixes[number];
-    auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
+  static void pack_piece(const Call& call, int64_t kv_head, int64_t number, bool backward) {
+    auto const& piece = call.schedule.pieces[number];
+    auto const slot = kv_head * call.schedule.prefix_slots + piece.slot;
     auto const head_dim = call.head_dim, value_dim = call.value_dim;
     auto const key_stride = row_stride(head_dim), value_stride = row_stride(value_dim);
-    auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
-    pack_panels(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_kt + slot * head_dim);
+    auto const& keys = piece.learned ? call.prefix_k : call.k;
+    auto const& values = piece.learned ? call.prefix_v : call.v;
+    auto const k = at<T>(keys, piece.base, piece.row, kv_head), v = at<T>(values, piece.base, piece.row, kv_head);
+    pack_panels(k, keys.row, piece.length, head_dim, call.prefix_kt + slot * head_dim);
     if (backward) {
-      pack_panels(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vt + slot * value_dim);
-      pack_rows(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
+      pack_panels(v, values.row, piece.length, value_dim, call.prefix_vt + slot * value_dim);
+      pack_rows(k, keys.row, piece.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
     } else {
-      pack_rows(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
+      pack_rows(v, values.row, piece.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
     }
   }
 
@@ -30,27 +32,6 @@ struct Attention {
 
   static void backward(const Call& call, int64_t kv_head, int64_t chunk, float* workspace) {
     Backward(call, workspace).run<T>(kv_head, chunk);
-  }
-
-  // Parts are added in the order of the chunks, whichever thread made them.
-  static void add_prefix_parts(const Call& call, int64_t kv_head, int64_t number) {
-    auto const& prefix = call.schedule.prefixes[number];
-    auto const add = [&](const float* parts, int64_t width, float factor, const Strided& to) {
-      auto const stride = row_stride(width);
-      for (int64_t n = 0; to.data && n < prefix.length; ++n) {
-        auto const row = at<T>(to, prefix.id, n, kv_head);
-        for (int64_t d = 0; d < width; d += LANES) {
-          floats sum{};
-          for (auto const& chunk : call.schedule.chunks) {
-            auto const slot = kv_head * call.schedule.prefix_parts + chunk.part + n;
-            if (chunk.prefix == number) sum += load(parts + slot * stride + d);
-          }
-          store(row + d, sum * factor, smaller(LANES, width - d));
-        }
-      }
-    };
-    add(call.prefix_dk, call.head_dim, call.scale, call.dprefix_k);
-    add(call.prefix_dv, call.value_dim, 1, call.dprefix_v);
   }
 
   static void add_split_parts(const Call& call, int64_t kv_head, int64_t number) {
@@ -74,9 +55,32 @@ struct Attention {
     add(call.split_dv, call.value_dim, call.dv);
   }
 
+  // Parts are added in the order of the chunks, whichever thread made them; rows of k have gradients of their own.
+  static void add_piece_parts(const Call& call, int64_t kv_head, int64_t number) {
+    auto const& piece = call.schedule.pieces[number];
+    auto const add = [&](const float* parts, int64_t width, float factor, const Strided& to) {
+      auto const stride = row_stride(width);
+      for (int64_t n = 0; to.data && n < piece.length; ++n) {
+        auto const row = at<T>(to, piece.base, piece.row + n, kv_head);
+        for (int64_t d = 0; d < width; d += LANES) {
+          auto const columns = smaller(LANES, width - d);
+          floats sum{};
+          for (auto i = piece.begin; i < piece.end; ++i) {
+            auto const slot = kv_head * call.schedule.prefix_parts + call.schedule.readers[i].part + n;
+            sum += load(parts + slot * stride + d);
+          }
+          sum *= factor;
+          store(row + d, piece.learned ? sum : sum + load(row + d, columns), columns);
+        }
+      }
+    };
+    add(call.prefix_dk, call.head_dim, call.scale, piece.learned ? call.dprefix_k : call.dk);
+    add(call.prefix_dv, call.value_dim, 1, piece.learned ? call.dprefix_v : call.dv);
+  }
+
   static AttentionKernels kernels() {
-    return {&Forward::floats_needed, &Backward::floats_needed, &pack_prefix,    &forward,
-            &backward,               &add_prefix_parts,        &add_split_parts};
+    return {&Forward::floats_needed, &Backward::floats_needed, &pack_piece,     &forward,
+            &backward,               &add_split_parts,         &add_piece_parts};
   }
 };
 

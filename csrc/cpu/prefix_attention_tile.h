@@ -115,13 +115,14 @@ class Queries {
     }
   }
 
-  void see_prefix(int64_t length) {
+  // `count` keys from `offset` on, of a prefix of `length` keys.
+  void see_prefix(int64_t length, int64_t offset, int64_t count) {
     int64_t m = 0;
     for (int64_t s = tile_.begin; s < tile_.end; ++s) {
       auto const& segment = call_.schedule.segments[s];
       for (int64_t r = 0; r < segment.rows; ++r) {
         auto const position = length + segment.gap + segment.first + r;
-        see(m, smaller(larger(position - call_.window + 1, int64_t(0)), length), length);
+        see(m, smaller(larger(position - call_.window + 1 - offset, int64_t(0)), count), count);
         m += group_;
       }
     }
@@ -183,6 +184,17 @@ inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, b
       prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.value_dim);
     }
   }
+}
+
+inline int64_t prefix_length_of(const Schedule& schedule, const Chunk& chunk) {
+  return chunk.prefix >= 0 ? schedule.prefixes[chunk.prefix].length : 0;
+}
+
+// The pieces of a chunk's prefix, in order; none without one.
+inline List<Link> links_of(const Schedule& schedule, const Chunk& chunk) {
+  if (chunk.prefix < 0) return {nullptr, 0};
+  auto const& prefix = schedule.prefixes[chunk.prefix];
+  return {schedule.links.data + prefix.begin, prefix.end - prefix.begin};
 }
 
 // Where a query finds what its scores gain: at the position of the key.

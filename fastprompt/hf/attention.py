@@ -224,13 +224,11 @@ def _run(
         out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)
         return out.view(batch, width, heads, out.shape[-1])
     seq = mask.seq.to(q.device)
-    prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(learned or (None, None), (k, v)))
     out, _ = prefix_attention(
         q,
         k,
         v,
-        prefix_k,
-        prefix_v,
+        *(learned or (None, None)),
         seq,
         causal=mask.causal,
         window=mask.window,

@@ -1,9 +1,9 @@
 """Attention of packed rows inside of compiled layers: one operator, told of the batch by a tensor.
 
 A compiled layer may read nothing of a batch but tensors: every number that it reads is a constant of its graph, and
-another number another graph. So the sequences, which rows are shared and the schedule made of them stay with the batch,
-on the host, and the operator is given a tensor that carries them: :func:`carrier`. It gathers what stands in front of
-the sequences itself. A layer then has one graph whatever the shape of a batch, and nothing in it waits for a device.
+another number another graph. So the sequences and the schedule made of them stay with the batch, on the host, and the
+operator is given a tensor that carries them: :func:`carrier`. A layer then has one graph whatever the shape of a batch,
+and nothing in it waits for a device.
 """
 
 from typing import Any
@@ -13,17 +13,16 @@ import torch
 from ..checks import accumulator
 from ..layout import Sequences
 from ..ops.prefix_attention.api import run_backward, run_forward
-from .shared_state import SharedState
 
 
 @torch.compiler.disable
-def carrier(seq: Sequences, shared: SharedState) -> torch.Tensor:
+def carrier(seq: Sequences) -> torch.Tensor:
     """A tensor that carries what attention needs to know of a batch through compiled code.
 
     It is on the CPU, wherever the rows are, so that no CUDA graph replays it with another batch.
     """
     tensor: Any = torch.empty(0)
-    tensor.batch = seq, shared
+    tensor.batch = seq
     return tensor
 
 
@@ -83,7 +82,7 @@ _library.define(
 )
 
 
-def _carried(batch: Any) -> tuple[Sequences, SharedState]:
+def _carried(batch: Any) -> Sequences:
     try:
         return batch.batch
     except AttributeError:
@@ -95,11 +94,8 @@ def _carried(batch: Any) -> tuple[Sequences, SharedState]:
 
 @torch.library.impl(_library, "packed_attention", "CompositeExplicitAutograd")
 def _forward_op(q, k, v, learned_k, learned_v, sinks, seed, batch, *options):
-    seq, shared = _carried(batch)
-    prefix_k, prefix_v = shared.bank(learned_k, k), shared.bank(learned_v, v)
-    out, lse = run_forward(
-        q, k, v, prefix_k, prefix_v, sinks, None, None, seed, seq.to(q.device), None, *options, "auto"
-    )
+    seq = _carried(batch).to(q.device)
+    out, lse = run_forward(q, k, v, learned_k, learned_v, sinks, None, None, seed, seq, None, *options, "auto")
     return out.contiguous(), lse.contiguous()
 
 
@@ -111,41 +107,10 @@ def _forward_fake(q, k, v, *_):
 @torch.library.impl(_library, "packed_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(grad, q, k, v, learned_k, learned_v, sinks, seed, batch, out, lse, *options):
     *options, needs = options
-    seq, shared = _carried(batch)
-    fronts = [_Front(shared, *x) for x in ((learned_k, k, needs[3], needs[1]), (learned_v, v, needs[4], needs[2]))]
-    wanted = *needs[:3], *(front.wanted for front in fronts), needs[5]
-    dq, dk, dv, *dfronts, dsinks, _ = run_backward(
-        grad, q, k, v, *(front.bank for front in fronts), sinks, None, None, seed, out, lse,
-        seq.to(q.device), None, *options, "auto", [*wanted, False],
-    )  # fmt: skip
-    (dlearned_k, dk), (dlearned_v, dv) = (front.shares(*x) for front, x in zip(fronts, zip(dfronts, (dk, dv))))
-    grads = dq, dk, dv, dlearned_k, dlearned_v, dsinks
+    seq = _carried(batch).to(q.device)
+    inputs = q, k, v, learned_k, learned_v, sinks, None, None, seed, out, lse
+    *grads, _ = run_backward(grad, *inputs, seq, None, *options, "auto", [*needs, False])
     return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
-
-
-class _Front:
-    """What stands in front of the sequences, of keys or values, and where its gradient goes."""
-
-    def __init__(self, shared, learned, own, need_learned, need_own):
-        self.needs = need_learned and learned is not None, need_own
-        self.inputs = [
-            x if x is None else x.detach().requires_grad_(need) for x, need in zip((learned, own), self.needs)
-        ]
-        with torch.enable_grad():
-            self.graph = shared.bank(*self.inputs)
-        self.wanted = self.graph is not None and self.graph.requires_grad
-        self.bank = None if self.graph is None else self.graph.detach()
-
-    def shares(self, gradient, own_gradient):
-        """The gradients of the learned and of the batch's rows, from that of what stands in front and the rows' own."""
-        if not self.wanted:
-            return None, own_gradient
-        asked = [x for x, need in zip(self.inputs, self.needs) if need]
-        found = iter(torch.autograd.grad(self.graph, asked, gradient, allow_unused=True))
-        learned, own = (next(found) if need else None for need in self.needs)
-        if own is None:
-            return learned, own_gradient
-        return learned, own_gradient.add_(own)
 
 
 @torch.library.register_fake("fastprompt::packed_attention_backward", lib=_library)

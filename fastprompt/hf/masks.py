@@ -33,9 +33,9 @@ class PackedMask:
         seq: the sequences among the rows of the batch.
         window: see prefix_attention.
         causal: see prefix_attention.
-        shared: what stands in front of the sequences.
+        shared: the learned keys and values in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        carrier: of ``seq`` and ``shared``, for compiled layers; None: they read both themselves.
+        carrier: of ``seq``, for compiled layers; None: they read it themselves.
         keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
     """
 
@@ -154,8 +154,8 @@ class PackedRows:
         self.differentiable = torch.is_grad_enabled()
         self.run_again_by_others = False
         self.ran: set[Any] = set()
-        self.shared = (shared or SharedState()).for_rows(plan)
-        self.carrier = carrier(self.sequences, self.shared)
+        self.shared = shared or SharedState()
+        self.carrier = carrier(self.sequences)
 
     def mask(
         self,

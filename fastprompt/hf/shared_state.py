@@ -1,4 +1,4 @@
-"""What sequences share in every layer: learned keys and values, and rows whose keys and values others read."""
+"""What stands in front of sequences in every layer and was learned: keys and values."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,6 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
-
-from ..layout import RowPlan
-from ..ops import prompt_concat
 
 
 class KeysValues(NamedTuple):
@@ -22,20 +19,14 @@ class KeysValues(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SharedState:
-    """What the sequences of a batch share.
+    """What the sequences of a batch share, beside rows of their own: those are in ``Sequences.chains``.
 
     Attributes:
         layers: for each layer its learned keys and values, or None if it has none; () if no layer has any.
-        rows: the first row, the number and the length of runs of rows whose keys and values, as they lie, stand in
-            front of the sequences of a packed batch; None: there are none, or ``chains`` says where they are.
-        chains: ``[E, W]`` int64, what stands in front of the sequences of a packed batch where that is in several
-            places; see ``Tree.chains``. None: it is in one.
         ids: ``[B]`` int64, which of the N stands in front of each row of a padded batch; None: the first.
     """
 
     layers: tuple[KeysValues | None, ...] = ()
-    rows: tuple[int, int, int] | None = None
-    chains: torch.Tensor | None = None
     ids: torch.Tensor | None = None
 
     @classmethod
@@ -92,17 +83,6 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
-    def for_rows(self, plan: RowPlan) -> "SharedState":
-        """The same for the packed batch of a plan."""
-        tree = plan.shared
-        if not tree.nodes:
-            return self
-        if tree.lies_in_order and not self.learned:
-            return replace(self, rows=(tree.nodes[0].start, len(tree.nodes), tree.nodes[0].length))
-        prompts = next((len(layer.keys) for layer in self.layers if layer is not None), 0)
-        chains = torch.from_numpy(tree.chains(prompts, self.length))
-        return replace(self, chains=chains.to(plan.source.device))
-
     def repeated(self, batch: int) -> torch.Tensor | None:
         """``ids`` for a batch that repeats each row, as beam search does; None if all rows have the first."""
         return None if self.ids is None else self.ids.repeat_interleave(batch // max(len(self.ids), 1))
@@ -113,27 +93,6 @@ class SharedState:
         if ids is None:
             return self
         return replace(self.with_tensors(x[ids] for x in self.tensors()), ids=None)
-
-    def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
-        """What stands in front of the sequences, of a layer's keys or its values, ``[E, W, Hkv, width]``; or None.
-
-        Learned ones and rows that lie in one place are read there. Else every node of a tree has an entry, a copy of
-        the whole chain that ends with it, as long as the longest: one copy a node, whatever the number of sequences.
-        ``Sequences.prefix_lens`` tells where an entry ends. Gradients are summed in a fixed order.
-
-        Args:
-            learned: ``[N, P, Hkv, width]`` or None.
-            own: ``[R, Hkv, width]``, those of the batch's rows.
-        """
-        if self.rows is not None:
-            first, count, length = self.rows
-            return own[first : first + count * length].unflatten(0, (count, length))  # a view
-        if self.chains is None:
-            return learned
-        rows = own.flatten(1)
-        nothing = rows.new_zeros(1, rows.shape[1]) if learned is None else learned.flatten(0, 1).flatten(1)
-        chained = prompt_concat(self.chains.flatten().to(rows.device), rows, nothing)
-        return chained.view(*self.chains.shape, *own.shape[1:])
 
     def to_cache(self, ids: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> DynamicCache:
         """A cache that starts with entry ``ids[b]`` in row b: what a model's own padded forward takes."""

@@ -19,6 +19,7 @@ class HostSequences(NamedTuple):
     Attributes:
         starts, lengths, prefix_ids, gaps: ``[B]``.
         prefix_lens: ``[N]``, or None: all of every prefix is used.
+        chains: ``[N, W]``, or None: prefixes are those of a bank.
     """
 
     starts: np.ndarray
@@ -26,6 +27,7 @@ class HostSequences(NamedTuple):
     prefix_ids: np.ndarray
     gaps: np.ndarray
     prefix_lens: np.ndarray | None
+    chains: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,9 @@ class Sequences:
         gaps: ``[B]`` int64, positions left out between the prefix and the sequence (left padding keeps its place in
             the model's position count, so a sliding window counts it too). None: 0.
         rows: how many query rows the batch has.
+        chains: ``[N, W]`` int64, the keys that each prefix is made of, where they stand in several places: row r of k
+            and v is r, learned key i, of all prefixes of the bank one after the other, is -1 - i. Behind the
+            ``prefix_lens[n]`` used ones anything may stand. None: prefixes are those of the bank.
     """
 
     kind: str
@@ -52,6 +57,7 @@ class Sequences:
     prefix_lens: torch.Tensor | None
     gaps: torch.Tensor | None
     rows: int
+    chains: torch.Tensor | None = None
 
     @classmethod
     def packed(
@@ -60,12 +66,13 @@ class Sequences:
         prefix_ids: Ints | None = None,
         prefix_lens: Ints | None = None,
         gaps: Ints | None = None,
+        chains: Ints | None = None,
     ) -> "Sequences":
         """Sequences one after the other: rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` are sequence b.
 
         Args:
             cu_seqlens: ``[B + 1]`` cumulative lengths, a tensor, an array or a list, starting at 0, never falling.
-            prefix_ids, prefix_lens, gaps: see the attributes; tensors or lists.
+            prefix_ids, prefix_lens, gaps, chains: see the attributes; tensors, arrays or lists.
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes or values.
@@ -74,7 +81,7 @@ class Sequences:
         bounds = cu.cpu().numpy()
         if not len(bounds) or bounds[0] != 0 or (np.diff(bounds) < 0).any():
             raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_brief(bounds.tolist())}")
-        return cls._make("packed", cu[:-1], cu.diff(), int(bounds[-1]), prefix_ids, prefix_lens, gaps)
+        return cls._make("packed", cu[:-1], cu.diff(), int(bounds[-1]), prefix_ids, prefix_lens, gaps, chains)
 
     @classmethod
     def padded(
@@ -85,6 +92,7 @@ class Sequences:
         prefix_ids: Ints | None = None,
         prefix_lens: Ints | None = None,
         gaps: Ints | None = None,
+        chains: Ints | None = None,
     ) -> "Sequences":
         """A ``[B, max_len]`` batch used in place: sequence b is the ``lengths[b]`` columns from ``starts[b]`` on.
 
@@ -102,7 +110,7 @@ class Sequences:
                 f"got starts {_brief(columns.tolist())}, lengths {_brief(counts.tolist())}"
             )
         first = torch.arange(len(columns), device=columns.device) * max_len + columns
-        return cls._make("padded", first, counts, len(columns) * max_len, prefix_ids, prefix_lens, gaps)
+        return cls._make("padded", first, counts, len(columns) * max_len, prefix_ids, prefix_lens, gaps, chains)
 
     @classmethod
     def runs(
@@ -113,6 +121,7 @@ class Sequences:
         prefix_ids: Ints | None = None,
         prefix_lens: Ints | None = None,
         gaps: Ints | None = None,
+        chains: Ints | None = None,
     ) -> "Sequences":
         """Any runs of rows that do not overlap, in a batch of ``rows`` rows: a padded batch whose rows are packed.
 
@@ -129,7 +138,7 @@ class Sequences:
             raise ValueError(
                 f"runs must not overlap or leave the {rows} rows, got one of {length[first]} rows at {start[first]}"
             )
-        return cls._make("padded", first_rows, counts, rows, prefix_ids, prefix_lens, gaps)
+        return cls._make("padded", first_rows, counts, rows, prefix_ids, prefix_lens, gaps, chains)
 
     @classmethod
     def decode(
@@ -154,9 +163,10 @@ class Sequences:
         prefix_ids: Ints | None,
         prefix_lens: Ints | None,
         gaps: Ints | None,
+        chains: Ints | None = None,
     ) -> "Sequences":
-        def optional(name: str, value: Ints | None, size: int | str) -> torch.Tensor | None:
-            return None if value is None else _index(name, value, size).to(starts.device)
+        def optional(name: str, value: Ints | None, *size: int | str) -> torch.Tensor | None:
+            return None if value is None else _index(name, value, *size).to(starts.device)
 
         batch = len(starts)
         return cls(
@@ -167,21 +177,22 @@ class Sequences:
             optional("prefix_lens", prefix_lens, "N"),
             optional("gaps", gaps, batch),
             rows,
+            optional("chains", chains, "N", "W"),
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        """``[starts, lengths, prefix_ids, prefix_lens, gaps]``, empty tensors for None: what crosses an operator."""
+        """``[starts, lengths, prefix_ids, prefix_lens, gaps, chains]``, with empty vectors for None: what crosses an
+        operator."""
         empty = self.starts.new_empty(0)
-        return [
-            empty if t is None else t for t in (self.starts, self.lengths, self.prefix_ids, self.prefix_lens, self.gaps)
-        ]
+        optional = self.prefix_ids, self.prefix_lens, self.gaps, self.chains
+        return [self.starts, self.lengths, *(empty if t is None else t for t in optional)]
 
     @classmethod
     def from_tensors(cls, kind: str, rows: int, tensors: Sequence[torch.Tensor]) -> "Sequences":
         """The inverse of :meth:`tensors`."""
-        starts, lengths, *optional = tensors
+        starts, lengths, *optional, chains = tensors
         prefix_ids, prefix_lens, gaps = (t if t.numel() else None for t in optional)
-        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows)
+        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows, chains if chains.dim() == 2 else None)
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
@@ -196,7 +207,8 @@ class Sequences:
     @cached_property
     def host(self) -> HostSequences:
         """The same on the host; read from the device once, by one copy."""
-        starts, lengths, prefix_ids, prefix_lens, gaps = (t.numpy() for t in move(self.tensors(), torch.device("cpu")))
+        arrays = [t.numpy() for t in move(self.tensors(), torch.device("cpu"))]
+        starts, lengths, prefix_ids, prefix_lens, gaps, chains = arrays
         nothing = np.zeros(len(starts), np.int64)
         return HostSequences(
             starts,
@@ -204,6 +216,7 @@ class Sequences:
             nothing if self.prefix_ids is None else prefix_ids,
             nothing if self.gaps is None else gaps,
             None if self.prefix_lens is None else prefix_lens,
+            None if self.chains is None else chains,
         )
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -216,13 +229,17 @@ class Sequences:
             made[key] = make()
         return made[key]
 
+    def room(self, learned: int) -> int:
+        """How many keys prefixes have room for: W of chains, else ``learned``, P of the bank; 0 without a bank."""
+        return learned if self.chains is None else self.chains.shape[1]
+
     def prefix_lengths(self, room: int) -> np.ndarray:
         """``[B]`` the keys of the prefix in front of each sequence, on the host.
 
         Args:
-            room: P, how many keys the prefixes of the bank have room for; 0 without a bank.
+            room: P, how many keys the prefixes of the bank have room for; 0 without a bank. Chains have their own.
         """
-        host = self.host
+        host, room = self.host, self.room(room)
         if room == 0:
             return np.zeros_like(host.lengths)
         if host.prefix_lens is None:
@@ -250,13 +267,13 @@ def _starts_and_lengths(starts: Ints, lengths: Ints) -> tuple[torch.Tensor, torc
     return first, counts.to(first.device)
 
 
-def _index(name: str, value: Ints, size: int | str) -> torch.Tensor:
+def _index(name: str, value: Ints, *size: int | str) -> torch.Tensor:
     """An int64 tensor from a tensor, an array or a list of ints."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     elif not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty(0, dtype=torch.int64)
-    check_tensor(name, value, [size], dtypes=INTS)
+    check_tensor(name, value, list(size), dtypes=INTS)
     return value.long()
 
 

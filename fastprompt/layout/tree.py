@@ -79,16 +79,11 @@ class Tree:
             for number, node in enumerate(self.nodes)
         )
 
-    @property
-    def lies_in_order(self) -> bool:
-        """Are the nodes alike, and does none continue another, so that their rows as they lie are a bank?"""
-        return len(np.unique(self.lengths)) == 1 and all(node.parent < 0 for node in self.nodes)
-
     def chains(self, prompts: int, prefix_length: int) -> np.ndarray:
-        """``[E, W]`` what stands in front of sequences: a row where it is not negative, -1 - i for learned key i.
+        """``[E, W]`` what stands in front of sequences, as ``Sequences.chains`` has it.
 
         First ``prompts`` learned prefixes, if they have a length, then for each node the learned prefix of its prompt
-        and all rows down to its own. Behind the end of a chain stands -1.
+        and all rows down to its own.
         """
         first = prompts if prefix_length else 0
         source = np.full((first + len(self.nodes), prefix_length + int(self.depths.max(initial=0))), -1)
@@ -119,11 +114,11 @@ def tree_sequences(
         return Sequences.packed(np.append(0, ends), prompts, gaps=gaps)
     start = nodes[-1].start + nodes[-1].length
     cu_seqlens = np.concatenate([[node.start for node in nodes], [start], ends])
-    ids, lengths = tree.parents, tree.depths
-    if prefix_length:  # the bank holds the learned prefixes alone, and those with rows behind them
+    ids, lengths, chains = tree.parents, tree.depths, tree.chains(count, prefix_length)
+    if prefix_length:  # in front stand the learned prefixes alone, or with rows behind them
         prompts = np.append([node.prompt for node in nodes], prompts)
         ids = np.where(ids < 0, prompts, count + ids)
         lengths = np.concatenate([np.full(count, prefix_length), prefix_length + lengths])
     if gaps is not None:
         gaps = np.append([node.gap for node in nodes], gaps) - tree.gaps
-    return Sequences.packed(cu_seqlens, ids, None if (lengths == lengths[0]).all() else lengths, gaps)
+    return Sequences.packed(cu_seqlens, ids, None if (lengths == lengths[0]).all() else lengths, gaps, chains)

@@ -15,7 +15,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values with a first dimension of sequences in a cache or of prefixes; own keys of rows have none."""
+    """Keys and values with a first dimension of sequences in a cache or of prefixes; own keys of rows have none, nor
+    have learned ones in chains."""
 
     k: Any
     v: Any
@@ -64,13 +65,16 @@ class Gradients(NamedTuple):
 
 class Batch(NamedTuple):
     """Rows in memory of virtual queries and keys, None where they are the same; ``spans [3, queries]`` (see visible);
-    the numbers of queries, and of places a sequence has in a cache."""
+    the numbers of queries, and of places a sequence has in a cache; prefixes that are ``chains [N, chain_room]``: rows
+    of own keys in memory, or -1 - i for learned key i; None where they are those of a bank."""
 
     query_rows: Any
     key_rows: Any
     spans: Any
     queries: Any
     room: Any
+    chains: Any = None
+    chain_room: Any = None
 
 
 class Scores(NamedTuple):

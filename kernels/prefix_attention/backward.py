@@ -15,9 +15,11 @@ from ..launch import Kernel
 from . import schedule
 from .common import (
     LOG2_E,
+    chain_rows,
     dropout_keys,
     kept,
     key_offsets,
+    load_keys,
     load_rows,
     origins,
     product,
@@ -84,14 +86,19 @@ def dq_of_queries(
     of_prefix, of_own = (prefix_start, salt, prefix_origin, gain), (own_start, salt, own_origin, gain)
     b_dq = tl.zeros([BM, static.BD], tl.float32)
 
-    if prefix is not None:
-        prefix_k, prefix_v = prefix.k + kv_head * prefix.stride_kh, prefix.v + kv_head * prefix.stride_vh
+    if prefix is not None or batch.chains is not None:
+        if batch.chains is None:
+            prefix_k, prefix_v = prefix.k + kv_head * prefix.stride_kh, prefix.v + kv_head * prefix.stride_vh
         for start in range(p0, p1, BN):
             key = start + n  # [BN]
-            k_at = number * prefix.stride_kb + key * prefix.stride_kr
-            v_at = number * prefix.stride_vb + key * prefix.stride_vr
-            b_k = load_rows(prefix_k, k_at, key < p1, static.DH, static.BD)  # [BN, BD]
-            b_v = load_rows(prefix_v, v_at, key < p1, static.DV, static.BV)  # [BN, BV]
+            if batch.chains is None:
+                k_at = number * prefix.stride_kb + key * prefix.stride_kr
+                v_at = number * prefix.stride_vb + key * prefix.stride_vr
+                b_k = load_rows(prefix_k, k_at, key < p1, static.DH, static.BD)  # [BN, BD]
+                b_v = load_rows(prefix_v, v_at, key < p1, static.DV, static.BV)  # [BN, BV]
+            else:
+                at = chain_rows(number, key, key < p1, batch)
+                b_k, b_v = load_keys(own, prefix, at, key < p1, kv_head, static)
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])
@@ -149,13 +156,18 @@ def dkv_of_keys(
     at = rows_of(key, key < tl.where(role == KEYS, k1, k0), batch.key_rows, static.GATHER or static.CACHE)
     k_at = key_offsets(at, batch.room, own.stride_kb, own.stride_kr, static.CACHE)
     v_at = key_offsets(at, batch.room, own.stride_vb, own.stride_vr, static.CACHE)
-    if prefix is not None:
-        if role == PREFIX:
-            keys_of = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
-            values_of = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
-            k_at, v_at = key * prefix.stride_kr, key * prefix.stride_vr
-    b_k = load_rows(keys_of, k_at, real, static.DH, static.BD)  # [BN, BD]
-    b_v = load_rows(values_of, v_at, real, static.DV, static.BV)  # [BN, BV]
+    if batch.chains is None:
+        if prefix is not None:
+            if role == PREFIX:
+                keys_of = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
+                values_of = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
+                k_at, v_at = key * prefix.stride_kr, key * prefix.stride_vr
+        b_k = load_rows(keys_of, k_at, real, static.DH, static.BD)  # [BN, BD]
+        b_v = load_rows(values_of, v_at, real, static.DV, static.BV)  # [BN, BV]
+    else:
+        in_chain = key < tl.where(role == PREFIX, k1, k0)
+        from_at = tl.where(in_chain, chain_rows(number, key, in_chain, batch), at)
+        b_k, b_v = load_keys(own, prefix, from_at, real, kv_head, static)
     sums = tl.zeros([BN, static.BD], tl.float32), tl.zeros([BN, static.BV], tl.float32)
 
     for part in range(static.GROUP // static.FOLD):
@@ -236,5 +248,34 @@ def _reduce(
     store_rows(dprefix_v, to * static.DV, key < length, b_dv, static.DV, static.BV)
 
 
+def _add_up(
+    partial_k, partial_v, dk, dv, tiles, links, slots, kv_heads, blocks,
+    KEYS_BN: tl.constexpr, ROWS: tl.constexpr, static: tl.constexpr,
+):  # fmt: skip
+    """A few keys of a piece of chains: their partial sums, chain by chain and in the order of the query chunks, onto
+    their gradients."""
+    tile, kv_head = tiles + tl.program_id(0) * 8, tl.program_id(1)
+    row, count, number = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    n = tl.arange(0, ROWS)
+    live = n < count
+    b_dk, b_dv = tl.zeros([ROWS, static.BD], tl.float32), tl.zeros([ROWS, static.BV], tl.float32)
+    for link in range(tl.load(tile + 3), tl.load(tile + 4)):
+        first_place = tl.load(links + 2 * link + 1) + number
+        of_chain = slots + tl.load(links + 2 * link) * blocks * 3
+        chunks = of_chain + first_place // KEYS_BN * 3  # as many for all blocks of a chain
+        place = first_place + n
+        slot = tl.load(of_chain + place // KEYS_BN * 3, mask=live, other=0)
+        for chunk in range(tl.load(chunks + 1) - tl.load(chunks)):
+            at = ((slot + chunk).to(tl.int64) * KEYS_BN + place % KEYS_BN) * kv_heads + kv_head
+            b_dk += load_rows(partial_k, at * static.DH, live, static.DH, static.BD)
+            b_dv += load_rows(partial_v, at * static.DV, live, static.DV, static.BV)
+    to = (row + n) * kv_heads + kv_head
+    b_dk += load_rows(dk, to * static.DH, live, static.DH, static.BD)
+    b_dv += load_rows(dv, to * static.DV, live, static.DV, static.BV)
+    store_rows(dk, to * static.DH, live, b_dk, static.DH, static.BD)
+    store_rows(dv, to * static.DV, live, b_dv, static.DV, static.BV)
+
+
 backward = Kernel(_backward)
 reduce = Kernel(_reduce)
+add_up = Kernel(_add_up)

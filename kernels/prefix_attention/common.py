@@ -46,6 +46,26 @@ def load_rows(base, offsets, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def chain_rows(number, place, live, batch):
+    """Where the keys at some places of a chain are: rows in memory, or -1 - i for learned key i; int64."""
+    return tl.load(batch.chains + number * batch.chain_room + place, mask=live, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_keys(own, learned, at, live, kv_head, static: tl.constexpr):
+    """Keys ``[n, BD]`` and values ``[n, BV]``: ``at [n]`` rows of own ones, or learned ones where it is negative."""
+    k_at = own.k + (at * own.stride_kr + kv_head * own.stride_kh)
+    v_at = own.v + (at * own.stride_vr + kv_head * own.stride_vh)
+    if learned is not None:
+        number = -1 - at
+        k_at = tl.where(at < 0, learned.k + (number * learned.stride_kr + kv_head * learned.stride_kh), k_at)
+        v_at = tl.where(at < 0, learned.v + (number * learned.stride_vr + kv_head * learned.stride_vh), v_at)
+    nothing = tl.zeros_like(at)
+    b_k = load_rows(k_at[:, None], nothing, live, static.DH, static.BD)
+    return b_k, load_rows(v_at[:, None], nothing, live, static.DV, static.BV)
+
+
+@triton.jit
 def store_rows(base, offsets, live, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     mask = live[:, None]

@@ -6,9 +6,11 @@ import triton.language as tl
 from ..launch import Kernel
 from .common import (
     LOG2_E,
+    chain_rows,
     dropout_keys,
     kept,
     key_offsets,
+    load_keys,
     load_rows,
     origins,
     product,
@@ -71,14 +73,19 @@ def _forward(
     )
 
     of_prefix, of_own = (prefix_start, salt, prefix_origin, gain), (own_start, salt, own_origin, gain)
-    if prefix is not None:
+    if prefix is not None or batch.chains is not None:
         number, p0, p1 = tl.load(tile + 4).to(tl.int64), tl.load(tile + 5), tl.load(tile + 6)
-        prefix_k = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
-        prefix_v = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
+        if batch.chains is None:
+            prefix_k = prefix.k + (number * prefix.stride_kb + kv_head * prefix.stride_kh)
+            prefix_v = prefix.v + (number * prefix.stride_vb + kv_head * prefix.stride_vh)
         for start in range(p0, p1, BN):
             key = start + n  # [BN]
-            b_k = load_rows(prefix_k, key.to(tl.int64) * prefix.stride_kr, key < p1, static.DH, static.BD)
-            b_v = load_rows(prefix_v, key.to(tl.int64) * prefix.stride_vr, key < p1, static.DV, static.BV)
+            if batch.chains is None:
+                b_k = load_rows(prefix_k, key.to(tl.int64) * prefix.stride_kr, key < p1, static.DH, static.BD)
+                b_v = load_rows(prefix_v, key.to(tl.int64) * prefix.stride_vr, key < p1, static.DV, static.BV)
+            else:
+                at = chain_rows(number, key, key < p1, batch)
+                b_k, b_v = load_keys(own, prefix, at, key < p1, kv_head, static)
             seen = (key < p1)[None, :] & live[:, None]
             if static.WINDOW:
                 seen = seen & (key[None, :] >= prefix_low[:, None])

@@ -169,6 +169,16 @@ def slot_table(slots, prefixes, length, key_block):
     return table
 
 
+def piece_tiles(row, length, begin, end, rows):
+    """``[T, 8]``: the first row of a tile in the gradients, its keys, how many of its piece are before it, and the
+    links [begin, end) of the piece; at most ``rows`` keys a tile."""
+    piece, number = _repeat(-(-length // rows))
+    if not len(piece):
+        return _table()
+    before = number * rows
+    return _table(row[piece] + before, np.minimum(length[piece] - before, rows), before, begin[piece], end[piece])
+
+
 def decode_items(batch, *, rows, prefix_split, own_split):
     """Work items of the decode kernel and, for the merge, the partial results of each query.
 

@@ -1,5 +1,6 @@
 """The checks of prefix_attention's arguments."""
 
+import numpy as np
 import torch
 
 from ...checks import FLOATS, check_range, check_tensor
@@ -29,8 +30,9 @@ def check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_s
     if prefix_k is not None:
         check_tensor("prefix_k", prefix_k, ["N", "P", kv_heads, head_dim], like=("q", q))
         check_tensor("prefix_v", prefix_v, [*prefix_k.shape[:-1], value_dim], like=("q", q))
-        if seq.prefix_lens is not None:
-            check_tensor("seq.prefix_lens", seq.prefix_lens, [prefix_k.shape[0]])
+    prefixes = prefix_k if seq.chains is None else seq.chains
+    if prefixes is not None and seq.prefix_lens is not None:
+        check_tensor("seq.prefix_lens", seq.prefix_lens, [prefixes.shape[0]])
     if sinks is not None:
         check_tensor("sinks", sinks, [heads], dtypes=FLOATS, like=("q", q))
     if window is not None and (not isinstance(window, int) or window < 1):
@@ -72,9 +74,11 @@ def check_cross(seq, key_seq, causal, window, alibi_slopes, position_bias):
     for name, x in (("window", window), ("alibi_slopes", alibi_slopes), ("position_bias", position_bias)):
         if x is not None:
             raise ValueError(f"{name} must be None with key_seq: its keys stand at no distance from the queries")
-    for name in ("prefix_ids", "prefix_lens", "gaps"):
+    for name in ("prefix_ids", "prefix_lens", "gaps", "chains"):
         if getattr(key_seq, name) is not None:
             raise ValueError(f"key_seq must have no {name}, which belong to seq")
+    if seq.chains is not None:
+        raise ValueError("seq must have no chains with key_seq: what stands in front are rows of its own")
 
 
 def seed_of(p, seed):
@@ -102,11 +106,19 @@ def check_ranges(k, prefix_k, seq):
     """What only the values of seq tell, from the host, where they have to be known anyway."""
     if seq.kind == "decode":
         check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
-    if prefix_k is not None:
-        if seq.prefix_ids is None:
-            if len(seq.starts) and prefix_k.shape[0] == 0:
-                raise ValueError("seq.prefix_ids is None (prefix 0 for all), but prefix_k holds no prefix")
-        else:
-            check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, prefix_k.shape[0])
-        if seq.prefix_lens is not None:
-            check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, prefix_k.shape[1] + 1)
+    prefixes, where = (prefix_k, "prefix_k") if seq.chains is None else (seq.chains, "seq.chains")
+    if prefixes is None:
+        return
+    count, room = prefixes.shape[:2]
+    if seq.prefix_ids is None:
+        if len(seq.starts) and count == 0:
+            raise ValueError(f"seq.prefix_ids is None (prefix 0 for all), but {where} holds no prefix")
+    else:
+        check_range("seq.prefix_ids", torch.from_numpy(seq.host.prefix_ids), -1, count)
+    if seq.prefix_lens is not None:
+        check_range("seq.prefix_lens", torch.from_numpy(seq.host.prefix_lens), 0, room + 1)
+    if seq.chains is not None:
+        used = room if seq.prefix_lens is None else seq.host.prefix_lens[:, None]
+        keys = torch.from_numpy(seq.host.chains[np.arange(room) < np.broadcast_to(used, (count, 1))])
+        learned = 0 if prefix_k is None else prefix_k.shape[0] * prefix_k.shape[1]
+        check_range("seq.chains", keys, -learned, k.shape[0])

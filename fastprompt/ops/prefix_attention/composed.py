@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ...checks import accumulator
 from ..columns import columns_together
+from ..sums import sum_rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,16 +30,58 @@ _NARROWEST_TILE, _STEP = 32, 16  # thinner or odd matrix products are slow
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, **options):
+    prefix_k, prefix_v = _in_front(seq, k, prefix_k), _in_front(seq, v, prefix_v)
     widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, prefix_k, prefix_v)
     out, lse = _forward(*(_filled_up(x, max(widths)) for x in inputs), seq, **options)
     return out[..., : widths[1]], lse
 
 
-def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, **options):
-    widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, prefix_k, prefix_v)
+def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, **options):
+    front_k, front_v = _in_front(seq, k, prefix_k), _in_front(seq, v, prefix_v)
+    if seq.chains is not None:
+        wanted = [*needs[:3], needs[1] or needs[3], needs[2] or needs[4], needs[5]]
+    else:
+        wanted = needs
+    widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, front_k, front_v)
     grad, *filled_up, out = (_filled_up(x, max(widths)) for x in (grad, *inputs, out))
-    *grads, dsinks = _backward(grad, *filled_up, out, lse, seq, **options)
-    return *(None if g is None else g[..., : x.shape[-1]] for g, x in zip(grads, inputs)), dsinks
+    *grads, dsinks = _backward(grad, *filled_up, out, lse, seq, needs=wanted, **options)
+    dq, dk, dv, *fronts = (None if g is None else g[..., : x.shape[-1]] for g, x in zip(grads, inputs))
+    if seq.chains is None:
+        return dq, dk, dv, *fronts, dsinks
+    (dk, dprefix_k), (dv, dprefix_v) = (
+        _of_chains(seq, *x) for x in ((fronts[0], dk, prefix_k), (fronts[1], dv, prefix_v))
+    )
+    return dq, dk, dv, dprefix_k, dprefix_v, dsinks
+
+
+def _in_front(seq, own, learned):
+    """The bank ``[N, P, Hkv, width]``; where prefixes are chains, a copy of each, ``[N, W, Hkv, width]``."""
+    if seq.chains is None:
+        return learned
+    rows = own if learned is None else torch.cat([own, learned.flatten(0, 1)])
+    return rows.index_select(0, _numbers(seq, len(own))).unflatten(0, seq.chains.shape)
+
+
+def _of_chains(seq, gradient, own_gradient, learned):
+    """The gradients of k or v and of the learned ones, given that of all chains."""
+    if gradient is None:
+        return own_gradient, None
+    rows = len(own_gradient)
+    count = rows if learned is None else rows + learned.shape[:2].numel()
+    sums = sum_rows(gradient.flatten(0, 1), _numbers(seq, rows), count)
+    return own_gradient + sums[:rows], None if learned is None else sums[rows:].view(learned.shape)
+
+
+def _numbers(seq, rows):
+    """``[N * W]`` where the keys of chains stand in k with the learned ones behind it; of those not used, row 0."""
+
+    def find():
+        chains = seq.host.chains
+        if seq.prefix_lens is not None:
+            chains = np.where(np.arange(chains.shape[1]) < seq.host.prefix_lens[:, None], chains, 0)
+        return torch.from_numpy(np.where(chains < 0, rows - 1 - chains, chains).ravel())
+
+    return seq.cached(("composed", "chains", rows), find)
 
 
 def _filled_up(x, width):

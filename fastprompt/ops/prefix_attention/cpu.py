@@ -50,9 +50,7 @@ def backward(
     dq, dk, dv = (
         _empty_like(t, whole) if need else None for t, whole, need in zip((q, k, v), (queries, keys, keys), needs)
     )
-    every_prefix = (
-        prefix_k is not None and seq.prefix_lens is None and len(schedule.prefixes) == len(prefix_k)
-    )  # is read to its end
+    every_prefix = prefix_k is not None and int(schedule.sizes[-1]) == prefix_k.shape[:2].numel()  # is read to its end
     dprefix_k, dprefix_v = (
         _empty_like(t, every_prefix) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:])
     )

@@ -55,9 +55,8 @@ def backward(
         dvalues = _sum_heads(torch.einsum("hqk,qhd->khd", used, grad[part.rows].to(acc)), groups)
         part.own(dk).add_(dkeys[part.prefix :])
         part.own(dv).add_(dvalues[part.prefix :])
-        for total, grads in ((dprefix_k, dkeys), (dprefix_v, dvalues)):
-            if part.prefix and total is not None:
-                total[part.prefix_id, : part.prefix] += grads[: part.prefix]
+        part.add_in_front(dkeys, dk, dprefix_k)
+        part.add_in_front(dvalues, dv, dprefix_v)
     dsinks = None
     if sinks is not None:
         left_over = torch.exp(sinks.to(acc)[:, None] - lse.to(acc)).masked_fill(lse == -torch.inf, 0.0)
@@ -92,13 +91,14 @@ class _Part:
         if key_seq is not None:
             start, self.length = (int(x[index]) for x in key_seq.host[:2])
             self.key_rows = slice(start, start + self.length)
-        self.prefix_id = prefix_id if prefix_k is not None else -1
+        self.prefix_id = prefix_id
         self.prefix = int(seq.prefix_lengths(0 if prefix_k is None else prefix_k.shape[1])[index])
+        self.chain = seq.chains[prefix_id, : self.prefix] if self.prefix and seq.chains is not None else None
         acc = accumulator(q.dtype)
         keys, values = self.own(k), self.own(v)
         if self.prefix:
-            keys = torch.cat([prefix_k[prefix_id, : self.prefix], keys])
-            values = torch.cat([prefix_v[prefix_id, : self.prefix], values])
+            keys = torch.cat([self.in_front(k, prefix_k), keys])
+            values = torch.cat([self.in_front(v, prefix_v), values])
         groups = q.shape[1] // keys.shape[1]
         self.q = q[self.rows].to(acc)  # [n, H, Dh]
         self.k = keys.to(acc).repeat_interleave(groups, 1)  # [prefix + length, H, Dh]
@@ -113,6 +113,33 @@ class _Part:
         if self.decode:
             return tensor[self.index, :, : self.length].transpose(0, 1)
         return tensor[self.key_rows]
+
+    def in_front(self, own, learned):
+        """The keys or values of the prefix, ``[prefix, Hkv, width]``, out of k or v and of the learned ones."""
+        if self.chain is None:
+            return learned[self.prefix_id, : self.prefix]
+        front = own.new_empty(self.prefix, *own.shape[1:])
+        for place, x, index in self._places(own, learned):
+            front[place] = x[index]
+        return front
+
+    def add_in_front(self, grads, own, learned):
+        """Add the gradients of the prefix to those of k or v and of the learned ones, which may be None."""
+        if self.chain is None:
+            if self.prefix and learned is not None:
+                learned[self.prefix_id, : self.prefix] += grads[: self.prefix]
+            return
+        for place, total, index in self._places(own, learned):
+            once = index.unique()
+            total[once] += sum_rows(grads[: self.prefix][place], index, len(total))[once]
+
+    def _places(self, own, learned):
+        """The places in the chain of rows of ``own`` and of learned ones, each with the tensor and where they are
+        there."""
+        rows = self.chain >= 0
+        yield rows, own, self.chain[rows]
+        if learned is not None:
+            yield ~rows, learned.flatten(0, 1), -1 - self.chain[~rows]
 
     def bias_columns(self, position_bias):
         """``[n, keys]`` the column of the table that each score gains."""

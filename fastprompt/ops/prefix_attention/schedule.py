@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...layout import Sequences
+from .common import Pieces, pieces_of
 
 _TILE_ROWS = 192  # queries of a tile, all heads of a group counted: its operands stay in the second-level cache
 _CHUNK_ROWS = 1024  # of a chunk, so that the sums it leaves for the prefix cost little
@@ -25,10 +26,13 @@ class CpuSchedule(NamedTuple):
     segments: torch.Tensor  # [S, 11] row, rows, first, base, begin, end, slot, gap, load, store, part
     tiles: torch.Tensor  # [T, 2] begin, end
     chunks: torch.Tensor  # [C, 4] begin, end, prefix, part
-    prefixes: torch.Tensor  # [N, 3] id, length, slot
+    prefixes: torch.Tensor  # [N, 3] begin, end, length
+    links: torch.Tensor  # [L, 2] piece, offset
+    pieces: torch.Tensor  # [M, 7] learned, base, row, length, slot, begin, end
+    readers: torch.Tensor  # [K, 1] part
     splits: torch.Tensor  # [X, 4] base, length, begin, end
     parts: torch.Tensor  # [Y, 3] begin, end, slot
-    sizes: torch.Tensor  # [5] rows, slots, prefix_slots, prefix_parts, split_parts
+    sizes: torch.Tensor  # [6] rows, slots, prefix_slots, prefix_parts, split_parts, learned
 
 
 def cpu_schedule(
@@ -46,7 +50,7 @@ def cpu_schedule(
     Args:
         seq: the :class:`fastprompt.Sequences`.
         causal, window: of prefix_attention.
-        room: P, 0 without a prefix.
+        room: P of the learned prefixes, 0 without.
         heads, kv_heads: H and Hkv.
         key_seq: the rows of k and v that each sequence of queries sees, in cross-attention.
     """
@@ -56,7 +60,10 @@ def cpu_schedule(
         batch = _Batch.of(seq, room, key_seq)
         tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
         slices = _slices(batch, tile_rows, causal, limit)
-        return _tables(batch, slices, _chunk_starts(batch, slices, chunk_rows), causal, limit)
+        chunk_starts = _chunk_starts(batch, slices, chunk_rows)
+        has_prefix = batch.prefix >= 0
+        pieces = pieces_of(seq, batch.prefix[has_prefix], batch.prefix_length[has_prefix], room)
+        return _tables(batch, pieces, slices, chunk_starts, causal, limit)
 
     return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq), make)
 
@@ -194,7 +201,9 @@ def _chunk_starts(batch: _Batch, slices: _Slices, chunk_rows: int) -> np.ndarray
     return starts
 
 
-def _tables(batch: _Batch, slices: _Slices, chunk_starts: np.ndarray, causal: bool, window: int | None) -> CpuSchedule:
+def _tables(
+    batch: _Batch, pieces: Pieces, slices: _Slices, chunk_starts: np.ndarray, causal: bool, window: int | None
+) -> CpuSchedule:
     """The schedule: chunks in order of their cost, the most expensive first."""
     chunk = chunk_starts.cumsum() - 1
     place = np.argsort(np.argsort(-_sums(slices.cost, chunk_starts.nonzero()[0]), kind="stable"))
@@ -240,17 +249,37 @@ def _tables(batch: _Batch, slices: _Slices, chunk_starts: np.ndarray, causal: bo
         prefix=group - without,
         part=prefix_parts.cumsum() - prefix_parts,
     )
-    prefix_length = batch.prefix_length[without:]
-    prefix_slots = _aligned(prefix_length)
-    prefixes = _table(id=batch.prefix[without:], length=prefix_length, slot=prefix_slots.cumsum() - prefix_slots)
+    chunk_part = chunks[:, 3]
+    prefixes = _table(begin=pieces.begin, end=pieces.end, length=batch.prefix_length[without:])
+    # A link of a prefix is read by all chunks of the prefix.
+    reading = (group >= without).nonzero()[0]
+    number = group[reading] - without
+    count = (pieces.end - pieces.begin)[number]
+    reader = np.repeat(reading, count)
+    link = np.repeat(pieces.begin[number] - count.cumsum() + count, count) + np.arange(len(reader))
+    order = np.argsort(pieces.link[link], kind="stable")  # piece by piece, in the order of chunks
+    readers = _table(part=(chunk_part[reader] + pieces.offset[link])[order])
+    bounds = np.searchsorted(pieces.link[link][order], np.arange(len(pieces.length) + 1))
+    slots_of_piece = _aligned(pieces.length)
+    table_of_pieces = _table(
+        learned=pieces.learned,
+        base=pieces.base,
+        row=pieces.row,
+        length=pieces.length,
+        slot=slots_of_piece.cumsum() - slots_of_piece,
+        begin=bounds[:-1],
+        end=bounds[1:],
+    )
     sizes = _table(
         rows=[_sums(queries, tile_begins).max(initial=0)],
         slots=[(slot + slots).max(initial=0)],
-        prefix_slots=[prefix_slots.sum()],
+        prefix_slots=[slots_of_piece.sum()],
         prefix_parts=[prefix_parts.sum()],
         split_parts=[(parts[:, 1] - parts[:, 0]).sum()],
+        learned=[pieces.length @ pieces.learned],
     )
-    tables = segments, tiles, chunks, prefixes, splits, parts, sizes[0]
+    links = _table(piece=pieces.link, offset=pieces.offset)
+    tables = segments, tiles, chunks, prefixes, links, table_of_pieces, readers, splits, parts, sizes[0]
     return CpuSchedule(*map(torch.from_numpy, tables))
 
 

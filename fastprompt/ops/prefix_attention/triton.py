@@ -5,11 +5,15 @@ import torch
 
 from ...kernels import launch
 from ...kernels.prefix_attention import arguments, config, schedule
+from ...kernels.prefix_attention.backward import add_up
 from ...kernels.prefix_attention.backward import backward as backward_kernel
 from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
+from .common import pieces_of
+
+_ROWS = 16  # of a program that adds up partial sums
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None, **features):
@@ -33,6 +37,8 @@ def backward(
     dq, dk, dv, dprefix_k, dprefix_v = call.backward(grad, out, lse, needs)
     if prefix_k is not None and dprefix_k is None and (needs[3] or needs[4]):  # a bank of prefixes without keys
         dprefix_k, dprefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+    if dprefix_k is not None:
+        dprefix_k, dprefix_v = dprefix_k.view(prefix_k.shape), dprefix_v.view(prefix_v.shape)
     dsinks = None
     if sinks is not None and needs[5]:
         delta = (grad.float() * out.float()).sum(-1).double()  # [Rq, H]; what is summed over all rows mostly cancels
@@ -85,8 +91,14 @@ class _Call:
         self, q, k, v, prefix_k, prefix_v, seq, causal, window, softcap, scale, dropout,
         alibi_slopes=None, position_bias=None, key_seq=None,
     ):  # fmt: skip
-        if prefix_k is not None and prefix_k.shape[1] == 0:
+        learned = 0 if prefix_k is None else prefix_k.shape[1]
+        self.prefix_room = seq.room(learned)
+        if learned == 0 or self.prefix_room == 0:
             prefix_k = prefix_v = None
+        chained = seq.chains is not None and self.prefix_room > 0
+        self.prefixes = len(seq.chains) if chained else 0 if prefix_k is None else len(prefix_k)
+        if chained and prefix_k is not None:
+            prefix_k, prefix_v = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)
         self.q, self.k, self.v, self.prefix_k, self.prefix_v = map(_in_wide_loads, (q, k, v, prefix_k, prefix_v))
         self.seq, self.cache = seq, seq.kind == "decode"
         self.rows, self.heads, self.head_dim = q.shape
@@ -95,13 +107,13 @@ class _Call:
         self.room = k.shape[2] if self.cache else 0
         device = launch.target_of(q.device), launch.name_of(q.device)
         self._tiled_by = self.head_dim, q.element_size(), *device
-        self.prefix_room = 0 if prefix_k is None else prefix_k.shape[1]
         self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device, key_seq)
 
         self.queries = arguments.Queries(self.q, *self.q.stride()[:-1])
         self.own = _keys(self.k, self.v, self.cache)
         self.prefix = None if prefix_k is None else _keys(self.prefix_k, self.prefix_v)
-        self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.batch.queries, self.room)
+        chains, self.pieces = self.schedule.chains(seq, learned) if chained else ((), None)
+        self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.batch.queries, self.room, *chains)
         slopes, bias = (None if x is None else x.contiguous() for x in (alibi_slopes, position_bias))
         most = 0 if bias is None else bias.shape[1] // 2
         self.scores = arguments.Scores(scale, softcap or 0.0, window or 0, slopes, bias, most)
@@ -134,7 +146,8 @@ class _Call:
         return out, self.q.new_full((self.heads, self.rows), -torch.inf, dtype=torch.float32)
 
     def forward(self, out, lse, sinks):
-        options = dict(group=self.group, gather=self.flags["GATHER"], **self.biases)
+        gathers = self.flags["GATHER"] or self.pieces is not None
+        options = dict(group=self.group, gather=gathers, **self.biases)
         tiles = self._tiles(config.forward_tiles, **options)
         fold = config.fold(self.group, tiles.queries)
         table = self.schedule.query_tiles(tiles.queries // fold)
@@ -167,11 +180,9 @@ class _Call:
 
     def backward(self, grad, out, lse, needs):
         q, kv_heads = self.q, self.kv_heads
-        need_q, need_kv, need_prefix = (
-            needs[0],
-            needs[1] or needs[2],
-            self.prefix_k is not None and (needs[3] or needs[4]),
-        )
+        need_q, need_kv = needs[0], needs[1] or needs[2]
+        need_learned = self.prefix_k is not None and (needs[3] or needs[4])
+        need_prefix = need_learned or self.pieces is not None and need_kv
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
         options = dict(group=self.group, dropout=self.dropout is not None, **self.biases)
         tiles = self._tiles(config.backward_tiles, **options)
@@ -179,7 +190,7 @@ class _Call:
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
             query_rows=tiles.queries // fold, key_block=tiles.key_keys, chunk_rows=chunk,
-            dq=need_q, dkv=need_kv, dprefix=need_prefix, prefixes=0 if self.prefix_k is None else len(self.prefix_k),
+            dq=need_q, dkv=need_kv, dprefix=need_prefix, prefixes=self.prefixes,
         )  # fmt: skip
         batch = self.schedule.batch
         dq = _new_like(q, batch.queries == self.rows) if need_q else None
@@ -200,15 +211,26 @@ class _Call:
             KEYS_BM=tiles.key_queries, KEYS_BN=tiles.key_keys, static=self.static(fold),
         )  # fmt: skip
         dprefix_k = dprefix_v = None
-        if need_prefix:
-            dprefix_k, dprefix_v = (q.new_empty(x.shape) for x in (self.prefix_k, self.prefix_v))
-            rows = 16
+        if need_learned:
+            new = q.new_empty if self.pieces is None else q.new_zeros
+            dprefix_k, dprefix_v = new(self.prefix_k.shape), new(self.prefix_v.shape)
+        if not need_prefix:
+            return dq, dk, dv, dprefix_k, dprefix_v
+        blocks, options = -(-self.prefix_room // tiles.key_keys), config.reduce_options(max(self.widths))
+        constants = dict(KEYS_BN=tiles.key_keys, ROWS=_ROWS, static=arguments.Static(*self.widths))
+        if self.pieces is None:
             reduce_kernel(
-                (len(self.prefix_k) * -(-self.prefix_room // rows), kv_heads), config.reduce_options(max(self.widths)),
-                partial_k, partial_v, dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads,
-                -(-self.prefix_room // tiles.key_keys),
-                KEYS_BN=tiles.key_keys, ROWS=rows, static=arguments.Static(*self.widths),
+                (self.prefixes * -(-self.prefix_room // _ROWS), kv_heads), options, partial_k, partial_v,
+                dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads, blocks, **constants,
             )  # fmt: skip
+            return dq, dk, dv, dprefix_k, dprefix_v
+        of_rows, of_learned, links = self.pieces
+        for needed, table, totals in ((need_kv, of_rows, (dk, dv)), (need_learned, of_learned, (dprefix_k, dprefix_v))):
+            if needed:
+                add_up(
+                    (len(table), kv_heads), options, partial_k, partial_v, *totals, table, links, slots, kv_heads,
+                    blocks, **constants,
+                )  # fmt: skip
         return dq, dk, dv, dprefix_k, dprefix_v
 
     def _strides(self, width):
@@ -238,6 +260,29 @@ class _Schedule:
             return cls(batch, prefix_room, device)
 
         return seq.cached(("triton", prefix_room, room, causal, window, device, key_seq), make)
+
+    def chains(self, seq, learned):
+        """The table of the chains and its width; and for the sums of their keys' gradients the tiles of rows, those of
+        learned keys, and the links of their pieces: the chain, and where in it."""
+
+        def make():
+            number = self.batch.groups.prefix
+            used = number >= 0
+            found = pieces_of(seq, number[used], self.batch.groups.prefix_length[used], learned)
+            links = np.stack([np.repeat(number[used], found.end - found.begin), found.offset], 1)
+            order = np.argsort(found.link, kind="stable")
+            bounds = np.searchsorted(found.link[order], np.arange(len(found.length) + 1))
+            tables = [
+                schedule.piece_tiles(
+                    (found.base * max(learned, 1) + found.row)[some] if of_learned else found.base[some],
+                    *(x[some] for x in (found.length, bounds[:-1], bounds[1:])), _ROWS,
+                )
+                for of_learned, some in ((False, ~found.learned), (True, found.learned))
+            ]  # fmt: skip
+            return [seq.host.chains, *tables, links[order]], None
+
+        table, *pieces, _ = self._cached(("chains", learned), make)
+        return (table, self.prefix_room), pieces
 
     def query_tiles(self, rows):
         return self._cached(("tiles", rows), lambda: ([schedule.query_tiles(self.batch, rows)], None))[0]
