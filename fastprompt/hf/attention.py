@@ -21,8 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import prefix_attention
+from ..ops.prefix_attention.scheduled import Shape, scheduled_attention
 from .cache_names import CACHE_NAMES
-from .compiled import packed_attention
 from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 from .positions import PositionBias
 
@@ -218,13 +218,17 @@ def _run(
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
-    if torch.compiler.is_compiling() and mask.carrier is not None and alibi_slopes is None and position_bias is None:
-        scale = head_dim**-0.5 if scaling is None else scaling
-        options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
-        out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)
-        return out.view(batch, width, heads, out.shape[-1])
-    seq = mask.seq.to(q.device)
     prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(learned or (None, None), (k, v)))
+    if torch.compiler.is_compiling() and alibi_slopes is None and position_bias is None:
+        schedule = mask.schedules.get((q.dtype, *Shape.of(q, k, v), prefix_k is not None))
+        if schedule is not None:
+            scale = head_dim**-0.5 if scaling is None else scaling
+            options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
+            out = scheduled_attention(q, k, v, prefix_k, prefix_v, schedule, sinks=sinks, **options)
+            return out.view(batch, width, heads, out.shape[-1])
+    elif mask.shapes is not None:
+        mask.shapes.add(Shape.of(q, k, v))
+    seq = mask.seq.to(q.device)
     out, _ = prefix_attention(
         q,
         k,

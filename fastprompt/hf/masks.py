@@ -7,7 +7,7 @@ through the layers, gradient checkpointing included, to the attention function, 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layout import RowPlan, Sequences
-from .compiled import carrier
+from ..ops.prefix_attention.scheduled import Shape, make_schedule
 from .mask_patterns import find_pattern, name_unread, read_pattern
 from .shared_state import SharedState
 from .states import Recorded
@@ -35,7 +35,8 @@ class PackedMask:
         causal: see prefix_attention.
         shared: what stands in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        carrier: of ``seq`` and ``shared``, for compiled layers; None: they read both themselves.
+        shapes: of the calls of attention, which are written down here for the schedules of batches to come; or None.
+        schedules: for compiled layers, by the dtype and shape of a call and whether anything stands in front.
         keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
     """
 
@@ -44,7 +45,8 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    carrier: torch.Tensor | None = None
+    shapes: set[Shape] | None = None
+    schedules: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     keys: Sequences | None = None
     ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
@@ -120,6 +122,9 @@ class PackedRows:
         shared: the learned keys and values in front of the sequences; None: there are none.
         recorded: where layers with a state leave what a cache holds; None: nowhere.
         sources: what the rows of each sequence see in cross-attention, the rows of an encoder; None: there are none.
+        shapes: of the model's calls of attention, as far as they are known; more are added.
+        compiled: the dtype of compiled layers, for which all that attention is told has to be tensors; None: there are
+            no such layers.
 
     Attributes:
         plan: the RowPlan.
@@ -136,16 +141,18 @@ class PackedRows:
         shared: SharedState | None = None,
         recorded: Recorded | None = None,
         sources: Sequences | None = None,
+        shapes: set[Shape] | None = None,
+        compiled: torch.dtype | None = None,
     ) -> None:
         self.plan, self.has_window = plan, False
+        self.shapes, self.compiled = shapes, compiled
         self.sequences: Any = plan.sequences
         self.sources = sources
         self.causal, self.recorded = causal, recorded
         self.differentiable = torch.is_grad_enabled()
         self.run_again_by_others = False
         self.ran: set[Any] = set()
-        self.shared = (shared or SharedState()).for_rows(plan)
-        self.carrier = carrier(self.sequences, self.shared)
+        self.shared = (shared or SharedState()).for_rows(plan, in_place=compiled is None)
 
     def mask(
         self,
@@ -190,7 +197,21 @@ class PackedRows:
         self.has_window = self.has_window or pattern.window is not None
         if pattern.window is not None and self.plan.shared.pads_between(self.shared.length):
             raise UnsupportedAttention("its window reaches over padding that stands between rows that are shared")
-        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, carrier=self.carrier)
+        schedules = self._schedules(pattern.window, pattern.causal) if self.compiled is not None else {}
+        return PackedMask(
+            self.sequences, pattern.window, pattern.causal, self.shared, shapes=self.shapes, schedules=schedules
+        )
+
+    def _schedules(self, window, causal):
+        """The schedules of all shapes of attention that are known."""
+        found: dict[tuple[Any, ...], torch.Tensor] = {}
+        where: dict[str, Any] = dict(dtype=self.compiled, device=self.plan.source.device)
+        for in_front, (prefixes, room) in self.shared.banks().items():
+            bank = dict(prefixes=prefixes, room=room)
+            for shape in self.shapes or ():
+                schedule = make_schedule(self.sequences, shape, causal=causal, window=window, **bank, **where)
+                found[self.compiled, *shape, in_front] = schedule
+        return found
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0

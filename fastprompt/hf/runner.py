@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..layout import RowPlan, Sequences
 from ..ops import prompt_concat
+from ..ops.prefix_attention.scheduled import Shape
 from .attachment import attach_again, is_attached
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
@@ -23,7 +24,7 @@ from .own_attention import is_patched, own_attention
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
-from .structure import position_embeddings, tell_positions
+from .structure import is_compiled, position_embeddings, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -43,6 +44,7 @@ class Runner:
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
         last_layer: the last layer, if it can run on chosen rows.
         has_window: has it asked for the mask of a sliding window so far?
+        shapes: of its calls of attention so far, which schedules for compiled layers depend on.
     """
 
     base: nn.Module
@@ -53,6 +55,7 @@ class Runner:
     compact_positions: bool = False
     last_layer: LastLayer | None = None
     has_window: bool = False
+    shapes: set[Shape] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -271,12 +274,22 @@ class Runner:
                 if recorded is not None:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
-            packed = PackedRows(plan, self.layout == "shared", shared, recorded, sources)
+            given = shared, recorded, sources, self.shapes, self._dtype_if_compiled(next(iter(rows.values())))
+            packed = PackedRows(plan, self.layout == "shared", *given)
             batch = block.enter_context(running(packed))
             batch.run_again_by_others = others_checkpoint(self.base)
             block.enter_context(recomputing(self.base, batch))
             yield inputs
             self.has_window = self.has_window or batch.has_window
+
+    def _dtype_if_compiled(self, rows):
+        """The dtype in which attention of compiled layers runs on rows; None if there are no such layers."""
+        if not (torch.compiler.is_compiling() or is_compiled(self.backbone)):
+            return None
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return rows.dtype if rows.is_floating_point() else self.base.dtype
 
     def _positions(self, plan):
         positions, padding = plan.position_ids, plan.padding()

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -92,16 +93,31 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
-    def for_rows(self, plan: RowPlan) -> "SharedState":
-        """The same for the packed batch of a plan."""
+    def for_rows(self, plan: RowPlan, in_place: bool = True) -> "SharedState":
+        """The same for the packed batch of a plan; rows are read in place where they can be, if ``in_place`` says so.
+
+        Where they lie is a number, which a compiled layer would make a constant of.
+        """
         tree = plan.shared
         if not tree.nodes:
             return self
-        if tree.lies_in_order and not self.learned:
+        if in_place and tree.lies_in_order and not self.learned:
             return replace(self, rows=(tree.nodes[0].start, len(tree.nodes), tree.nodes[0].length))
         prompts = next((len(layer.keys) for layer in self.layers if layer is not None), 0)
-        chains = torch.from_numpy(tree.chains(prompts, self.length))
-        return replace(self, chains=chains.to(plan.source.device))
+        chains = tree.chains(prompts, self.length)
+        if not in_place:  # at least two: compilers make constants of sizes 0 and 1
+            chains = np.pad(chains, ((0, max(2 - len(chains), 0)), (0, 0)), constant_values=-1)
+        return replace(self, chains=torch.from_numpy(chains).to(plan.source.device))
+
+    def banks(self) -> dict[bool, tuple[int, int]]:
+        """By whether a layer has a bank in front of its sequences, which :meth:`bank` gives: its entries and their
+        keys."""
+        if self.rows is not None:
+            return {True: self.rows[1:]}
+        if self.chains is not None:
+            return {True: tuple(self.chains.shape)}
+        found = {layer is not None: (0, 0) if layer is None else tuple(layer.keys.shape[:2]) for layer in self.layers}
+        return found or {False: (0, 0)}
 
     def repeated(self, batch: int) -> torch.Tensor | None:
         """``ids`` for a batch that repeats each row, as beam search does; None if all rows have the first."""
