@@ -11,7 +11,8 @@ mask without a word.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..ops.prefix_attention.scheduled import Shape, scheduled_attention
 from .cache_names import CACHE_NAMES
 from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 from .positions import PositionBias
+from .shared_state import KeysValues, SharedState
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 IMPLEMENTATIONS = {
@@ -53,6 +55,10 @@ _OF_SELF_ATTENTION = {
     "cu_seqlens",
     "max_seqlen",
 }
+
+# Where attention modules of compiled layers find what was learned for their layer. They cannot look it up by the number
+# of the layer, which would be a constant of the graph.
+LEARNED = "_fastprompt_learned"
 
 # Keyword arguments that models hand to every attention function and that do not change what attention computes.
 # sliding_window is among them because the mask already carries the window.
@@ -175,6 +181,8 @@ def _learned(module, shared, key, value):
     """What ``shared`` holds for the layer of ``module``, in the dtype and on the device of its own keys; or None."""
     if not shared.layers:
         return None
+    if torch.compiler.is_compiling() and (learned := getattr(module, LEARNED, None)) is not None:
+        return tuple(x.to(key.device, key.dtype) for x in learned)
     layer = _layer_of(module)
     if layer >= len(shared.layers):
         raise UnsupportedAttention(
@@ -253,6 +261,21 @@ def _as_before(before, module, *args, **arguments):
     if before != "eager":
         return ALL_ATTENTION_FUNCTIONS[before](module, *args, **arguments)
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **arguments)
+
+
+@contextmanager
+def handed_out(model: nn.Module, shared: SharedState) -> Iterator[None]:
+    """While the block runs, attention modules of compiled layers find in themselves what was learned for them."""
+    layers = {module: vars(module).get("layer_idx") for module in model.modules()} if shared.learned else {}
+    given = {x: shared.layers[i] for x, i in layers.items() if isinstance(i, int) and 0 <= i < len(shared.layers)}
+    try:
+        for module, learned in given.items():
+            # Views: guards tell the mask's own tensors of one layer from those of another.
+            vars(module)[LEARNED] = learned and KeysValues(*(x.view_as(x) for x in learned))
+        yield
+    finally:
+        for module in given:
+            vars(module).pop(LEARNED, None)
 
 
 for _name, _before in IMPLEMENTATIONS.items():

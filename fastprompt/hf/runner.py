@@ -15,6 +15,7 @@ from ..layout import RowPlan, Sequences
 from ..ops import prompt_concat
 from ..ops.prefix_attention.scheduled import Shape
 from .attachment import attach_again, is_attached
+from .attention import handed_out
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, others_checkpoint, recomputing, through_reentrant_checkpoints
@@ -254,15 +255,15 @@ class Runner:
             if not is_patched(module):
                 raise UnsupportedAttention(f"{type(module).__name__} was given another method")
         with ExitStack() as block:
-            learns = shared is not None and any(x.requires_grad for x in shared.tensors())
-            if learns and checkpoints_reentrantly(self.base):
-                shared, bridge = through_reentrant_checkpoints(shared)
-                if "inputs_embeds" in rows:
-                    rows = {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
-                else:
-                    table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
-                    hook = table.register_forward_hook(lambda module, args, output: bridge(output))
-                    block.callback(hook.remove)
+            compiled = self._dtype_if_compiled(next(iter(rows.values())))
+            if shared is not None and any(x.requires_grad for x in shared.tensors()):
+                bridge = None
+                if checkpoints_reentrantly(self.base):
+                    shared, bridge = through_reentrant_checkpoints(shared)
+                elif compiled is not None and not torch.compiler.is_compiling():
+                    bridge = _with_gradient
+                if bridge is not None:
+                    rows = self._through(bridge, rows, block)
             inputs = {name: _batch_of_one(x) for name, x in rows.items()}
             if self._takes_positions:
                 inputs["position_ids"] = self._positions(plan)[None]
@@ -274,13 +275,23 @@ class Runner:
                 if recorded is not None:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
-            given = shared, recorded, sources, self.shapes, self._dtype_if_compiled(next(iter(rows.values())))
+            given = shared, recorded, sources, self.shapes, compiled
             packed = PackedRows(plan, self.layout == "shared", *given)
             batch = block.enter_context(running(packed))
+            if compiled is not None:
+                block.enter_context(handed_out(self.backbone, packed.shared))
             batch.run_again_by_others = others_checkpoint(self.base)
             block.enter_context(recomputing(self.base, batch))
             yield inputs
             self.has_window = self.has_window or batch.has_window
+
+    def _through(self, bridge, rows, block):
+        """The rows, whose embeddings pass a function before the first layer while a block runs."""
+        if "inputs_embeds" in rows:
+            return {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
+        table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
+        block.callback(table.register_forward_hook(lambda module, args, output: bridge(output)).remove)
+        return rows
 
     def _dtype_if_compiled(self, rows):
         """The dtype in which attention of compiled layers runs on rows; None if there are no such layers."""
@@ -320,6 +331,11 @@ def pooled_again(backbone: Any, output: Any) -> Any:
     if output.get("pooler_output") is not None:
         output.pooler_output = backbone.pooler(output.last_hidden_state)
     return output
+
+
+def _with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that require a gradient, as those behind the first layer do: without, it would have graphs of its own."""
+    return rows if rows.requires_grad or not torch.is_grad_enabled() else rows.detach().requires_grad_()
 
 
 def _batch_of_one(rows: torch.Tensor) -> torch.Tensor:
