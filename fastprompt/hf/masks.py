@@ -216,7 +216,7 @@ class PackedRows:
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
         splits[self.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
-        return bool(splits[:-1].any())
+        return bool(splits[: int(self.sequences.host.lengths.sum())].any())  # behind them dead rows
 
 
 class PaddedBatch:

@@ -305,7 +305,10 @@ class Runner:
     def _positions(self, plan):
         positions, padding = plan.position_ids, plan.padding()
         if self.compact_positions and padding is not None:
-            positions = positions - torch.repeat_interleave(padding, plan.sequences.lengths)
+            seq = plan.sequences
+            real = int(seq.host.lengths.sum())
+            padding = torch.repeat_interleave(padding, seq.lengths, output_size=real)
+            positions = positions - nn.functional.pad(padding, (0, len(positions) - real))  # behind them dead rows
         return positions + self.position_offset
 
 

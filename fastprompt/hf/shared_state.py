@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from ..layout import RowPlan
 from ..ops import prompt_concat
 
+_WIDTHS = 32  # of chains, where batches are to have few
+
 
 class KeysValues(NamedTuple):
     """Learned keys and values of one layer, ``[N, P, Hkv, Dh]`` each: one of the N stands in front of a sequence."""
@@ -105,8 +107,12 @@ class SharedState:
             return replace(self, rows=(tree.nodes[0].start, len(tree.nodes), tree.nodes[0].length))
         prompts = next((len(layer.keys) for layer in self.layers if layer is not None), 0)
         chains = tree.chains(prompts, self.length)
-        if not in_place:  # at least two: compilers make constants of sizes 0 and 1
-            chains = np.pad(chains, ((0, max(2 - len(chains), 0)), (0, 0)), constant_values=-1)
+        if not in_place:
+            count, width = chains.shape
+            more = max(2 - count, 0), 0  # compilers make constants of sizes 0 and 1
+            if plan.sequences is not None and plan.sequences.kind == "padded":  # few sizes, as of the rows
+                more = max(1 << (count - 1).bit_length(), 2) - count, -width % _WIDTHS
+            chains = np.pad(chains, [(0, n) for n in more], constant_values=-1)
         return replace(self, chains=torch.from_numpy(chains).to(plan.source.device))
 
     def banks(self) -> dict[bool, tuple[int, int]]:

@@ -19,6 +19,7 @@ from . import cells
 from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host
 from .cells import IGNORE as IGNORE
 from .cells import Stats
+from .dead_rows import check_pad_rows_to, dead_rows_filled, with_dead_rows
 from .sequences import Ints, Sequences
 from .tree import Node, Tree, tree_sequences
 
@@ -98,6 +99,7 @@ def plan_padded_input(
     node_cost: int | None = NODE_COST,
     share_padded: bool = True,
     to_last_label: bool = False,
+    pad_rows_to: int | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> RowPlan:
@@ -155,7 +157,7 @@ def plan_padded_input(
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, backend)
+    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, pad_rows_to, backend)
 
 
 def plan_packed_input(
@@ -171,6 +173,7 @@ def plan_packed_input(
     layout: str = "shared",
     node_cost: int | None = NODE_COST,
     to_last_label: bool = False,
+    pad_rows_to: int | None = None,
     backend: str = "auto",
 ) -> RowPlan:
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
@@ -178,8 +181,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, backend: as there.
-            There is no layout "padded".
+        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, pad_rows_to,
+            backend: as there. There is no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -206,7 +209,7 @@ def plan_packed_input(
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, True, to_last_label, backend)
+    return _plan(cells_of, layout, common, node_cost, True, to_last_label, pad_rows_to, backend)
 
 
 def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -247,11 +250,14 @@ def _plan(
     node_cost: int | None,
     share_padded: bool,
     to_last_label: bool,
+    pad_rows_to: int | None,
     backend: str,
 ) -> RowPlan:
     rows_of: dict[str, Any] = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
+    if check_pad_rows_to(pad_rows_to) is not None and layout == "padded":
+        raise ValueError("pad_rows_to needs the layout 'shared' or 'packed', got 'padded'")
     if layout != "shared":
         if to_last_label:
             raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
@@ -283,11 +289,15 @@ def _plan(
     for line, name in zip(table, cells.ENTRY):
         line[: len(entries[name])] = entries[name]
     if sequences is not None:
+        if pad_rows_to is not None:
+            sequences = with_dead_rows(sequences, tree, batch.prefix_length, pad_rows_to)
         sequences = sequences.to(batch.device)
     on_batch = torch.from_numpy(table).to(batch.device)
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     if folded is not None:
         filled = folded.of(filled)
+    if sequences is not None and pad_rows_to is not None:
+        filled = dead_rows_filled(filled, sequences.rows)
     rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
     return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label)
 

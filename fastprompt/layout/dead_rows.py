@@ -1,0 +1,48 @@
+"""Rows outside of every sequence that bring a plan to a number of rows which other batches have, too."""
+
+from dataclasses import replace
+
+import torch
+
+from .cells import Filled
+from .sequences import Sequences
+from .tree import Tree
+
+
+def check_pad_rows_to(value: int | None) -> int | None:
+    """``value``, if it is a number of rows.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"pad_rows_to must be an int or None, got {type(value).__name__}")
+    if value is not None and value < 1:
+        raise ValueError(f"pad_rows_to must be at least 1, got {value}")
+    return value
+
+
+def with_dead_rows(sequences: Sequences, tree: Tree, prefix_length: int, multiple: int) -> Sequences:
+    """Sequences of as many rows as the next multiple. What of a prefix is used does not depend on its room any more.
+
+    Args:
+        sequences: of a plan, packed.
+        tree: what they share.
+        prefix_length: of learned keys and values in front of everything.
+        multiple: of which the number of rows shall be one.
+    """
+    rows = -(-sequences.rows // multiple) * multiple
+    used = sequences.prefix_lens
+    if used is None and tree.nodes:  # all that stands in front of any sequence is equally long
+        roots = sum(node.parent < 0 for node in tree.nodes) if prefix_length else 0
+        used = torch.full((roots + len(tree.nodes),), prefix_length + int(tree.depths[0]))
+    return replace(sequences, kind="padded", rows=rows, prefix_lens=used)
+
+
+def dead_rows_filled(filled: Filled, rows: int) -> Filled:
+    """A plan of so many rows. The dead ones repeat the first, which is fit to be run, at position 0; nobody reads
+    them."""
+    dead = rows - len(filled.source)
+    source = torch.cat([filled.source, filled.source[:1].expand(dead)])
+    position_ids = torch.cat([filled.position_ids, filled.position_ids.new_zeros(dead)])
+    return replace(filled, source=source, position_ids=position_ids)
