@@ -210,7 +210,7 @@ class PackedRows:
             bank = dict(prefixes=prefixes, room=room)
             for shape in self.shapes or ():
                 schedule = make_schedule(self.sequences, shape, causal=causal, window=window, **bank, **where)
-                found[self.compiled, *shape, in_front] = schedule
+                found[(self.compiled, *shape, in_front)] = schedule
         return found
 
     def _splits_a_sequence(self, segments):

@@ -109,9 +109,7 @@ class _ScheduledAttention(torch.autograd.Function):
 
 
 def _backend(device, dtype, shape):
-    return implementation(
-        "prefix_attention", "auto", device, dtype, head_dim=shape.head_dim, value_dim=shape.value_dim
-    )
+    return implementation("prefix_attention", "auto", device, dtype, head_dim=shape.head_dim, value_dim=shape.value_dim)
 
 
 def _of_sequences(seq: Sequences) -> torch.Tensor:
