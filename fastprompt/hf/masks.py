@@ -4,8 +4,8 @@ Inside of a :func:`running` block a model that asks transformers for a mask is g
 through the layers, gradient checkpointing included, to the attention function, which finds everything it needs in it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..backends import is_eager
 from ..layout import RowPlan, Sequences
 from ..ops.prefix_attention.scheduled import Shape, make_schedule
-from .mask_patterns import find_pattern, name_unread, read_pattern
+from .mask_patterns import find_pattern, holds, name_unread, read_pattern, without_waiting
 from .shared_state import SharedState
 from .states import Recorded
 
@@ -154,23 +155,18 @@ class PackedRows:
         self.ran: set[Any] = set()
         self.shared = (shared or SharedState()).for_rows(plan, in_place=compiled is None)
 
-    def mask(
-        self,
-        before: str,
-        *,
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        mask_function: Callable,
-        attention_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> PackedMask | RefusedMask:
+    def mask(self, before: str, **arguments: Any) -> PackedMask | RefusedMask:
         """The mask of the plan's sequences; a refused one if the model asks for one that is not causal and they are.
 
         Raises:
             UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
                 window, one with padding or sequences of its own, or one of other rows.
         """
+        waits = is_eager(self.plan.source) and self.plan.source.device.type == "cpu"
+        with nullcontext() if waits else without_waiting():
+            return self._mask(**arguments)
+
+    def _mask(self, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
         pattern, rows = read_pattern(mask_function), self.sequences.rows
         # A decoder's self-attention is causal, and its cross-attention is not.
         sources = None if pattern is None or pattern.causal else self.sources
@@ -186,7 +182,7 @@ class PackedRows:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
             return RefusedMask("its attention is not causal")
-        if attention_mask is not None and not bool(attention_mask.all()):
+        if attention_mask is not None and not holds(attention_mask.all()):
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
@@ -216,7 +212,7 @@ class PackedRows:
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
         splits[self.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
-        return bool(splits[: int(self.sequences.host.lengths.sum())].any())  # behind them dead rows
+        return not holds(~splits[: int(self.sequences.host.lengths.sum())].any())  # behind them dead rows
 
 
 class PaddedBatch:
