@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..backends import is_eager
 from ..ops import prefix_attention
 from ..ops.prefix_attention.scheduled import Shape, scheduled_attention
 from .cache_names import CACHE_NAMES
@@ -227,7 +228,7 @@ def _run(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
     prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(learned or (None, None), (k, v)))
-    if torch.compiler.is_compiling() and alibi_slopes is None and position_bias is None:
+    if not is_eager(q) and alibi_slopes is None and position_bias is None:
         schedule = mask.schedules.get((q.dtype, *Shape.of(q, k, v), prefix_k is not None))
         if schedule is not None:
             scale = head_dim**-0.5 if scaling is None else scaling

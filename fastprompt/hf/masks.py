@@ -205,8 +205,8 @@ class PackedRows:
         for in_front, (prefixes, room) in self.shared.banks().items():
             bank = dict(prefixes=prefixes, room=room)
             for shape in self.shapes or ():
-                schedule = make_schedule(self.sequences, shape, causal=causal, window=window, **bank, **where)
-                found[(self.compiled, *shape, in_front)] = schedule
+                key = (self.compiled, *shape, in_front)
+                found[key] = make_schedule(self.sequences, shape, causal=causal, window=window, **bank, **where)
         return found
 
     def _splits_a_sequence(self, segments):

@@ -100,18 +100,18 @@ class SharedState:
 
         Where they lie is a number, which a compiled layer would make a constant of.
         """
-        tree = plan.shared
-        if not tree.nodes:
+        tree, seq = plan.shared, plan.sequences
+        if not tree.nodes or seq is None:
             return self
-        if in_place and tree.lies_in_order and not self.learned:
+        padded = seq.kind == "padded"  # so that batches have few shapes
+        if in_place and not padded and tree.lies_in_order and not self.learned:
             return replace(self, rows=(tree.nodes[0].start, len(tree.nodes), tree.nodes[0].length))
         prompts = next((len(layer.keys) for layer in self.layers if layer is not None), 0)
         chains = tree.chains(prompts, self.length)
-        if not in_place:
+        if padded or not in_place:
             count, width = chains.shape
-            more = max(2 - count, 0), 0  # compilers make constants of sizes 0 and 1
-            if plan.sequences is not None and plan.sequences.kind == "padded":  # few sizes, as of the rows
-                more = max(1 << (count - 1).bit_length(), 2) - count, -width % _WIDTHS
+            entries = 2 if seq.prefix_lens is None else len(seq.prefix_lens)  # compilers make constants of 0 and 1
+            more = max(entries - count, 0), -width % _WIDTHS if padded else 0
             chains = np.pad(chains, [(0, n) for n in more], constant_values=-1)
         return replace(self, chains=torch.from_numpy(chains).to(plan.source.device))
 
@@ -121,9 +121,13 @@ class SharedState:
         if self.rows is not None:
             return {True: self.rows[1:]}
         if self.chains is not None:
-            return {True: tuple(self.chains.shape)}
-        found = {layer is not None: (0, 0) if layer is None else tuple(layer.keys.shape[:2]) for layer in self.layers}
-        return found or {False: (0, 0)}
+            entries, keys = self.chains.shape
+            return {True: (entries, keys)}
+        found = {False: (0, 0)} if not self.layers or None in self.layers else {}
+        for layer in self.layers:
+            if layer is not None:
+                found[True] = len(layer.keys), layer.keys.shape[1]
+        return found
 
     def repeated(self, batch: int) -> torch.Tensor | None:
         """``ids`` for a batch that repeats each row, as beam search does; None if all rows have the first."""

@@ -119,7 +119,8 @@ def on_host(batch: Batch, stats: torch.Tensor, common: torch.Tensor | None, want
         given |= dict(ids=batch.token_ids, virtual=batch.virtual)
     moved = move([x.long() for x in given.values() if x is not None], torch.device("cpu"))
     found = dict(zip((name for name, x in given.items() if x is not None), (x.numpy() for x in moved)))
-    measured, tokens = found["stats"], None
+    measured = found["stats"]
+    tokens: Tokens | Told | None = None
     starts = found.get("starts", np.arange(batch.size) * batch.width)
     if "common" in found:
         tokens = Told(found["common"], measured[STATS.index("length")])

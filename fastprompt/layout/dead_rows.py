@@ -23,7 +23,9 @@ def check_pad_rows_to(value: int | None) -> int | None:
 
 
 def with_dead_rows(sequences: Sequences, tree: Tree, prefix_length: int, multiple: int) -> Sequences:
-    """Sequences of as many rows as the next multiple. What of a prefix is used does not depend on its room any more.
+    """Sequences of as many rows as the next multiple, beside a power of two of prefixes, two at least.
+
+    What of a prefix is used does not depend on its room any more, which may be rounded up, too.
 
     Args:
         sequences: of a plan, packed.
@@ -33,9 +35,12 @@ def with_dead_rows(sequences: Sequences, tree: Tree, prefix_length: int, multipl
     """
     rows = -(-sequences.rows // multiple) * multiple
     used = sequences.prefix_lens
-    if used is None and tree.nodes:  # all that stands in front of any sequence is equally long
-        roots = sum(node.parent < 0 for node in tree.nodes) if prefix_length else 0
-        used = torch.full((roots + len(tree.nodes),), prefix_length + int(tree.depths[0]))
+    if tree.nodes:
+        if used is None:  # all that stands in front of any sequence is equally long
+            roots = sum(node.parent < 0 for node in tree.nodes) if prefix_length else 0
+            used = torch.full((roots + len(tree.nodes),), prefix_length + int(tree.depths[0]))
+        count = max(2, 1 << (len(used) - 1).bit_length())
+        used = torch.cat([used, used.new_zeros(count - len(used))])
     return replace(sequences, kind="padded", rows=rows, prefix_lens=used)
 
 

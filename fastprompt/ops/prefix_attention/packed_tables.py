@@ -1,5 +1,6 @@
 """The schedule of the Triton kernels in one tensor, whose size depends on the shape of a call alone."""
 
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -77,11 +78,12 @@ def unpack(packed):
     return Packed(packed)
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """A schedule of :func:`pack`."""
 
     tensor: torch.Tensor
-    kind = "padded"
+    kind: str = "padded"
 
     def tables(self, call):
         """The tables for a call of the shape that it was made for."""
