@@ -74,11 +74,11 @@ def test_windows_softcaps_and_sinks(model):
         assert_same(eager, compiled, inputs)
 
 
-def test_a_learned_prefix_takes_a_graph_for_each_layer():
-    eager, compiled, counter = pair("llama", method="prefix", num_hidden_layers=2)
+def test_a_learned_prefix_takes_two_graphs():
+    eager, compiled, counter = pair("llama", method="prefix")
     for inputs in shapes(4):
         assert_same(eager, compiled, inputs)
-    assert counter.frame_count == 2 * len(compiled.base_model.model.layers)
+    assert counter.frame_count == 2
 
 
 def test_text_in_common_runs_once():
@@ -107,14 +107,3 @@ def test_a_whole_model_is_compiled_twice_at_most():
         torch.testing.assert_close(loss, step(eager, inputs)[0], rtol=1e-5, atol=0)
         counts.append(counter.frame_count)
     assert counts[-1] == counts[1] <= 2 * counts[0]
-
-
-def test_a_copy_of_the_batch_s_tensor_is_refused():
-    eager = fastprompt.accelerate(peft_model("llama"))
-
-    def copying(graph, inputs):
-        return lambda *tensors: graph(*(x.clone() for x in tensors))
-
-    eager.base_model.model.layers[0].compile(backend=copying)
-    with pytest.raises(RuntimeError, match="copies the inputs"):
-        eager(**batch("right"))

@@ -60,6 +60,8 @@ def test_every_cell_is_where_it_belongs(example, layout):
     wanted = [(b, c) for b in range(batch) for c in range(width) if labels[b, c] != -100]
     assert plan.labels.tolist() == [int(labels[b, c]) for b, c in wanted]
     assert plan.label_rows.tolist() == [int(plan.grid[b, length + c - 1]) for b, c in wanted]
+    assert torch.equal(plan.predicting[plan.places], plan.label_rows)
+    assert torch.equal(plan.predicting, plan.label_rows.unique())
     unpacked = plan.unpack(torch.arange(rows)[:, None], fill=-7)[..., 0]
     assert torch.equal(unpacked, torch.where(plan.grid >= 0, plan.grid, -7))
 
@@ -143,7 +145,7 @@ def test_packed_input_is_the_padded_batch_without_padding():
     position[mask.flatten() == 1] = torch.arange(6)
     expected = torch.where(padded.source >= 0, position[padded.source.clamp(min=0)], padded.source)
     assert torch.equal(packed.source, expected)
-    for name in ("position_ids", "label_rows", "labels"):
+    for name in ("position_ids", "label_rows", "predicting", "labels"):
         assert torch.equal(getattr(packed, name), getattr(padded, name))
     assert torch.equal(packed.grid, padded.grid[:, :5])  # as wide as the longest sequence
 

@@ -86,6 +86,8 @@ def test_every_row_sees_its_own_left_context(example, cost):
             assert seen[ours] == expected[theirs]
             used.add(ours)
     assert torch.equal(tree.labels, plain.labels)
+    assert torch.equal(tree.predicting[tree.places], tree.label_rows)
+    assert torch.equal(tree.predicting, tree.label_rows.unique())
     for ours, theirs in zip(tree.label_rows.tolist(), plain.label_rows.tolist()):
         assert seen[ours] == expected[theirs]
     assert len(tree.source) <= len(planned(ids, options, node_cost=None).source)

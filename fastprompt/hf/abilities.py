@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layout import IGNORE, CannotPack, plan_padded_input, recurrent_schedule
+from ..ops.prefix_attention.scheduled import Shape
 from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
@@ -100,6 +101,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         self._has_window = False
+        self._shapes: set[Shape] = set()
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
         self.backbone = backbone_of(self.base) if self.is_lm else self.base.base_model
 
@@ -154,6 +156,7 @@ class Probe:
             abilities.position_offset,
             abilities.compact_positions,
             abilities.last_layer,
+            shapes=self._shapes,
         )
 
     def _find_layout(self):

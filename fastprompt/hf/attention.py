@@ -11,7 +11,8 @@ mask without a word.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..backends import is_eager
 from ..ops import prefix_attention
+from ..ops.prefix_attention.scheduled import Shape, scheduled_attention
 from .cache_names import CACHE_NAMES
-from .compiled import packed_attention
 from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 from .positions import PositionBias
+from .shared_state import KeysValues, SharedState
 
 # Our name for a model that ran on ... before. transformers treats names with "sdpa", "flash" or "/" specially.
 IMPLEMENTATIONS = {
@@ -53,6 +56,10 @@ _OF_SELF_ATTENTION = {
     "cu_seqlens",
     "max_seqlen",
 }
+
+# Where attention modules of compiled layers find what was learned for their layer. They cannot look it up by the number
+# of the layer, which would be a constant of the graph.
+LEARNED = "_fastprompt_learned"
 
 # Keyword arguments that models hand to every attention function and that do not change what attention computes.
 # sliding_window is among them because the mask already carries the window.
@@ -175,6 +182,8 @@ def _learned(module, shared, key, value):
     """What ``shared`` holds for the layer of ``module``, in the dtype and on the device of its own keys; or None."""
     if not shared.layers:
         return None
+    if torch.compiler.is_compiling() and (learned := getattr(module, LEARNED, None)) is not None:
+        return tuple(x.to(key.device, key.dtype) for x in learned)
     layer = _layer_of(module)
     if layer >= len(shared.layers):
         raise UnsupportedAttention(
@@ -218,17 +227,24 @@ def _run(
     batch, heads, width, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
-    if torch.compiler.is_compiling() and mask.carrier is not None and alibi_slopes is None and position_bias is None:
-        scale = head_dim**-0.5 if scaling is None else scaling
-        options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
-        out = packed_attention(q, k, v, learned, mask.carrier, sinks=sinks, **options)
-        return out.view(batch, width, heads, out.shape[-1])
+    in_front = learned or (None, None)
+    if not is_eager(q) and alibi_slopes is None and position_bias is None:
+        has_bank = learned is not None or mask.shared.chains is not None
+        schedule = mask.schedules.get((q.dtype, *Shape.of(q, k, v), has_bank))
+        if schedule is not None:
+            prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(in_front, (k, v)))
+            scale = head_dim**-0.5 if scaling is None else scaling
+            options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
+            out = scheduled_attention(q, k, v, prefix_k, prefix_v, schedule, sinks=sinks, **options)
+            return out.view(batch, width, heads, out.shape[-1])
+    elif mask.shapes is not None:
+        mask.shapes.add(Shape.of(q, k, v))
     seq = mask.seq.to(q.device)
     out, _ = prefix_attention(
         q,
         k,
         v,
-        *(learned or (None, None)),
+        *in_front,
         seq,
         causal=mask.causal,
         window=mask.window,
@@ -247,6 +263,21 @@ def _as_before(before, module, *args, **arguments):
     if before != "eager":
         return ALL_ATTENTION_FUNCTIONS[before](module, *args, **arguments)
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **arguments)
+
+
+@contextmanager
+def handed_out(model: nn.Module, shared: SharedState) -> Iterator[None]:
+    """While the block runs, attention modules of compiled layers find in themselves what was learned for them."""
+    layers = {module: vars(module).get("layer_idx") for module in model.modules()} if shared.learned else {}
+    given = {x: shared.layers[i] for x, i in layers.items() if isinstance(i, int) and 0 <= i < len(shared.layers)}
+    try:
+        for module, learned in given.items():
+            # Views: guards tell the mask's own tensors of one layer from those of another.
+            vars(module)[LEARNED] = learned and KeysValues(*(x.view_as(x) for x in learned))
+        yield
+    finally:
+        for module in given:
+            vars(module).pop(LEARNED, None)
 
 
 for _name, _before in IMPLEMENTATIONS.items():

@@ -10,7 +10,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import IGNORE, NODE_COST, CannotPack, PairPlan, RowPlan, plan_packed_input, plan_padded_input
+from ..layout import (
+    IGNORE,
+    NODE_COST,
+    CannotPack,
+    PairPlan,
+    RowPlan,
+    check_pad_rows_to,
+    plan_packed_input,
+    plan_padded_input,
+)
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache
@@ -42,10 +51,14 @@ class Engine:
         stats: how the calls were run.
         node_cost: what a node of a tree of shared text has to save, in rows; None: only what all rows begin with is
             shared.
+        pad_rows_to: of what the number of rows of every batch is to be a multiple; None: of nothing.
         refusal: None if the packed rows give the model's own output, else the reason why not.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, pad_rows_to: int | None = None) -> None:
+        self.pad_rows_to = check_pad_rows_to(pad_rows_to)
+        if pad_rows_to is not None and is_encoder_decoder(base):
+            raise ValueError(f"pad_rows_to must be None for an encoder-decoder, got {pad_rows_to}")
         self.base, self._user = base, object()
         self._prefixes: dict[Hashable, str | None] = {}
         self.logits_are_read = False
@@ -153,6 +166,7 @@ class Engine:
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
             to_last_label=to_last_label,
+            pad_rows_to=self.pad_rows_to,
             node_cost=self.node_cost,
         )
         if request.cu_seqlens is not None:

@@ -51,7 +51,7 @@ class LanguageHead:
         head, shared = self.base.get_output_embeddings(), request.shared
         if request.loss is None and self._chunked_loss(head, plan, rows):
             label_rows, labels = _labelled(plan)
-            wanted = None if whole is None else _if_few(label_rows.unique(), rows)
+            wanted = None if whole is None else _if_few(each_once(request, plan)[0], rows)
             states = self.runner.states(plan, rows, shared, wanted)
             hidden = gathered(states.last_hidden_state[0], label_rows)
             reduction = "none" if request.each_label else "sum"
@@ -63,7 +63,7 @@ class LanguageHead:
             return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype, whole))
         label_rows = label_rows_of(request, plan)
         # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
-        keep, places = label_rows.unique(return_inverse=True)
+        keep, places = each_once(request, plan)
         if torch.compiler.is_compiling():  # hooks would break the graph
             if not self.abilities.keeps_rows:
                 logits = gathered(self.runner.logits(plan, rows, shared), label_rows)
@@ -120,7 +120,7 @@ class LanguageHead:
         label_rows, targets = _labelled(plan)
         front = plan.grid.shape[1] - labels.shape[1]
         mask = nn.functional.pad(labels, (front, 0), value=IGNORE)[:, 1:] != IGNORE
-        wanted = _if_few(label_rows.unique(), rows) if plan.to_last_label else None
+        wanted = _if_few(each_once(request, plan)[0], rows) if plan.to_last_label else None
         states = self.runner.states(plan, rows, request.shared, wanted)
         hidden = gathered(states.last_hidden_state[0], label_rows)
         output = self.runner.head(states, hidden, shift_labels=targets[None], **options)
@@ -211,3 +211,10 @@ def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
 def label_rows_of(request: Request, plan: RowPlan) -> torch.Tensor:
     """The rows whose logits the loss of a request is taken from."""
     return _labelled(plan)[0] if request.loss is None else request.loss.rows(plan)
+
+
+def each_once(request: Request, plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """These rows, each once and in order, and which of them each label is predicted by."""
+    if request.loss is None and plan.predicting is not None and plan.places is not None:
+        return plan.predicting, plan.places
+    return label_rows_of(request, plan).unique(return_inverse=True)

@@ -4,7 +4,9 @@ transformers composes masks of functions ``(batch, head, query, key) -> seen``. 
 their code, and read without looking at a single pair; any other function is evaluated on all pairs of the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,6 +164,27 @@ def _pairs_in_band(first, last, end, ahead, behind):
     return int((ends - begins).clamp(min=0).sum())
 
 
+_WAITS = ContextVar("fastprompt_waits", default=True)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """While the block runs, what masks have to be for packed rows is taken to hold, and checked by the device."""
+    token = _WAITS.set(False)
+    try:
+        yield
+    finally:
+        _WAITS.reset(token)
+
+
+def holds(condition: torch.Tensor) -> bool:
+    """Is it so? As in ``check_range``, an accelerator that is not waited for stops the program if it is not."""
+    if _WAITS.get():
+        return bool(condition)
+    torch._assert_async(condition, "a model took packed rows apart by position ids, or by a mask, of its own")
+    return True
+
+
 def _least(*bounds):
     return min((bound for bound in bounds if bound is not None), default=None)
 
@@ -192,7 +215,7 @@ def _read_and(mask_functions):
 def _count_within(segments, positions):
     """Do the positions go up by 1 from token to token of a segment, so that a distance is one of indices too?"""
     counts = positions.diff(dim=1) == 1
-    return bool((counts if segments is None else counts | (segments.diff(dim=1) != 0)).all())
+    return holds((counts if segments is None else counts | (segments.diff(dim=1) != 0)).all())
 
 
 def _read_or(mask_functions):
@@ -227,8 +250,8 @@ def _read_chunks(chunk_size, left_padding):
 
 
 def _read_segments(packed_sequence_mask):
-    falls = packed_sequence_mask.diff(dim=1) < 0
-    return None if bool(falls.any()) else Pattern(segments=packed_sequence_mask)
+    rises = packed_sequence_mask.diff(dim=1) >= 0
+    return Pattern(segments=packed_sequence_mask) if holds(rises.all()) else None
 
 
 _anything = torch.zeros(1, 1, dtype=torch.int64)

@@ -4,19 +4,20 @@ Inside of a :func:`running` block a model that asks transformers for a mask is g
 through the layers, gradient checkpointing included, to the attention function, which finds everything it needs in it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..backends import is_eager
 from ..layout import RowPlan, Sequences
-from .compiled import carrier
-from .mask_patterns import find_pattern, name_unread, read_pattern
+from ..ops.prefix_attention.scheduled import Shape, make_schedule
+from .mask_patterns import find_pattern, holds, name_unread, read_pattern, without_waiting
 from .shared_state import SharedState
 from .states import Recorded
 
@@ -35,7 +36,8 @@ class PackedMask:
         causal: see prefix_attention.
         shared: the learned keys and values in front of the sequences.
         dense: the same mask for the implementation before; None for planned rows, which it cannot run.
-        carrier: of ``seq``, for compiled layers; None: they read it themselves.
+        shapes: of the calls of attention, which are written down here for the schedules of batches to come; or None.
+        schedules: for compiled layers, by the dtype and shape of a call and whether anything stands in front.
         keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
     """
 
@@ -44,7 +46,8 @@ class PackedMask:
     causal: bool = True
     shared: SharedState = SharedState()
     dense: "DenseMask | None" = None
-    carrier: torch.Tensor | None = None
+    shapes: set[Shape] | None = None
+    schedules: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     keys: Sequences | None = None
     ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
@@ -130,6 +133,9 @@ class PackedRows:
         shared: the learned keys and values in front of the sequences; None: there are none.
         recorded: where layers with a state leave what a cache holds; None: nowhere.
         sources: what the rows of each sequence see in cross-attention, the rows of an encoder; None: there are none.
+        shapes: of the model's calls of attention, as far as they are known; more are added.
+        compiled: the dtype of compiled layers, for which all that attention is told has to be tensors; None: there are
+            no such layers.
 
     Attributes:
         plan: the RowPlan.
@@ -146,8 +152,11 @@ class PackedRows:
         shared: SharedState | None = None,
         recorded: Recorded | None = None,
         sources: Sequences | None = None,
+        shapes: set[Shape] | None = None,
+        compiled: torch.dtype | None = None,
     ) -> None:
         self.plan, self.has_window = plan, False
+        self.shapes, self.compiled = shapes, compiled
         self.sequences: Any = plan.sequences
         self.sources = sources
         self.causal, self.recorded = causal, recorded
@@ -155,25 +164,21 @@ class PackedRows:
         self.run_again_by_others = False
         self.ran: set[Any] = set()
         self.shared = shared or SharedState()
-        self.carrier = carrier(self.sequences)
+        if compiled is not None:
+            self.shared = self.shared.with_chains_of(plan)
 
-    def mask(
-        self,
-        before: str,
-        *,
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        mask_function: Callable,
-        attention_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> PackedMask | RefusedMask:
+    def mask(self, before: str, **arguments: Any) -> PackedMask | RefusedMask:
         """The mask of the plan's sequences; a refused one if the model asks for one that is not causal and they are.
 
         Raises:
             UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
                 window, one with padding or sequences of its own, or one of other rows.
         """
+        waits = is_eager(self.plan.source) and self.plan.source.device.type == "cpu"
+        with nullcontext() if waits else without_waiting():
+            return self._mask(**arguments)
+
+    def _mask(self, *, batch_size, q_length, kv_length, mask_function, attention_mask=None, **_):
         pattern, rows = read_pattern(mask_function), self.sequences.rows
         # A decoder's self-attention is causal, and its cross-attention is not.
         sources = None if pattern is None or pattern.causal else self.sources
@@ -189,7 +194,7 @@ class PackedRows:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
             return RefusedMask("its attention is not causal")
-        if attention_mask is not None and not bool(attention_mask.all()):
+        if attention_mask is not None and not holds(attention_mask.all()):
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")
@@ -200,12 +205,27 @@ class PackedRows:
         self.has_window = self.has_window or pattern.window is not None
         if pattern.window is not None and self.plan.shared.pads_between(self.shared.length):
             raise UnsupportedAttention("its window reaches over padding that stands between rows that are shared")
-        return PackedMask(self.sequences, pattern.window, pattern.causal, self.shared, carrier=self.carrier)
+        schedules = self._schedules(pattern.window, pattern.causal) if self.compiled is not None else {}
+        return PackedMask(
+            self.sequences, pattern.window, pattern.causal, self.shared, shapes=self.shapes, schedules=schedules
+        )
+
+    def _schedules(self, window, causal):
+        """The schedules of all shapes of attention that are known."""
+        found: dict[tuple[Any, ...], torch.Tensor] = {}
+        where: dict[str, Any] = dict(dtype=self.compiled, device=self.plan.source.device)
+        sequences = self.sequences.without_chains()
+        for in_front, (prefixes, room) in self.shared.banks().items():
+            bank = dict(prefixes=prefixes, room=room)
+            for shape in self.shapes or ():
+                key = (self.compiled, *shape, in_front)
+                found[key] = make_schedule(sequences, shape, causal=causal, window=window, **bank, **where)
+        return found
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0
         splits[self.sequences.starts.to(splits.device)] = False  # behind the last row, if nothing is left of one
-        return bool(splits[:-1].any())
+        return not holds(~splits[: int(self.sequences.host.lengths.sum())].any())  # behind them dead rows
 
 
 class PaddedBatch:

@@ -47,6 +47,7 @@ class SoftPromptModel(nn.Module):
             ``qa_outputs``); it is attached, see :class:`Engine`.
         method: a :class:`PromptTuning`, :class:`PTuning`, :class:`MultitaskPromptTuning` or :class:`PrefixTuning`; its
             parameters are what trains.
+        pad_rows_to: see :func:`fastprompt.accelerate`.
 
     Raises:
         ValueError: the prompt does not fit the model.
@@ -55,7 +56,7 @@ class SoftPromptModel(nn.Module):
     base: Any
     _replicate_for_data_parallel = refuse_replicas
 
-    def __init__(self, base: PreTrainedModel, method: Method) -> None:
+    def __init__(self, base: PreTrainedModel, method: Method, *, pad_rows_to: int | None = None) -> None:
         super().__init__()
         self._is_prefix = isinstance(method, PrefixTuning)
         check_method(base, method)
@@ -69,7 +70,7 @@ class SoftPromptModel(nn.Module):
         try:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(is_head(name))
-            self._engine = Engine(base)
+            self._engine = Engine(base, pad_rows_to)
             self.config = base.config  # the model's own copy now
             if self._is_prefix:
                 self._prefix_reason = self._why_no_prefix()

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..layout import RowPlan, Sequences
 from ..ops import prompt_concat
+from ..ops.prefix_attention.scheduled import Shape
 from .attachment import attach_again, is_attached
+from .attention import handed_out
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, others_checkpoint, recomputing, through_reentrant_checkpoints
@@ -24,7 +26,7 @@ from .per_layer import per_layer_inputs, searching_part
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
-from .structure import position_embeddings, tell_positions
+from .structure import is_compiled, position_embeddings, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -45,6 +47,7 @@ class Runner:
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
         last_layer: the last layer, if it can run on chosen rows.
         has_window: has it asked for the mask of a sliding window so far?
+        shapes: of its calls of attention so far, which schedules for compiled layers depend on.
     """
 
     base: nn.Module
@@ -55,6 +58,7 @@ class Runner:
     compact_positions: bool = False
     last_layer: LastLayer | None = None
     has_window: bool = False
+    shapes: set[Shape] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -255,15 +259,15 @@ class Runner:
             if not is_patched(module):
                 raise UnsupportedAttention(f"{type(module).__name__} was given another method")
         with ExitStack() as block:
-            learns = shared is not None and any(x.requires_grad for x in shared.tensors())
-            if learns and checkpoints_reentrantly(self.base):
-                shared, bridge = through_reentrant_checkpoints(shared)
-                if "inputs_embeds" in rows:
-                    rows = {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
-                else:
-                    table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
-                    hook = table.register_forward_hook(lambda module, args, output: bridge(output))
-                    block.callback(hook.remove)
+            compiled = self._dtype_if_compiled(next(iter(rows.values())))
+            if shared is not None and any(x.requires_grad for x in shared.tensors()):
+                bridge = None
+                if checkpoints_reentrantly(self.base):
+                    shared, bridge = through_reentrant_checkpoints(shared)
+                elif compiled is not None and not torch.compiler.is_compiling():
+                    bridge = _with_gradient
+                if bridge is not None:
+                    rows = self._through(bridge, rows, block)
             inputs = {name: _batch_of_one(x) for name, x in rows.items()}
             if plan.ids is not None and "inputs_embeds" in rows:
                 inputs.update(per_layer_inputs(self.searching, plan.ids[None]))
@@ -277,17 +281,40 @@ class Runner:
                 if recorded is not None:
                     cache = RecordingCache(recorded, self.base.config)
                     inputs.update(cache_argument(model.forward, cache))
-            packed = PackedRows(plan, self.layout == "shared", shared, recorded, sources)
+            given = shared, recorded, sources, self.shapes, compiled
+            packed = PackedRows(plan, self.layout == "shared", *given)
             batch = block.enter_context(running(packed))
+            if compiled is not None:
+                block.enter_context(handed_out(self.backbone, packed.shared))
             batch.run_again_by_others = others_checkpoint(self.base)
             block.enter_context(recomputing(self.base, batch))
             yield inputs
             self.has_window = self.has_window or batch.has_window
 
+    def _through(self, bridge, rows, block):
+        """The rows, whose embeddings pass a function before the first layer while a block runs."""
+        if "inputs_embeds" in rows:
+            return {**rows, "inputs_embeds": bridge(rows["inputs_embeds"])}
+        table = getattr(self.backbone, "get_input_embeddings", self.base.get_input_embeddings)()
+        block.callback(table.register_forward_hook(lambda module, args, output: bridge(output)).remove)
+        return rows
+
+    def _dtype_if_compiled(self, rows):
+        """The dtype in which attention of compiled layers runs on rows; None if there are no such layers."""
+        if not (torch.compiler.is_compiling() or is_compiled(self.backbone)):
+            return None
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return rows.dtype if rows.is_floating_point() else self.base.dtype
+
     def _positions(self, plan):
         positions, padding = plan.position_ids, plan.padding()
         if self.compact_positions and padding is not None:
-            positions = positions - torch.repeat_interleave(padding, plan.sequences.lengths)
+            seq = plan.sequences
+            real = int(seq.host.lengths.sum())
+            padding = torch.repeat_interleave(padding, seq.lengths, output_size=real)
+            positions = positions - nn.functional.pad(padding, (0, len(positions) - real))  # behind them dead rows
         return positions + self.position_offset
 
 
@@ -313,6 +340,11 @@ def pooled_again(backbone: Any, output: Any) -> Any:
     if output.get("pooler_output") is not None:
         output.pooler_output = backbone.pooler(output.last_hidden_state)
     return output
+
+
+def _with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that require a gradient, as those behind the first layer do: without, it would have graphs of its own."""
+    return rows if rows.requires_grad or not torch.is_grad_enabled() else rows.detach().requires_grad_()
 
 
 def _batch_of_one(rows: torch.Tensor) -> torch.Tensor:

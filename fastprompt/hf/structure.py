@@ -232,6 +232,13 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Does torch.compile run a part of a model?"""
+    return any(
+        vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules for part in model.modules()
+    )
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Is it a frozen ``nn.Linear`` that may be replaced by its weight: no subclass, no hook?"""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .cells import STATS, Batch, Filled
+from .cells import IGNORE, STATS, Batch, Filled
 from .sequences import move
 
 NODE_COST = 8  # what a node costs, in rows: its keys are copied in every layer, and a tile of attention ends with it
@@ -95,21 +95,38 @@ class Told(NamedTuple):
         return order, np.minimum(common, np.minimum(lengths[order], lengths[before]))
 
 
-def on_host(
-    batch: Batch, stats: torch.Tensor, common: torch.Tensor | None, wanted: bool
-) -> tuple[np.ndarray, Tokens | Told | None]:
-    """What was measured, and what groups are looked for in, if they are ``wanted``: by one copy."""
-    if not wanted or batch.size < 2 or (batch.token_ids is None and common is None):
-        return stats.cpu().numpy(), None
-    given = [stats, common] if common is not None else [stats, batch.token_ids, batch.virtual, batch.starts]
-    measured, there, *others = (
-        x.numpy() for x in move([x.long() for x in given if x is not None], torch.device("cpu"))
-    )
-    if common is not None:
-        return measured, Told(there, measured[STATS.index("length")])
-    virtual = None if batch.virtual is None else others.pop(0)
-    starts = np.arange(batch.size) * batch.width if batch.starts is None else others.pop(0)
-    return measured, Tokens(there, virtual, starts)
+class OnHost(NamedTuple):
+    """What the host needs of a batch.
+
+    Attributes:
+        measured: ``[STATS, B]``.
+        tokens: what groups of sequences are looked for in; None: in nothing.
+        labels: ``[T]`` or None.
+        starts: ``[B]`` where sequences begin in the flat tensors.
+    """
+
+    measured: np.ndarray
+    tokens: Tokens | Told | None
+    labels: np.ndarray | None
+    starts: np.ndarray
+
+
+def on_host(batch: Batch, stats: torch.Tensor, common: torch.Tensor | None, wanted: bool) -> OnHost:
+    """What the host needs of a batch, groups of sequences included if they are ``wanted``: by one copy."""
+    wanted = wanted and batch.size > 1
+    given = dict(stats=stats, labels=batch.labels, starts=batch.starts, common=common if wanted else None)
+    if wanted and common is None and batch.token_ids is not None:
+        given |= dict(ids=batch.token_ids, virtual=batch.virtual)
+    moved = move([x.long() for x in given.values() if x is not None], torch.device("cpu"))
+    found = dict(zip((name for name, x in given.items() if x is not None), (x.numpy() for x in moved)))
+    measured = found["stats"]
+    tokens: Tokens | Told | None = None
+    starts = found.get("starts", np.arange(batch.size) * batch.width)
+    if "common" in found:
+        tokens = Told(found["common"], measured[STATS.index("length")])
+    elif "ids" in found:
+        tokens = Tokens(found["ids"], found.get("virtual"), starts)
+    return OnHost(measured, tokens, found.get("labels"), starts)
 
 
 class _Branch:
@@ -211,6 +228,28 @@ class Fold(NamedTuple):
             None if rows is None else places[rows],
             filled.labels,
         )
+
+
+def predicting(
+    batch: Batch, labels: np.ndarray, starts: np.ndarray, entries: dict[str, np.ndarray], folded: Fold | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that predict a label, each once, and ``[M]`` which of them predicts each label, in batch order.
+
+    The host works them out, or it would have to wait for the device, which alone would know how many there are.
+
+    Args:
+        labels: ``[T]``.
+        starts: ``[B]`` where sequences begin in them.
+        entries: of the plan; see ``cells.ENTRY``.
+    """
+    place = np.flatnonzero(labels != IGNORE)
+    sequence = np.searchsorted(starts, place, "right") - 1
+    column = place - starts[sequence] - 1  # in front of the label
+    if not batch.front:
+        sequence, column = sequence[column >= 0], column[column >= 0]
+    own = column >= entries["own_column"][sequence]
+    row = np.where(own, entries["own_row"][sequence], entries["prompt_row"][sequence] + batch.front) + column
+    return np.unique(row if folded is None else folded.places[row], return_inverse=True)
 
 
 def fold(

@@ -7,7 +7,7 @@
 * ``padded``: ``[B, P + S]`` as every model takes it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,72 +16,17 @@ import torch
 from ..backends import implementation
 from ..checks import INTS, check_tensor
 from . import cells
-from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host
+from .branches import NODE_COST, Fold, Tokens, Told, fold, grow, on_host, predicting
 from .cells import IGNORE as IGNORE
 from .cells import Stats
-from .sequences import Ints, Sequences
+from .dead_rows import check_pad_rows_to, dead_rows_filled, with_dead_rows
+from .row_plan import RowPlan as RowPlan
+from .sequences import Ints, Sequences, move
 from .tree import Node, Tree, tree_sequences
 
 
 class CannotPack(ValueError):
     """A batch that the packed layouts cannot represent exactly; the message says why. The padded layout can."""
-
-
-@dataclass(frozen=True, eq=False)
-class RowPlan:
-    """The rows a batch needs and how to read the result. R rows, B sequences, W = P + longest width.
-
-    Attributes:
-        layout: "shared", "packed" or "padded".
-        source: ``[R]`` int64; ``>= 0``: the flat position of a token in ``input_ids`` (or ``inputs_embeds``),
-            ``-1 - j``: row j of the prompts ``[N * P, D]``. What ``prompt_concat`` takes.
-        position_ids: ``[R]`` int64, as PEFT numbers them: a token in column c has position P + c, behind a learned
-            prefix of Q keys Q + P + c.
-        sequences: what attention needs. None for ``padded`` batches with holes in the mask.
-        shared: the rows that sequences share.
-        grid: ``[B, W]`` int64, the row of every cell of the padded result, -1 where there is none.
-        label_rows: ``[M]`` int64, the rows that predict a label, in batch order (a row may predict several: the last
-            prompt row predicts the first token of every sequence). None without labels.
-        labels: ``[M]`` int64, what they predict: already shifted.
-        to_last_label: are tokens left out that no label depends on?
-        ids: ``[R]`` int64, the token id of every row, below 0 where a prompt's stands; None: nobody asked for them.
-    """
-
-    layout: str
-    source: torch.Tensor
-    position_ids: torch.Tensor
-    sequences: Sequences | None
-    shared: Tree
-    grid: torch.Tensor
-    label_rows: torch.Tensor | None
-    labels: torch.Tensor | None
-    to_last_label: bool = False
-    ids: torch.Tensor | None = None
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """How many rows it has, and how many the padded batch."""
-        return len(self.source), self.grid.numel()
-
-    def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""
-        flat = input_ids.reshape(-1)
-        if flat.numel() == 0:
-            return self.source
-        return torch.where(self.source >= 0, flat[self.source.clamp(min=0)], self.source)
-
-    def padding(self) -> torch.Tensor | None:
-        """``[sequences]`` the padding in front of each sequence and of what it continues; None: there is none."""
-        seq = self.sequences
-        if seq is None or seq.gaps is None:
-            return None
-        return seq.gaps if not self.shared.nodes else seq.gaps + torch.from_numpy(self.shared.gaps).to(seq.gaps.device)
-
-    def unpack(self, rows: torch.Tensor, fill: float = 0) -> torch.Tensor:
-        """``[R, ...]`` -> ``[B, W, ...]``; cells without a row hold ``fill``."""
-        cells = rows[self.grid.clamp(min=0)]
-        missing = (self.grid < 0).view(self.grid.shape + (1,) * (rows.dim() - 1))
-        return cells.masked_fill_(missing, fill)  # of the copy that indexing made
 
 
 def plan_padded_input(
@@ -100,6 +45,7 @@ def plan_padded_input(
     node_cost: int | None = NODE_COST,
     share_padded: bool = True,
     to_last_label: bool = False,
+    pad_rows_to: int | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> RowPlan:
@@ -157,7 +103,7 @@ def plan_padded_input(
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, backend)
+    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, pad_rows_to, backend)
 
 
 def plan_packed_input(
@@ -173,6 +119,7 @@ def plan_packed_input(
     layout: str = "shared",
     node_cost: int | None = NODE_COST,
     to_last_label: bool = False,
+    pad_rows_to: int | None = None,
     backend: str = "auto",
 ) -> RowPlan:
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
@@ -180,8 +127,8 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, backend: as there.
-            There is no layout "padded".
+        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, pad_rows_to,
+            backend: as there. There is no layout "padded".
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -208,7 +155,7 @@ def plan_packed_input(
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, True, to_last_label, backend)
+    return _plan(cells_of, layout, common, node_cost, True, to_last_label, pad_rows_to, backend)
 
 
 def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -249,18 +196,21 @@ def _plan(
     node_cost: int | None,
     share_padded: bool,
     to_last_label: bool,
+    pad_rows_to: int | None,
     backend: str,
 ) -> RowPlan:
     rows_of: dict[str, Any] = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
     if layout not in rows_of:
         raise ValueError(f"layout must be 'shared', 'packed' or 'padded', got {layout!r}")
+    if check_pad_rows_to(pad_rows_to) is not None and layout == "padded":
+        raise ValueError("pad_rows_to needs the layout 'shared' or 'packed', got 'padded'")
     if layout != "shared":
         if to_last_label:
             raise ValueError(f"to_last_label needs the layout 'shared', got {layout!r}")
         batch = replace(batch, token_ids=None)
     on_device = implementation("row_plan", backend, batch.device.type)
-    measured, tokens = on_host(batch, on_device.measure(batch), common, node_cost is not None)
-    stats = Stats(*measured)
+    known = on_host(batch, on_device.measure(batch), common, node_cost is not None)
+    stats = Stats(*known.measured)
     if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
@@ -275,7 +225,7 @@ def _plan(
     if to_last_label:
         stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
-    options: tuple = (tokens, node_cost, share_padded) if layout == "shared" else ()
+    options: tuple = (known.tokens, node_cost, share_padded) if layout == "shared" else ()
     rows, entries, sequences, tree, folded = rows_of[layout](batch, stats, *options)
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
@@ -285,13 +235,21 @@ def _plan(
     for line, name in zip(table, cells.ENTRY):
         line[: len(entries[name])] = entries[name]
     if sequences is not None:
+        if pad_rows_to is not None:
+            sequences = with_dead_rows(sequences, pad_rows_to)
         sequences = sequences.to(batch.device)
     on_batch = torch.from_numpy(table).to(batch.device)
     filled = on_device.fill(batch, on_batch, rows, labels, everywhere=layout == "padded")
     if folded is not None:
         filled = folded.of(filled)
+    if sequences is not None and pad_rows_to is not None:
+        filled = dead_rows_filled(filled, sequences.rows)
     rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label)
+    once: list[Any] = [None, None]
+    if known.labels is not None:
+        rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
+        once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what

@@ -1,7 +1,7 @@
 """Which rows of a batch form a sequence, and what stands in front of each: what attention needs to know."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -203,6 +203,12 @@ class Sequences:
         if self.starts.device.type == "cpu":
             moved.__dict__.update(host=self.host)
         return moved
+
+    def without_chains(self) -> "Sequences":
+        """The same behind a bank that holds what the chains say; what was read on the host need not be read again."""
+        bare = replace(self, chains=None)
+        bare.__dict__.update(host=self.host._replace(chains=None))
+        return bare
 
     @cached_property
     def host(self) -> HostSequences:

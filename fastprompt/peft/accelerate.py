@@ -22,7 +22,7 @@ from .smoothing import smooth_by_text
 from .state import State, restore
 
 
-def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
+def accelerate(peft_model: PeftModel, *, heads: str = "text", pad_rows_to: int | None = None) -> PeftModel:
     """Make a PEFT prompt-learning model run what its rows have in common once per batch. Same loss, gradients,
     checkpoints.
 
@@ -55,10 +55,13 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
             for text, they do not. A classifier on a decoder reads a row's last real token, whatever the side of the
             padding; labels ``[B, S]`` of tokens, and positions of answers, are those of the text, and logits that come
             with them, too. One warning says so. "peft": everything as in PEFT.
+        pad_rows_to: rows that nothing reads are added to every batch until their number is a multiple of this, so that
+            few shapes are met: what is tuned, compiled or recorded for a shape (CUDA graphs) is used again. 64 adds 32
+            rows on average. None: no row is added. Not for encoder-decoders.
 
     Raises:
         TypeError: not such a model; it is left as it was.
-        ValueError: another ``heads``.
+        ValueError: another ``heads`` or ``pad_rows_to``.
     """
     if heads not in ("text", "peft"):
         raise ValueError(f'heads must be "text" or "peft", got {heads!r}')
@@ -69,7 +72,7 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text") -> PeftModel:
         raise TypeError(f"peft_model must use prompt learning, got {PeftType(config.peft_type).value}")
     restore(peft_model)
     base: Any = peft_model.base_model
-    state = State(base, _REPLACED, heads, unneeded=_right_already)
+    state = State(base, _REPLACED, heads, unneeded=_right_already, pad_rows_to=pad_rows_to)
     state.compiled = CompiledPrompts()
     state.attach(peft_model)
     try:
@@ -102,6 +105,7 @@ def get_peft_model(
     adapter_name: str = "default",
     *,
     heads: str = "text",
+    pad_rows_to: int | None = None,
     **options: Any,
 ) -> PeftModel:
     """``peft.get_peft_model`` and :func:`accelerate` in one, for models whose gradient checkpointing is on already.
@@ -111,7 +115,7 @@ def get_peft_model(
     """
     with without_checkpoints(model):
         peft_model = peft.get_peft_model(model, peft_config, adapter_name, **options)
-    return accelerate(peft_model, heads=heads)
+    return accelerate(peft_model, heads=heads, pad_rows_to=pad_rows_to)
 
 
 def _right_already(model):

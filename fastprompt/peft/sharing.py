@@ -30,7 +30,7 @@ _OF_TOKENS = {"token_type_ids", "position_ids", "cache_position"}
 _WHAT_LAYERS_RETURN = {"output_attentions", "output_hidden_states", "output_router_logits"}
 
 
-def share_prefixes(model: nn.Module) -> nn.Module:
+def share_prefixes(model: nn.Module, *, pad_rows_to: int | None = None) -> nn.Module:
     """Run text that rows of a batch begin with once: what all of them, and what groups of them begin with. Same loss,
     gradients and logits.
 
@@ -46,6 +46,7 @@ def share_prefixes(model: nn.Module) -> nn.Module:
 
     Args:
         model: a Hugging Face causal LM, or a ``PeftModel`` around one whose adapters are no soft prompts.
+        pad_rows_to: see :func:`fastprompt.accelerate`.
 
     Returns:
         ``model``. :func:`fastprompt.restore` undoes it; :func:`fastprompt.stats` counts calls and rows.
@@ -63,7 +64,7 @@ def share_prefixes(model: nn.Module) -> nn.Module:
     if base.get_output_embeddings() is None or not base.can_generate():
         raise TypeError(f"model must be a causal LM, got {type(base).__name__}")
     restore(model)
-    state = State(base, {"forward": _forward}, whose="the model's")
+    state = State(base, {"forward": _forward}, whose="the model's", pad_rows_to=pad_rows_to)
     state.attach(model)
     if state.engine.refusal is not None:
         state.warn(state.engine.refusal)

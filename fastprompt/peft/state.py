@@ -47,6 +47,7 @@ class State:
         heads: see accelerate.
         whose: the padded forward is, in words.
         unneeded: which of the methods a model, whose base is attached, does not need replaced.
+        pad_rows_to: see Engine.
 
     Attributes:
         engine: the engine of ``base``.
@@ -65,9 +66,10 @@ class State:
         heads: str = "text",
         whose: str = "PEFT's",
         unneeded: Callable[[Any], Collection[str]] = lambda model: (),
+        pad_rows_to: int | None = None,
     ) -> None:
         self.base, self.methods, self.heads, self.whose = base, methods, heads, whose
-        self._unneeded = unneeded
+        self._unneeded, self.pad_rows_to = unneeded, pad_rows_to
         self.warned: set[str] = set()
         self.outputs: Any = weakref.WeakKeyDictionary()
 
@@ -79,7 +81,7 @@ class State:
         attached = False
         try:
             model.__dict__[_STATE] = self
-            self.engine = Engine(self.base)
+            self.engine = Engine(self.base, self.pad_rows_to)
             if self.config_is_base_s:
                 model.config = self.base.config
             replaced = set(self.methods).difference(self._unneeded(model))

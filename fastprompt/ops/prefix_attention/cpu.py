@@ -1,11 +1,59 @@
 """prefix_attention by the C++ library."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from ..columns import columns_together
 from .schedule import cpu_schedule
 
 _LANES = 16  # of the widest vectors
+_NUMBERS = 13  # in front of the tables in one tensor
+_OF_A_ROW = 37  # every table has at most as many entries as there are queries, and an entry of each is so many numbers
+
+
+class Scheduled(NamedTuple):
+    """What a call asks of a batch: the tables of its schedule, and what follows from the sequences besides.
+
+    Attributes:
+        tables: those of :class:`CpuSchedule`.
+        queries, keys: do all rows of queries, and of keys, belong to sequences that the kernel runs on and so writes?
+        span: of the sequences.
+    """
+
+    tables: list[torch.Tensor]
+    queries: bool
+    keys: bool
+    span: int
+
+    @property
+    def chunks(self) -> int:
+        return self.tables[2].numel() // 4
+
+    @property
+    def learned(self) -> int:
+        """How many learned keys are read."""
+        return int(self.tables[-1][-1])
+
+
+def pack(seq, shape, *, causal, window, room, **_):
+    """A batch as one tensor; see :func:`fastprompt.ops.prefix_attention.scheduled.make_schedule`."""
+    found = _scheduled(seq, causal, window, room, shape.heads, shape.kv_heads, None)
+    tables = [table.numpy().ravel() for table in found.tables]
+    whole = np.zeros(_NUMBERS + len(tables[-1]) + _OF_A_ROW * seq.rows, np.int64)
+    numbers = [*map(len, tables), *found[1:]]
+    filled = np.concatenate([numbers, *tables])
+    whole[: len(filled)] = filled
+    return torch.from_numpy(whole)
+
+
+def unpack(schedule):
+    """The inverse of :func:`pack`."""
+    *sizes, queries, keys, span = schedule[:_NUMBERS].tolist()
+    tables = schedule[_NUMBERS : _NUMBERS + sum(sizes)].split(sizes)
+    return Scheduled(list(tables), bool(queries), bool(keys), span)
 
 
 def forward(
@@ -14,7 +62,8 @@ def forward(
 ):  # fmt: skip
     """``out`` and ``lse`` as the reference returns them."""
     q, k, v, prefix_k, prefix_v = (columns_together(t) for t in (q, k, v, prefix_k, prefix_v))
-    whole, _ = _written(seq, key_seq, prefix_k)
+    batch = _batch(q, k, prefix_k, seq, causal, window, key_seq)
+    whole = batch.queries
     out = (torch.empty if whole else torch.zeros)(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if not whole:
@@ -26,8 +75,8 @@ def forward(
         prefix_k,
         prefix_v,
         _fp32(sinks),
-        _bias(seq, prefix_k, alibi_slopes, position_bias),
-        list(_schedule(q, k, prefix_k, seq, causal, window, key_seq)),
+        _bias(batch, alibi_slopes, position_bias),
+        batch.tables,
         causal,
         window,
         softcap,
@@ -45,16 +94,14 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k, v, prefix_k, prefix_v and sinks; None for those that ``needs``, six bools, leaves out."""
     grad, q, k, v, prefix_k, prefix_v, out = (columns_together(t) for t in (grad, q, k, v, prefix_k, prefix_v, out))
-    schedule = _schedule(q, k, prefix_k, seq, causal, window, key_seq)
-    queries, keys = _written(seq, key_seq, prefix_k)
-    dq, dk, dv = (
-        _empty_like(t, whole) if need else None for t, whole, need in zip((q, k, v), (queries, keys, keys), needs)
-    )
-    every_prefix = prefix_k is not None and int(schedule.sizes[-1]) == prefix_k.shape[:2].numel()  # is read to its end
+    batch = _batch(q, k, prefix_k, seq, causal, window, key_seq)
+    written = batch.queries, batch.keys, batch.keys
+    dq, dk, dv = (_empty_like(t, whole) if need else None for t, whole, need in zip((q, k, v), written, needs))
+    every_prefix = prefix_k is not None and batch.learned == prefix_k.shape[:2].numel()  # is read to its end
     dprefix_k, dprefix_v = (
         _empty_like(t, every_prefix) if need else None for t, need in zip((prefix_k, prefix_v), needs[3:])
     )
-    sink_parts = lse.new_zeros(len(schedule.chunks), q.shape[1]) if needs[5] else None
+    sink_parts = lse.new_zeros(batch.chunks, q.shape[1]) if needs[5] else None
     torch.ops.fastprompt.prefix_attention_backward_cpu.default(
         grad,
         q,
@@ -63,10 +110,10 @@ def backward(
         prefix_k,
         prefix_v,
         _fp32(sinks),
-        _bias(seq, prefix_k, alibi_slopes, position_bias),
+        _bias(batch, alibi_slopes, position_bias),
         out,
         lse.contiguous(),
-        list(schedule),
+        batch.tables,
         causal,
         window,
         softcap,
@@ -82,47 +129,50 @@ def backward(
     return dq, dk, dv, dprefix_k, dprefix_v, None if sink_parts is None else sink_parts.sum(0).to(sinks.dtype)
 
 
-def _schedule(q, k, prefix_k, seq, causal, window, key_seq):
-    room, heads, kv_heads = _room(prefix_k), q.shape[1], k.shape[1]
-    return cpu_schedule(seq, causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads, key_seq=key_seq)
+def _batch(q, k, prefix_k, seq, causal, window, key_seq):
+    """``seq`` may be one that was packed."""
+    if isinstance(seq, Scheduled):
+        return seq
+    room = 0 if prefix_k is None else prefix_k.shape[1]
+    return _scheduled(seq, causal, window, room, q.shape[1], k.shape[1], key_seq)
 
 
-def _room(prefix_k):
-    return 0 if prefix_k is None else prefix_k.shape[1]
+def _scheduled(seq, causal, window, room, heads, kv_heads, key_seq):
+    def make():
+        options = dict(causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads, key_seq=key_seq)
+        written = _written(seq, key_seq, room)
+        return Scheduled(list(cpu_schedule(seq, **options)), *written, seq.span(room))
+
+    return seq.cached(("cpu call", causal, window, room, heads, kv_heads, key_seq), make)
 
 
-def _written(seq, key_seq, prefix_k):
+def _written(seq, key_seq, room):
     """Whether all rows of queries, and all of keys, belong to sequences that a kernel runs on and so are written."""
     if key_seq is None:
         return (seq.kind == "packed",) * 2
-    room = _room(prefix_k)
-
-    def find():
-        queries, keys = seq.host.lengths, key_seq.host.lengths
-        unread = (queries > 0) & (keys + seq.prefix_lengths(room) == 0)
-        return (
-            seq.kind == "packed" and not unread.any(),
-            key_seq.kind == "packed" and not ((keys > 0) & (queries == 0)).any(),
-        )
-
-    return seq.cached(("written", room, key_seq), find)
+    queries, keys = seq.host.lengths, key_seq.host.lengths
+    unread = (queries > 0) & (keys + seq.prefix_lengths(room) == 0)
+    return (
+        bool(seq.kind == "packed" and not unread.any()),
+        bool(key_seq.kind == "packed" and not ((keys > 0) & (queries == 0)).any()),
+    )
 
 
-def _bias(seq, prefix_k, alibi_slopes, position_bias):
+def _bias(batch, alibi_slopes, position_bias):
     """``[H, 2 * farthest + 1]`` what scores gain at every distance that there is, so that the kernel reads it in whole
     vectors: it makes no difference between the features. None without them."""
     if alibi_slopes is None and position_bias is None:
         return None
-    room, most = _room(prefix_k), None if position_bias is None else position_bias.shape[1] // 2
-
-    def find():
-        farthest = seq.span(room) + _LANES
-        distances = torch.arange(-farthest, farthest + 1)
-        return distances.float() if most is None else most + distances.clamp(-most, most)
-
-    found = seq.cached(("distances", room, most), find)
+    found = _distances(batch.span + _LANES, None if position_bias is None else position_bias.shape[1] // 2)
     table = alibi_slopes[:, None] * found if position_bias is None else position_bias.index_select(1, found)
     return table.contiguous()
+
+
+@lru_cache(maxsize=4)  # all layers of a batch ask for the same
+def _distances(farthest, most):
+    """Distances of keys from queries, or which columns of a position bias are theirs."""
+    distances = torch.arange(-farthest, farthest + 1)
+    return distances.float() if most is None else most + distances.clamp(-most, most)
 
 
 def _empty_like(x, written):

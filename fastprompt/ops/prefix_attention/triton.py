@@ -12,6 +12,9 @@ from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
 from .common import pieces_of
+from .packed_tables import Packed, put
+from .packed_tables import pack as pack
+from .packed_tables import unpack as unpack
 
 _ROWS = 16  # of a program that adds up partial sums
 
@@ -107,13 +110,16 @@ class _Call:
         self.room = k.shape[2] if self.cache else 0
         device = launch.target_of(q.device), launch.name_of(q.device)
         self._tiled_by = self.head_dim, q.element_size(), *device
-        self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device, key_seq)
+        if isinstance(seq, Packed):
+            self.schedule = seq.tables(self)
+        else:
+            self.schedule = _Schedule.of(seq, self.prefix_room, self.room, causal, window, q.device, key_seq)
 
         self.queries = arguments.Queries(self.q, *self.q.stride()[:-1])
         self.own = _keys(self.k, self.v, self.cache)
         self.prefix = None if prefix_k is None else _keys(self.prefix_k, self.prefix_v)
         chains, self.pieces = self.schedule.chains(seq, learned) if chained else ((), None)
-        self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.batch.queries, self.room, *chains)
+        self.batch = arguments.Batch(*self.schedule.tensors, self.schedule.queries, self.room, *chains)
         slopes, bias = (None if x is None else x.contiguous() for x in (alibi_slopes, position_bias))
         most = 0 if bias is None else bias.shape[1] // 2
         self.scores = arguments.Scores(scale, softcap or 0.0, window or 0, slopes, bias, most)
@@ -121,7 +127,7 @@ class _Call:
         self.dropout = _dropout_arguments(dropout)
         self.flags = dict(
             CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
-            GATHER=not self.schedule.batch.in_order, CACHE=self.cache,
+            GATHER=not self.schedule.in_order, CACHE=self.cache,
             UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
 
@@ -138,7 +144,7 @@ class _Call:
 
     def new_outputs(self):
         """``out`` and ``lse``: rows outside every sequence are written here, all others by a kernel."""
-        whole = self.schedule.batch.queries == self.rows
+        whole = self.schedule.writes_all_of(self.rows)
         shape = self.rows, self.heads, self.value_dim
         out = (torch.empty if whole else torch.zeros)(shape, dtype=self.q.dtype, device=self.q.device)
         if whole:
@@ -186,15 +192,14 @@ class _Call:
         grad, out, lse = _in_wide_loads(grad), out.contiguous(), lse.contiguous()
         options = dict(group=self.group, dropout=self.dropout is not None, **self.biases)
         tiles = self._tiles(config.backward_tiles, **options)
-        fold = config.fold(self.group, tiles.queries, tiles.key_queries)
+        fold = self.schedule.fold or config.fold(self.group, tiles.queries, tiles.key_queries)
         chunk = config.chunk_rows(self.prefix_room, tiles.queries, tiles.queries // fold)
         items, slots, count = self.schedule.backward_items(
             query_rows=tiles.queries // fold, key_block=tiles.key_keys, chunk_rows=chunk,
             dq=need_q, dkv=need_kv, dprefix=need_prefix, prefixes=self.prefixes,
         )  # fmt: skip
-        batch = self.schedule.batch
-        dq = _new_like(q, batch.queries == self.rows) if need_q else None
-        whole = batch.keys == len(self.k) and not self.cache
+        dq = _new_like(q, self.schedule.writes_all_of(self.rows)) if need_q else None
+        whole = self.schedule.writes_all_keys_of(len(self.k)) and not self.cache
         dk, dv = (_new_like(x, whole) if need_kv else None for x in (self.k, self.v))
         partial_k, partial_v = (
             q.new_empty(count, tiles.key_keys, kv_heads, width, dtype=torch.float32) if need_prefix else None
@@ -243,8 +248,11 @@ class _Call:
 class _Schedule:
     """The tables of one batch on its device, made when first asked for; all layers share them through ``seq``."""
 
+    fold = None  # is a matter of the call
+
     def __init__(self, batch, prefix_room, device):
         self.batch, self.prefix_room, self.device, self._tables = batch, prefix_room, device, {}
+        self.queries, self.in_order = batch.queries, batch.in_order
         query_rows = None if batch.in_order else batch.query_rows
         key_rows = None if batch.in_order and not batch.cache else batch.key_rows
         self.tensors = self._put(query_rows, key_rows, batch.spans)
@@ -284,6 +292,12 @@ class _Schedule:
         table, *pieces, _ = self._cached(("chains", learned), make)
         return (table, self.prefix_room), pieces
 
+    def writes_all_of(self, rows):
+        return self.queries == rows
+
+    def writes_all_keys_of(self, rows):
+        return self.batch.keys == rows
+
     def query_tiles(self, rows):
         return self._cached(("tiles", rows), lambda: ([schedule.query_tiles(self.batch, rows)], None))[0]
 
@@ -312,16 +326,4 @@ class _Schedule:
         return self._tables[key]
 
     def _put(self, *arrays):
-        """int32 tensors on the device, by one copy; None stays None."""
-        places = [0]
-        for array in arrays:
-            places.append(places[-1] + (0 if array is None else -(-array.size // 32) * 32))  # each starts aligned
-        host = torch.zeros(places[-1], dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        for array, place in zip(arrays, places):
-            if array is not None:
-                host[place : place + array.size] = torch.from_numpy(array.reshape(-1))
-        whole = host.to(self.device, non_blocking=True)
-        return [
-            None if array is None else whole[place : place + array.size].view(array.shape)
-            for array, place in zip(arrays, places)
-        ]
+        return put(self.device, *arrays)
