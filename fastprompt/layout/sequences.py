@@ -206,9 +206,13 @@ class Sequences:
 
     def without_chains(self) -> "Sequences":
         """The same behind a bank that holds what the chains say; what was read on the host need not be read again."""
-        bare = replace(self, chains=None)
-        bare.__dict__.update(host=self.host._replace(chains=None))
-        return bare
+
+        def make() -> "Sequences":
+            bare = replace(self, chains=None)
+            bare.__dict__.update(host=self.host._replace(chains=None))
+            return bare
+
+        return self.cached("without chains", make)
 
     @cached_property
     def host(self) -> HostSequences:
