@@ -60,10 +60,10 @@ struct Forward {
         auto const& segment = schedule.segments[s];
         auto const count = segment.end - segment.begin;
         if (segment.load) {
-          auto const k = at<T>(call.k, segment.base, segment.begin, kv_head);
-          auto const v = at<T>(call.v, segment.base, segment.begin, kv_head);
-          pack_panels(k, call.k.row, count, head_dim, panels + segment.slot * head_dim);
-          pack_rows(v, call.v.row, count, value_dim, values + segment.slot * value_stride, value_stride);
+          auto const begin = segment.begin, slot = segment.slot;
+          pack_panels(KeyRows<T>(call, call.k, segment.base, kv_head), begin, count, head_dim, panels + slot * head_dim);
+          pack_rows(KeyRows<T>(call, call.v, segment.base, kv_head), begin, count, value_dim,
+                    values + slot * value_stride, value_stride);
         }
         rows.see_own(segment, first);
         auto const position = prefix_length + segment.gap + segment.begin;

@@ -14,13 +14,14 @@ struct Attention {
     auto const slot = kv_head * call.schedule.prefix_slots + prefix.slot;
     auto const head_dim = call.head_dim, value_dim = call.value_dim;
     auto const key_stride = row_stride(head_dim), value_stride = row_stride(value_dim);
-    auto const k = at<T>(call.prefix_k, prefix.id, 0, kv_head), v = at<T>(call.prefix_v, prefix.id, 0, kv_head);
-    pack_panels(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_kt + slot * head_dim);
+    auto const k = [&](int64_t n) { return at<T>(call.prefix_k, prefix.id, n, kv_head); };
+    auto const v = [&](int64_t n) { return at<T>(call.prefix_v, prefix.id, n, kv_head); };
+    pack_panels(k, 0, prefix.length, head_dim, call.prefix_kt + slot * head_dim);
     if (backward) {
-      pack_panels(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vt + slot * value_dim);
-      pack_rows(k, call.prefix_k.row, prefix.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
+      pack_panels(v, 0, prefix.length, value_dim, call.prefix_vt + slot * value_dim);
+      pack_rows(k, 0, prefix.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
     } else {
-      pack_rows(v, call.prefix_v.row, prefix.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
+      pack_rows(v, 0, prefix.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
     }
   }
 
@@ -57,8 +58,9 @@ struct Attention {
     auto const& split = call.schedule.splits[number];
     auto const add = [&](const float* parts, int64_t width, const Strided& to) {
       auto const stride = row_stride(width);
+      KeyRows<T> rows(call, to, split.base, kv_head);
       for (int64_t n = 0; to.data && n < split.length; ++n) {
-        auto const row = at<T>(to, split.base, n, kv_head);
+        auto const row = rows(n);
         for (int64_t d = 0; d < width; d += LANES) {
           floats sum{};
           for (auto i = split.begin; i < split.end; ++i) {

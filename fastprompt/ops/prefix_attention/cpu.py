@@ -85,8 +85,9 @@ def backward(
 
 
 def _schedule(q, k, prefix_k, seq, causal, window, key_seq):
-    room, heads, kv_heads = _room(prefix_k), q.shape[1], k.shape[1]
-    return cpu_schedule(seq, causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads, key_seq=key_seq)
+    sizes = dict(room=_room(prefix_k), heads=q.shape[1], kv_heads=k.shape[1])
+    block = k.shape[2] if seq.kind == "decode" else None
+    return cpu_schedule(seq, causal=causal, window=window, **sizes, key_seq=key_seq, block=block)
 
 
 def _room(prefix_k):
