@@ -8,6 +8,7 @@ from attention_cases import FEATURES, biased
 from budget import assert_within
 from decode_cases import LAYOUTS, make
 
+from benchmarks import decode as benchmark
 from benchmarks.budget import attention_budget
 from fastprompt import Sequences, native, prefix_attention
 
@@ -65,17 +66,26 @@ def test_the_reference_counts_distances_row_by_row(feature, layout):
         torch.testing.assert_close(got, row_by_row(case, **flags))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("flags", [*FLAGS, *(dict(feature=feature) for feature in FEATURES)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_library_is_within_the_budget(layout, flags, dtype, every_isa):
+@pytest.mark.parametrize(
+    "layout, dtype, value_dim, flags",
+    [
+        *(("contiguous", torch.float32, 32, flags) for flags in FLAGS),
+        *(("pages", torch.float32, 36, flags) for flags in FLAGS),
+        ("contiguous", torch.float32, 36, dict(window=150)),
+        ("pages", torch.float32, 32, dict(feature="alibi")),
+        ("contiguous", torch.float32, 32, dict(feature="bias", window=150)),
+        ("contiguous", torch.bfloat16, 32, {}),
+        ("pages", torch.float16, 36, dict(window=150)),
+    ],
+    ids=str,
+)
+def test_the_library_is_within_the_budget(layout, dtype, value_dim, flags, every_isa):
     """Long and short sequences, and more queries than fit into a tile; what no sequence has is never read."""
     flags = dict(flags)
-    sizes = dict(lengths=(9, 1, 0, 400, 33, 170), queries=(3, 1, 0, 150, 2, 1))
-    case = make(layout, dtype, (20, 36), **sizes)
+    case = make(layout, dtype, (20, value_dim), (9, 1, 0, 230, 33, 170), (3, 1, 0, 130, 2, 1))
     if "feature" in flags:
-        flags = biased(flags["feature"], 4)
-    grad = torch.zeros(case.seq.rows, 4, 36, dtype=dtype)
+        flags |= biased(flags.pop("feature"), 4)
+    grad = torch.zeros(case.seq.rows, 4, value_dim, dtype=dtype)
     budget = attention_budget(case.inputs, grad, case.seq, **flags)
     for _ in every_isa():
         got = prefix_attention(*case.inputs[:5], case.seq, sinks=case.inputs[5], backend="cpu", **flags)
@@ -86,7 +96,7 @@ def test_the_library_is_within_the_budget(layout, flags, dtype, every_isa):
 @pytest.mark.parametrize("backend", ["reference", LIBRARY])
 def test_gradients_reach_a_padded_cache(backend, flags):
     """Those of several queries, the last of a long sequence in several tiles."""
-    case = make("contiguous", torch.float32, lengths=(9, 1, 0, 400, 33), queries=(3, 1, 0, 350, 2))
+    case = make("contiguous", torch.float32, lengths=(9, 1, 0, 230, 33), queries=(3, 1, 0, 130, 2))
     leaves = [x.requires_grad_() for x in case.inputs]
     grad = torch.randn(case.seq.rows, 4, 6, generator=torch.Generator().manual_seed(1))
     budget = attention_budget(case.inputs, grad, case.seq, **flags)
@@ -155,3 +165,16 @@ def test_pages_have_no_backward():
         prefix_attention(*case.inputs[:5], case.seq)
     with torch.no_grad():
         prefix_attention(*case.inputs[:5], case.seq)
+
+
+@pytest.mark.skipif(bool(native.missing), reason=str(native.missing))
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, monkeypatch, capsys):
+    if wrong:
+        call = benchmark.Numbers.ours
+        monkeypatch.setattr(benchmark.Numbers, "ours", lambda self, keys, seq: call(self, keys, seq) * 1.001)
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "ROWS", 3)
+    assert benchmark.run(tmp_path, cases=[benchmark.Case(torch.float32, 5, 16)]) != wrong
+    assert ("WRONG" in capsys.readouterr().out) == wrong
+    assert ("WRONG" in (tmp_path / "decode.csv").read_text()) == wrong

@@ -159,7 +159,7 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
             parts.append([begin, end, split_parts])
             split_parts += end - begin
 
-    segments, tile_table, chunk_table, prefix_parts, most_rows, most_slots = [], [], [], 0, 0, 0
+    segments, tile_table, chunk_table, prefix_parts, most_rows, most_slots, longest = [], [], [], 0, 0, 0, 0
     for i, (number, used, tiles) in enumerate(chunks):
         chunk_table.append([len(tile_table), len(tile_table) + len(tiles), number, prefix_parts])
         prefix_parts += used
@@ -174,10 +174,11 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
                 part = part_of.get((i, s), -1)
                 segments.append([row, end - first, first, base[s], begin, stop, slot, s[5], load, store, part])
                 slot += aligned(stop - begin)
+                longest = max(longest, aligned(stop - begin))
             most_slots = max(most_slots, slot)
             most_rows = max(most_rows, sum(end - first for _, first, end in tile))
     prefix_slots = sum(aligned(length) for _, length, _ in prefixes)
-    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts, block_of(seq) or 1 << 62]
+    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts, longest, block_of(seq) or 1 << 62]
     pages = [] if seq.pages is None else seq.pages.tolist()
     return CpuSchedule(segments, tile_table, chunk_table, prefixes, splits, parts, sizes, pages)
 
@@ -325,8 +326,9 @@ def check_decode_items(made, queries, rows, split):
             numbers[query].append(number)
     for i, (s, _) in enumerate(queries):
         own = [(-1, key) for key in range(made.low[i], made.high[i])]
+        of_sequence = [(-1, key) for key in range(*made.spans[:2, i])]  # other queries of a tile may see more
         shared = [(s[3], key) for key in range(s[4])]
-        assert set(own) <= set(met[i]) <= set(own + shared) and len(set(met[i])) == len(met[i])
+        assert set(own) <= set(met[i]) <= set(of_sequence + shared) and len(set(met[i])) == len(met[i])
         assert set(shared[made.prefix_low[i] :]) <= set(met[i])
         assert sorted(numbers[i]) == list(range(parts[i + 1] - parts[i]))
 

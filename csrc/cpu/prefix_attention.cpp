@@ -31,9 +31,10 @@ List<T> list(const Tensor& x) {
 Schedule read_schedule(const Tables& x) {
   STD_TORCH_CHECK(x.size() == 8, "a schedule has 8 tensors");
   auto const sizes = list<int64_t>(x[6]);
-  STD_TORCH_CHECK(sizes.size == 6, "a schedule has 6 sizes");
+  STD_TORCH_CHECK(sizes.size == 7, "a schedule has 7 sizes");
   return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Split>(x[4]),
-          list<Part>(x[5]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], list<int64_t>(x[7])};
+          list<Part>(x[5]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+          list<int64_t>(x[7])};
 }
 
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }

@@ -53,6 +53,7 @@ struct Schedule {
   List<Part> parts;
   int64_t rows, slots;                        // the most of any tile
   int64_t prefix_slots, prefix_parts, split_parts;  // in all, in keys
+  int64_t span;                               // the most keys that are packed together, a multiple of ALIGNMENT
   int64_t block;                              // columns of a row of the cache, or of a page; endless for rows
   List<int64_t> pages;                        // which block of k each block of columns is; empty: the same
 };

@@ -183,7 +183,7 @@ struct Backward {
       });
       if (with_values) add_queries(rows, weights, grad, value_dim, from, to, fresh, keys.dv);
       if (with_keys) add_queries(rows, dscores, q, head_dim, from, to, fresh, keys.dk);
-      if (call.dq.data) add_keys(rows, dscores, keys.k, head_dim, from, to, dq);
+      if (call.dq.data) add_keys(rows, dscores, keys.k + from * key_stride, key_stride, head_dim, from, to, dq);
     }
   }
 

@@ -101,7 +101,7 @@ struct Rows {
 
 // Ask for a row that is needed soon, so that it comes while something else is computed.
 template <typename T>
-inline void prefetch(const T* row, int64_t width) {
+inline void prefetch_row(const T* row, int64_t width) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t d = 0; d < width; d += line) __builtin_prefetch(row + d, 0, 2);
 }
@@ -109,7 +109,7 @@ inline void prefetch(const T* row, int64_t width) {
 template <typename T>
 inline void prefetch(const Strided& x, int64_t row, int64_t rows, int64_t head, int64_t heads, int64_t width) {
   for (auto r = row; r < row + rows; ++r) {
-    for (auto h = head; h < head + heads; ++h) prefetch(at<T>(x, 0, r, h), width);
+    for (auto h = head; h < head + heads; ++h) prefetch_row(at<T>(x, 0, r, h), width);
   }
 }
 
@@ -197,6 +197,12 @@ class Queries {
   Rows* rows_;
 };
 
+// Whether the forward reads the keys of a segment where they are: packing them costs more than a few rows gain by it.
+inline bool read_in_place(const Segment& segment, int64_t group) {
+  auto const alone = segment.load && segment.store && segment.begin < segment.end;
+  return alone && segment.rows * group <= ROWS / 2;
+}
+
 // What the tile reads: its rows of q, in the backward of out and its gradient too, and the keys it packs.
 template <typename T>
 inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, bool backward) {
@@ -208,11 +214,12 @@ inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, b
       prefetch<T>(call.grad, segment.row, segment.rows, kv_head * group, group, call.value_dim);
       prefetch<T>(call.out, segment.row, segment.rows, kv_head * group, group, call.value_dim);
     }
-    if (segment.load && segment.end - segment.begin <= KEYS) {  // more would push others out of the cache
+    auto const few = segment.end - segment.begin <= KEYS;  // more would push others out of the cache
+    if (segment.load && few && (backward || !read_in_place(segment, group))) {
       KeyRows<T> k(call, call.k, segment.base, kv_head), v(call, call.v, segment.base, kv_head);
       for (auto n = segment.begin; n < segment.end; ++n) {
-        prefetch(k(n), call.head_dim);
-        prefetch(v(n), call.value_dim);
+        prefetch_row(k(n), call.head_dim);
+        prefetch_row(v(n), call.value_dim);
       }
     }
   }
@@ -254,16 +261,29 @@ inline void multiply_panels(const Queries& queries, const Operand& operand, cons
   }
 }
 
-// sums [rows, width] += weights rows_of_keys.
-inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t width, int64_t from,
-                     int64_t to, float* sums) {
+// The products of row m with up to LANES keys, which stand where they were, a lane each.
+template <typename T>
+inline floats multiply_rows(const Operand& operand, int64_t m, const T* const (&keys)[LANES], int64_t width) {
+  floats sums[LANES] = {};
+  for (int64_t column = 0; column < width; column += LANES) {
+    auto const row = load(operand.at(m, column));
+    auto const columns = smaller(LANES, width - column);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) sums[i] += row * load(keys[i] + column, columns);
+  }
+  return totals(sums);
+}
+
+// sums [rows, width] += weights rows_of_keys, which are `key_stride` apart from that of key `from` on.
+inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t key_stride, int64_t width,
+                     int64_t from, int64_t to, float* sums) {
   auto const stride = row_stride(width);
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
       auto const a = weights + rows.first * WIDTH + first - from;
-      block<1>(rows.count, vectors)(end - first, a, keys + first * stride + column, stride,
-                                        sums + rows.first * stride + column, stride, true);
+      block<1>(rows.count, vectors)(end - first, a, keys + (first - from) * key_stride + column, key_stride,
+                                    sums + rows.first * stride + column, stride, true);
     });
   }
 }

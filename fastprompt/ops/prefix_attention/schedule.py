@@ -29,7 +29,7 @@ class CpuSchedule(NamedTuple):
     prefixes: torch.Tensor  # [N, 3] id, length, slot
     splits: torch.Tensor  # [X, 4] base, length, begin, end
     parts: torch.Tensor  # [Y, 3] begin, end, slot
-    sizes: torch.Tensor  # [6] rows, slots, prefix_slots, prefix_parts, split_parts, block
+    sizes: torch.Tensor  # [7] rows, slots, prefix_slots, prefix_parts, split_parts, span, block
     pages: torch.Tensor  # [B, M] the blocks of keys of each sequence; empty: those of the cache in order
 
 
@@ -255,6 +255,7 @@ def _tables(batch: _Batch, slices: _Slices, chunk_starts: np.ndarray, causal: bo
         prefix_slots=[prefix_slots.sum()],
         prefix_parts=[prefix_parts.sum()],
         split_parts=[(parts[:, 1] - parts[:, 0]).sum()],
+        span=[slots.max(initial=0)],
         block=[batch.block],
     )
     tables = segments, tiles, chunks, prefixes, splits, parts, sizes[0], batch.pages

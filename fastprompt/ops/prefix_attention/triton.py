@@ -149,6 +149,7 @@ class _Call:
         fold = config.fold(self.group, config.DECODE_ROWS)
         groups = batch.groups
         sharing = int((groups.last - groups.first)[groups.prefix >= 0].max(initial=1))
+        sharing = max(sharing, int(self.seq.host.queries.max(initial=1)))
         tiles = self._tiles(config.decode_tiles, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.schedule.decode_items(tiles.queries // fold, split)
