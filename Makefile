@@ -44,7 +44,7 @@ bench: $(READY) $(KERNELS)
 # so their runtime is loaded first. ThreadSanitizer does not know OpenMP: its library starts plain threads (parallel.h), and
 # what torch's own threads do in torch is left out.
 SANITIZERS := address undefined thread
-KERNEL_TESTS := $(wildcard tests/test_prompt_concat.py tests/test_multitask_prompt.py tests/test_prefix_attention*.py tests/test_prompt_lstm*.py)
+KERNEL_TESTS := $(wildcard tests/test_prompt_concat.py tests/test_multitask_prompt.py tests/test_prefix_attention*.py tests/test_decode.py tests/test_prompt_lstm*.py)
 sanitize: $(SANITIZERS:%=sanitize-%)
 
 sanitize-%: $(READY)

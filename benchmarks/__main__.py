@@ -21,6 +21,7 @@ import torch  # noqa: E402 - OpenMP reads the variable once, when torch loads it
 
 from . import (  # noqa: E402
     common,
+    decode,
     many_prompts,
     memory,
     methods,
@@ -51,6 +52,7 @@ BENCHMARKS = {
     "many_prompts": many_prompts.run,
     "small_ops": small_ops.run,
     "prefix_attention": prefix_attention.run,
+    "decode": decode.run,
     "prompt_lstm": prompt_lstm.run,
     "compiled": imported_late("compiled"),
     "serve": imported_late("serve"),

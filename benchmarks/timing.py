@@ -25,25 +25,25 @@ class Gemm:
         return 2e-9 * self.size**3 / seconds
 
 
-def seconds_of(step, calls=1):
+def seconds_of(step, calls=1, clock=perf_counter):
     """Of a call, the mean of so many."""
-    start = perf_counter()
+    start = clock()
     for _ in range(calls):
         step()
-    return (perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
-def interleaved(steps, *, fewest, most, seconds):
+def interleaved(steps, *, fewest, most, seconds, clock=perf_counter):
     """Name -> seconds of the samples, in rounds whose order turns.
 
     There are at least ``fewest`` rounds, then more until ``seconds`` or ``most``. A sample is as many calls as take
-    ``SAMPLE``, their mean.
+    ``SAMPLE``, their mean. ``clock`` may be that of the process, for steps of one thread.
     """
     calls = {name: max(1, round(SAMPLE / seconds_of(step))) for name, step in steps.items()}  # warms up, too
     names, times, start = list(steps), {name: [] for name in steps}, perf_counter()
     while len(times[names[0]]) < fewest or (perf_counter() - start < seconds and len(times[names[0]]) < most):
         for name in names:
-            times[name].append(seconds_of(steps[name], calls[name]))
+            times[name].append(seconds_of(steps[name], calls[name], clock))
         names = names[1:] + names[:1]
     return times
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.schedule import CpuSchedule, cpu_schedule
 
+CACHE, PAGE = 400, 8  # columns
+
 
 @st.composite
 def batches(draw, longest=300):
@@ -30,6 +32,13 @@ def batches(draw, longest=300):
         starts = [draw(st.integers(0, 3)) for _ in lengths]
         return Sequences.padded(starts, lengths, max(lengths, default=0) + 3, **options), room
     if kind == "decode":
+        if draw(st.booleans()):
+            options["queries"] = [draw(st.integers(0, n)) for n in lengths]
+        if draw(st.booleans()):
+            options["starts"] = [draw(st.integers(0, 5)) for _ in lengths]
+        if draw(st.booleans()):
+            page, columns = st.integers(0, 9), -(-(longest + 5) // PAGE)
+            options["pages"] = [[draw(page)] * columns for _ in lengths]
         return Sequences.decode(lengths, **options), room
     starts = [sum(lengths[:i]) + 2 * i for i in range(len(lengths))]  # from the last run to the first
     return Sequences.runs(starts[::-1], lengths[::-1], sum(lengths) + 2 * len(lengths), **options), room
@@ -44,6 +53,24 @@ def described(seq, room):
             used = room if seq.prefix_lens is None else int(seq.prefix_lens[prefix])
         gap = 0 if seq.gaps is None else int(seq.gaps[number])
         yield number, start, length, prefix if used else -1, used, gap
+
+
+def asked(seq):
+    """The number of queries of every sequence."""
+    if seq.queries is not None:
+        return seq.queries.tolist()
+    return [min(n, 1) if seq.kind == "decode" else n for n in seq.lengths.tolist()]
+
+
+def block_of(seq):
+    """Columns of a row of the cache, or of a page."""
+    return None if seq.kind != "decode" else CACHE if seq.pages is None else PAGE
+
+
+def first_column(seq, number):
+    """Where the keys of a sequence begin, in the columns of the caches or pages of all of them."""
+    blocks = 1 if seq.pages is None else seq.pages.shape[1]
+    return number * blocks * block_of(seq) + (0 if seq.key_starts is None else int(seq.key_starts[number]))
 
 
 def seen(first, end, length, causal, window):
@@ -61,12 +88,13 @@ def aligned(keys):
 def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
     """The tables of :class:`CpuSchedule`, as lists."""
     decode, group = seq.kind == "decode", heads // kv_heads
-    sequences = [s for s in described(seq, room) if s[2]]
+    queries_of = asked(seq)
+    sequences = [s for s in described(seq, room) if queries_of[s[0]]]
     if window is not None and window >= max(
         (used + gap + n for _, _, n, _, used, gap in described(seq, room)), default=0
     ):
         window = None
-    rows_of = {s: 1 if decode else s[2] for s in sequences}
+    rows_of = {s: queries_of[s[0]] for s in sequences}
     queries = sum(rows_of.values())
     pairs = sum(rows * (s[4] + s[2]) for s, rows in rows_of.items())
     wanted = -(-min(8, pairs * heads // (1 << 14) + 1) // kv_heads)
@@ -87,7 +115,7 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
             before = s[2] - rows
             if rows > tile_rows:
                 size = -(-rows // -(-rows // tile_rows))
-                tiles += [[(s, i, min(i + size, rows))] for i in range(0, rows, size)]
+                tiles += [[(s, before + i, before + min(i + size, rows))] for i in range(0, rows, size)]
                 free = 0
                 continue
             if rows > free:
@@ -119,7 +147,7 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
     for i, (_, _, tiles) in enumerate(chunks):
         for s, first, end in sum(tiles, []):
             spans[i, s] = spans.get((i, s), (first,))[0], end
-    base = {s: s[0] if decode else s[1] for s in sequences}
+    base = {s: first_column(seq, s[0]) if decode else s[1] for s in sequences}
     splits, parts, part_of, split_parts = [], [], {}, 0
     for s in dict.fromkeys(s for _, s in spans):
         places = [(*seen(*span, s[2], causal, window), i) for (i, other), span in spans.items() if other == s]
@@ -131,7 +159,7 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
             parts.append([begin, end, split_parts])
             split_parts += end - begin
 
-    segments, tile_table, chunk_table, prefix_parts, most_rows, most_slots = [], [], [], 0, 0, 0
+    segments, tile_table, chunk_table, prefix_parts, most_rows, most_slots, longest = [], [], [], 0, 0, 0, 0
     for i, (number, used, tiles) in enumerate(chunks):
         chunk_table.append([len(tile_table), len(tile_table) + len(tiles), number, prefix_parts])
         prefix_parts += used
@@ -141,11 +169,12 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
             for s, first, end in tile:
                 span = spans[i, s]
                 begin, stop = seen(*span, s[2], causal, window)
-                row = s[1] if decode else s[1] + first
+                row = s[1] + first - (s[2] - rows_of[s])
                 load, store = int(first == span[0]), int(end == span[1])
                 part = part_of.get((i, s), -1)
                 segments.append([row, end - first, first, base[s], begin, stop, slot, s[5], load, store, part])
                 slot += aligned(stop - begin)
+                longest = max(longest, aligned(stop - begin))
             most_slots = max(most_slots, slot)
             most_rows = max(most_rows, sum(end - first for _, first, end in tile))
     # A prefix of a bank is one piece, read by each of its chunks.
@@ -157,9 +186,11 @@ def cpu_definition(seq, *, causal, window, room, heads, kv_heads):
         pieces.append([1, prefix, 0, used, prefix_slots, len(readers), len(readers) + len(parts_of_it)])
         readers += parts_of_it
         prefix_slots += aligned(used)
-    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts, sum(used for _, used in prefixes)]
-    tables = segments, tile_table, chunk_table, prefix_table, links, pieces, readers, splits, parts
-    return CpuSchedule(*tables, sizes)
+    block, learned = block_of(seq) or 1 << 62, sum(used for _, used in prefixes)
+    sizes = [most_rows, most_slots, prefix_slots, prefix_parts, split_parts, longest, block, learned]
+    pages = [] if seq.pages is None else seq.pages.tolist()
+    of_prefixes = prefix_table, links, pieces, readers
+    return CpuSchedule(segments, tile_table, chunk_table, *of_prefixes, splits, parts, pages, sizes)
 
 
 FLAGS = dict(
@@ -176,7 +207,7 @@ def test_the_cpu_schedule_is_its_definition(batch, flags):
     seq, room = batch
     group = flags.pop("group")
     options = dict(flags, room=room, heads=group * flags["kv_heads"])
-    found, exact = cpu_schedule(seq, **options), cpu_definition(seq, **options)
+    found, exact = cpu_schedule(seq, **options, block=block_of(seq)), cpu_definition(seq, **options)
     for name, table, expected in zip(CpuSchedule._fields, found, exact):
         assert table.dtype == torch.int64 and table.is_contiguous(), name
         assert table.tolist() == expected, name
@@ -226,17 +257,19 @@ def test_pieces_of_chains_are_their_keys(data):
 @settings(max_examples=200, deadline=None)
 def test_the_gpu_schedule_is_its_definition(batch, causal, window, data):
     seq, room = batch
-    sequences = [s for s in described(seq, room) if s[2]]
+    decode, queries_of = seq.kind == "decode", asked(seq)
+    sequences = [s for s in described(seq, room) if queries_of[s[0]]]
     sequences.sort(key=lambda s: (s[3], s[1]))
-    decode, cache = seq.kind == "decode", 50
     keys = [(s, j) for s in sequences for j in range(s[2])]  # in virtual order
-    queries = [(s, s[2] - 1) for s in sequences] if decode else keys
+    queries = [(s, j) for s, j in keys if j >= s[2] - queries_of[s[0]]]
     first = {s: sum(other[2] for other in sequences[:i]) for i, s in enumerate(sequences)}
     bounds = [seen(j, j + 1, s[2], causal, window) for s, j in queries]
     table, lengths = torch.tensor(list(described(seq, room))).view(-1, 6)[:, [1, 2, 3, 5]], seq.prefix_lengths(room)
-    made = gpu.make_batch(table, lengths, decode=decode, room=cache, causal=causal, window=window)
-    assert made.query_rows.tolist() == [s[1] if decode else s[1] + j for s, j in queries]
-    assert made.key_rows.tolist() == [s[0] * cache + j if decode else s[1] + j for s, j in keys]
+    host = seq.host
+    cache = gpu.Cache(block_of(seq), host.queries, host.key_starts, host.pages) if decode else None
+    made = gpu.make_batch(table, lengths, causal=causal, window=window, cache=cache)
+    assert made.query_rows.tolist() == [s[1] + j - (s[2] - queries_of[s[0]]) for s, j in queries]
+    assert made.key_rows.tolist() == [place(seq, s[0], j) if decode else s[1] + j for s, j in keys]
     assert made.low.tolist() == [first[s] + low for (s, _), (low, _) in zip(queries, bounds)]
     assert made.high.tolist() == [first[s] + high for (s, _), (_, high) in zip(queries, bounds)]
 
@@ -280,6 +313,14 @@ def test_the_gpu_schedule_is_its_definition(batch, causal, window, data):
             assert begin <= row[6] < end and row[4] <= length
 
 
+def place(seq, number, key):
+    """Where a key stands among the columns of all rows, or pages, of the cache."""
+    column = first_column(seq, number) + key
+    if seq.pages is None:
+        return column
+    return int(seq.pages.flatten()[column // PAGE]) * PAGE + column % PAGE
+
+
 def check_key_items(made, items):
     """Every own key is in one item, which runs over all queries that see it."""
     of_keys = [row for row in items.tolist() if row[0] == gpu.KEYS]
@@ -315,7 +356,7 @@ def test_in_cross_attention_a_query_meets_the_keys_of_its_sequence(batch, length
 
     table, used = torch.tensor(list(described(seq, room))).view(-1, 6)[:, [1, 2, 3, 5]], seq.prefix_lengths(room)
     keys = list(zip(starts, lengths))
-    made = gpu.make_batch(table, used, decode=False, room=0, causal=False, window=None, key_sequences=keys)
+    made = gpu.make_batch(table, used, causal=False, window=None, key_sequences=keys)
     intervals = zip(made.query_rows.tolist(), made.low, made.high)
     assert {row: made.key_rows[low:high].tolist() for row, low, high in intervals} == expected
     assert sorted(made.key_rows.tolist()) == sorted(read)
@@ -335,8 +376,9 @@ def check_decode_items(made, queries, rows, split):
             numbers[query].append(number)
     for i, (s, _) in enumerate(queries):
         own = [(-1, key) for key in range(made.low[i], made.high[i])]
+        of_sequence = [(-1, key) for key in range(*made.spans[:2, i])]  # other queries of a tile may see more
         shared = [(s[3], key) for key in range(s[4])]
-        assert set(own) <= set(met[i]) <= set(own + shared) and len(set(met[i])) == len(met[i])
+        assert set(own) <= set(met[i]) <= set(of_sequence + shared) and len(set(met[i])) == len(met[i])
         assert set(shared[made.prefix_low[i] :]) <= set(met[i])
         assert sorted(numbers[i]) == list(range(parts[i + 1] - parts[i]))
 

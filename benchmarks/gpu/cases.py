@@ -59,6 +59,8 @@ def sample():
     cases += _attention("bf16", 24, 4, 2, value_dim=12, **flags)
     cases += _attention("fp32", 16, 4, 2, needs="prefix", **flags)
     cases += _attention("fp16", 64, 12, 12, bias=128)  # the decoder of a T5
+    cases += _attention("bf16", 128, 32, 8, everywhere=True, queries=5, pages=16)
+    cases += _attention("fp16", 64, 9, 3, queries=3, sinks=True, window=48)
     cases += _attention("bf16", 64, 71, 1, alibi=True)  # Falcon 7B
     cases += _attention("fp32", 64, 9, 3, alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
@@ -82,6 +84,8 @@ def complete():
              dict(alibi=True), dict(alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1),
              dict(bias=128), dict(bias=128, causal=False), dict(bias=128, layout="padded", prefixes=3, dropout=0.1),
              dict(cross=True), dict(cross=True, layout="padded", sinks=True, prefixes=3, dropout=0.1),
+             dict(queries=5), dict(queries=1, pages=16), dict(queries=5, pages=16, alibi=True, window=48, prefixes=3),
+             dict(queries=5, pages=16, bias=128, causal=False),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
     for dtype in DTYPES:
         for head_dim in (64, 128):
@@ -110,14 +114,18 @@ _NEEDS = {  # gradients asked for: of q, k, v, prefix_k, prefix_v, sinks
 
 
 def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=False, needs="all", **flags):
-    """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are, and
-    cross-attention has no decode."""
+    """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are,
+    cross-attention has no decode, and ``queries`` a sequence has nothing else."""
     given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
     label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
     arguments = DTYPES[dtype], head_dim, heads, kv_heads
     cases = []
     directions = ("forward", "backward", "decode") if needs == "all" else ("backward",)
-    for direction in directions[:2] if flags.get("cross") else directions:
+    if flags.get("cross"):
+        directions = directions[:2]
+    if flags.get("queries"):
+        directions = directions[2:]
+    for direction in directions:
         run = partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags)
         # Whether tiles have rows enough for the chip's own matrix instructions.
         enough_rows = direction == "forward" or direction == "backward" and head_dim <= 128
@@ -147,6 +155,8 @@ def _run_attention(
     alibi=False,
     bias=None,
     cross=False,
+    queries=None,
+    pages=None,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
     from fastprompt.ops.prefix_attention.dropout import Dropout
@@ -158,7 +168,8 @@ def _run_attention(
         prefix_ids=[b % (prefixes + 1) - 1 for b in range(batch)], prefix_lens=[prefix - p for p in range(prefixes)]
     )
     if direction == "decode":
-        seq = Sequences.decode(lengths, **(bank if prefixes > 1 else {}))
+        table = [[0] * -(-max(lengths) // pages)] * batch if pages else None
+        seq = Sequences.decode(lengths, queries=queries, pages=table, **(bank if prefixes > 1 else {}))
     elif layout == "padded":
         seq = Sequences.padded(
             [max(lengths) - n for n in lengths], lengths, max(lengths), **(bank if prefixes > 1 else {})
@@ -173,7 +184,7 @@ def _run_attention(
 
     def keys(width):
         if direction == "decode":
-            return new(batch, kv_heads, max(lengths), width)
+            return new(batch, kv_heads, pages or max(lengths), width)
         return rows(key_seq.rows if cross else seq.rows, kv_heads, width)
 
     widths = head_dim, value_dim or head_dim

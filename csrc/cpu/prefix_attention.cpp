@@ -29,12 +29,12 @@ List<T> list(const Tensor& x) {
 
 // The order is that of schedule.py.
 Schedule read_schedule(const Tables& x) {
-  STD_TORCH_CHECK(x.size() == 10, "a schedule has 10 tensors");
-  auto const sizes = list<int64_t>(x[9]);
-  STD_TORCH_CHECK(sizes.size == 6, "a schedule has 6 sizes");
+  STD_TORCH_CHECK(x.size() == 11, "a schedule has 11 tensors");
+  auto const sizes = list<int64_t>(x[10]);
+  STD_TORCH_CHECK(sizes.size == 8, "a schedule has 8 sizes");
   return {list<Segment>(x[0]), list<Tile>(x[1]), list<Chunk>(x[2]), list<Prefix>(x[3]), list<Link>(x[4]),
           list<Piece>(x[5]), list<Reader>(x[6]), list<Split>(x[7]), list<Part>(x[8]),
-          sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+          list<int64_t>(x[9]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
 }
 
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }

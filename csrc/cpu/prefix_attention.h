@@ -23,7 +23,7 @@ namespace fastprompt {
 struct Segment {
   int64_t row, rows;    // of q
   int64_t first;        // the number of its first query in the sequence
-  int64_t base;         // its keys start at base * (stride of base): a row of k, or a sequence of the cache
+  int64_t base;         // where its keys start: a row of k, or a column of the cache, block by block
   int64_t begin, end;   // the keys of the sequence that are packed together
   int64_t slot;         // where they are packed, in keys; a multiple of ALIGNMENT
   int64_t gap;          // positions between the prefix and the sequence
@@ -67,9 +67,12 @@ struct Schedule {
   List<Reader> readers;
   List<Split> splits;
   List<Part> parts;
+  List<int64_t> pages;                        // which block of k each block of columns is; empty: the same
   int64_t rows, slots;                        // the most of any tile
   int64_t prefix_slots, prefix_parts, split_parts;  // in all, in keys
-  int64_t learned;  // keys of prefix_k in pieces
+  int64_t span;                               // the most keys that are packed together, a multiple of ALIGNMENT
+  int64_t block;                              // columns of a row of the cache, or of a page; endless for rows
+  int64_t learned;                            // keys of prefix_k in pieces
 };
 
 struct Strided {  // columns stand side by side

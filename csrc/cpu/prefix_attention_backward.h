@@ -141,12 +141,11 @@ struct Backward {
 
   template <typename T>
   void load_keys(const Segment& segment, const Keys& own, int64_t kv_head) {
-    auto const keys = at<T>(call.k, segment.base, segment.begin, kv_head);
-    auto const values = at<T>(call.v, segment.base, segment.begin, kv_head);
-    auto const slot = segment.slot;
-    pack_panels(keys, call.k.row, own.count, head_dim, kt + slot * head_dim);
-    if (need_scores) pack_panels(values, call.v.row, own.count, value_dim, vt + slot * value_dim);
-    if (call.dq.data) pack_rows(keys, call.k.row, own.count, head_dim, k + slot * key_stride, key_stride);
+    const KeyRows<T> keys(call, call.k, segment.base, kv_head), values(call, call.v, segment.base, kv_head);
+    auto const slot = segment.slot, begin = segment.begin;
+    pack_panels(keys, begin, own.count, head_dim, kt + slot * head_dim);
+    if (need_scores) pack_panels(values, begin, own.count, value_dim, vt + slot * value_dim);
+    if (call.dq.data) pack_rows(keys, begin, own.count, head_dim, k + slot * key_stride, key_stride);
   }
 
   template <typename T>
@@ -154,11 +153,12 @@ struct Backward {
     auto const part = kv_head * call.schedule.split_parts + segment.part;
     auto const write = [&](const float* sums, int64_t width, float factor, float* parts, const Strided& to) {
       auto const stride = row_stride(width);
+      KeyRows<T> rows(call, to, segment.base, kv_head);
       for (int64_t n = 0; n < own.count; ++n) {
         if (segment.part >= 0) {
           unpack_row(sums + n * stride, width, factor, parts + (part + n) * stride);
         } else {
-          unpack_row(sums + n * stride, width, factor, at<T>(to, segment.base, segment.begin + n, kv_head));
+          unpack_row(sums + n * stride, width, factor, rows(segment.begin + n));
         }
       }
     };
@@ -185,7 +185,7 @@ struct Backward {
       });
       if (with_values) add_queries(rows, weights, grad, value_dim, from, to, fresh, keys.dv);
       if (with_keys) add_queries(rows, dscores, q, head_dim, from, to, fresh, keys.dk);
-      if (call.dq.data) add_keys(rows, dscores, keys.k, head_dim, from, to, dq);
+      if (call.dq.data) add_keys(rows, dscores, keys.k + from * key_stride, key_stride, head_dim, from, to, dq);
     }
   }
 

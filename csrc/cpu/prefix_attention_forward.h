@@ -3,6 +3,8 @@
 
 #include "prefix_attention_tile.h"
 
+#include <type_traits>
+
 namespace fastprompt {
 namespace FASTPROMPT_SIMD {
 
@@ -10,7 +12,8 @@ struct Forward {
   const Call& call;
   int64_t head_dim, value_dim, value_stride;
   Operand q;
-  float *sums, *weights, *largest, *totals, *queries, *panels, *values;
+  float *sums, *weights, *largest, *totals, *queries;
+  float *panels, *values;  // of one sequence: it is done with them before the next one packs its own
   uint64_t* dropout_keys;  // of the rows
   const float** biases;    // of the rows, see bias_of
 
@@ -30,8 +33,8 @@ struct Forward {
     queries = take(Queries::floats_needed(rows));
     dropout_keys = reinterpret_cast<uint64_t*>(take(2 * rows));
     biases = reinterpret_cast<const float**>(take(2 * rows));
-    panels = take(c.schedule.slots * head_dim);
-    values = take(c.schedule.slots * value_stride);
+    panels = take(c.schedule.span * head_dim);
+    values = take(c.schedule.span * value_stride);
     end = memory;
   }
   float* end;
@@ -59,16 +62,20 @@ struct Forward {
       int64_t first = 0;
       for (auto s = tile.begin; s < tile.end; ++s) {
         auto const& segment = schedule.segments[s];
-        auto const count = segment.end - segment.begin;
-        if (segment.load) {
-          auto const k = at<T>(call.k, segment.base, segment.begin, kv_head);
-          auto const v = at<T>(call.v, segment.base, segment.begin, kv_head);
-          pack_panels(k, call.k.row, count, head_dim, panels + segment.slot * head_dim);
-          pack_rows(v, call.v.row, count, value_dim, values + segment.slot * value_stride, value_stride);
+        auto const begin = segment.begin, count = segment.end - begin;
+        auto const in_place = read_in_place(segment, rows.group());
+        if (segment.load && !in_place) {
+          const KeyRows<T> k(call, call.k, segment.base, kv_head), v(call, call.v, segment.base, kv_head);
+          pack_panels(k, begin, count, head_dim, panels);
+          pack_rows(v, begin, count, value_dim, values, value_stride);
         }
         rows.see_own(segment, first);
-        auto const position = prefix_length + segment.gap + segment.begin;
-        attend(rows, panels + segment.slot * head_dim, values + segment.slot * value_stride, count, position);
+        auto const position = prefix_length + segment.gap + begin;
+        if (in_place) {
+          attend_in_place<T>(rows, segment, kv_head, position);
+        } else {
+          attend(rows, panels, values, count, position);
+        }
         first += segment.rows * rows.group();
       }
       finish<T>(rows);
@@ -90,11 +97,63 @@ struct Forward {
     });
   }
 
-  // `position` is that of the first key in its sequence.
+  // Of packed keys. `position` is that of the first key in its sequence.
   void attend(const Queries& rows, const float* keys, const float* values, int64_t count, int64_t position) {
+    attend(
+        rows, count, position,
+        [&](int64_t from, int64_t to) { multiply_panels(rows, q, keys, head_dim, from, to, weights); },
+        [&](int64_t from, int64_t to) {
+          add_keys(rows, weights, values + from * value_stride, value_stride, value_dim, from, to, sums);
+        });
+  }
+
+  // Of the keys of one sequence where they are; values are packed block by block, unless products can read them.
+  template <typename T>
+  void attend_in_place(const Queries& rows, const Segment& segment, int64_t kv_head, int64_t position) {
+    KeyRows<T> keys(call, call.k, segment.base, kv_head), values_ahead(call, call.v, segment.base, kv_head);
+    KeyRows<T> value_rows(call, call.v, segment.base, kv_head);
+    auto const last = segment.end - 1;
+    const T* ahead[LANES];
+    auto const find = [&](int64_t n) {  // LANES keys from n on, behind the last the last
+      for (int64_t i = 0; i < LANES; ++i) {
+        ahead[i] = keys(smaller(n + i, last));
+        prefetch_row(ahead[i], head_dim);
+      }
+    };
+    find(segment.begin);
+    auto const multiply = [&](int64_t from, int64_t to) {
+      for (auto n = from; n < to; n += LANES) {
+        const T* now[LANES];
+        for (int64_t i = 0; i < LANES; ++i) now[i] = ahead[i];
+        find(segment.begin + n + LANES);
+        for (auto i = n; i < smaller(n + LANES, to); ++i) prefetch_row(values_ahead(segment.begin + i), value_dim);
+        each_block(rows, n, smaller(n + LANES, to), [&](const Rows& block, int64_t, int64_t) {
+          for (auto m = block.first; m < block.first + block.count; ++m) {
+            store(weights + m * WIDTH + n - from, multiply_rows(q, m, now, head_dim));
+          }
+        });
+      }
+    };
+    auto const add = [&](int64_t from, int64_t to) {
+      auto const begin = segment.begin + from;
+      if constexpr (std::is_same_v<T, float>) {
+        if (call.schedule.pages.size == 0 && value_dim % LANES == 0) {
+          add_keys(rows, weights, value_rows(begin), call.v.row, value_dim, from, to, sums);
+          return;
+        }
+      }
+      pack_rows(value_rows, begin, to - from, value_dim, values, value_stride);
+      add_keys(rows, weights, values, value_stride, value_dim, from, to, sums);
+    };
+    attend(rows, segment.end - segment.begin, position, multiply, add);
+  }
+
+  // multiply(from, to) puts the products of queries with these keys into weights, add(from, to) adds up the values.
+  template <typename Multiply, typename Add>
+  void attend(const Queries& rows, int64_t count, int64_t position, const Multiply& multiply, const Add& add) {
     for (int64_t from = 0; from < count; from += KEYS) {
       auto const to = smaller(from + KEYS, count);
-      multiply_panels(rows, q, keys, head_dim, from, to, weights);
+      multiply(from, to);
       each_block(rows, from, to, [&](const Rows& block, int64_t first, int64_t end) {
         for (auto m = block.first; m < block.first + block.count; ++m) {
           auto const low = larger(rows.low(m), from) - from, high = smaller(rows.high(m), to) - from;
@@ -102,7 +161,7 @@ struct Forward {
           if (call.dropout.active) drop(m, first - from, end - from, position + from);
         }
       });
-      add_keys(rows, weights, values, value_dim, from, to, sums);
+      add(from, to);
     }
   }
 

@@ -16,13 +16,14 @@ struct Attention {
     auto const key_stride = row_stride(head_dim), value_stride = row_stride(value_dim);
     auto const& keys = piece.learned ? call.prefix_k : call.k;
     auto const& values = piece.learned ? call.prefix_v : call.v;
-    auto const k = at<T>(keys, piece.base, piece.row, kv_head), v = at<T>(values, piece.base, piece.row, kv_head);
-    pack_panels(k, keys.row, piece.length, head_dim, call.prefix_kt + slot * head_dim);
+    auto const k = [&](int64_t n) { return at<T>(keys, piece.base, piece.row + n, kv_head); };
+    auto const v = [&](int64_t n) { return at<T>(values, piece.base, piece.row + n, kv_head); };
+    pack_panels(k, 0, piece.length, head_dim, call.prefix_kt + slot * head_dim);
     if (backward) {
-      pack_panels(v, values.row, piece.length, value_dim, call.prefix_vt + slot * value_dim);
-      pack_rows(k, keys.row, piece.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
+      pack_panels(v, 0, piece.length, value_dim, call.prefix_vt + slot * value_dim);
+      pack_rows(k, 0, piece.length, head_dim, call.prefix_krows + slot * key_stride, key_stride);
     } else {
-      pack_rows(v, values.row, piece.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
+      pack_rows(v, 0, piece.length, value_dim, call.prefix_vrows + slot * value_stride, value_stride);
     }
   }
 
@@ -38,8 +39,9 @@ struct Attention {
     auto const& split = call.schedule.splits[number];
     auto const add = [&](const float* parts, int64_t width, const Strided& to) {
       auto const stride = row_stride(width);
+      KeyRows<T> rows(call, to, split.base, kv_head);
       for (int64_t n = 0; to.data && n < split.length; ++n) {
-        auto const row = at<T>(to, split.base, n, kv_head);
+        auto const row = rows(n);
         for (int64_t d = 0; d < width; d += LANES) {
           floats sum{};
           for (auto i = split.begin; i < split.end; ++i) {

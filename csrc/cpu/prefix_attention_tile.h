@@ -17,6 +17,32 @@ inline T* at(const Strided& x, int64_t base, int64_t row, int64_t head) {
   return static_cast<T*>(x.data) + base * x.base + row * x.row + head * x.head;
 }
 
+// Where the keys of a sequence are, by their number, which rises from call to call: rows of k, or columns of a cache.
+template <typename T>
+class KeyRows {
+ public:
+  KeyRows(const Call& call, const Strided& x, int64_t base, int64_t head)
+      : schedule_(call.schedule), x_(x), base_(base), head_(head) {}
+
+  T* operator()(int64_t n) {
+    if (n >= end_) find(n);  // the first key, or the first of a page
+    return from_ + (n - begin_) * x_.row;
+  }
+
+ private:
+  void find(int64_t n) {
+    auto const column = base_ + n, size = schedule_.block;
+    auto const number = column / size, within = column % size;
+    begin_ = n, end_ = n + size - within;
+    from_ = at<T>(x_, schedule_.pages.size ? schedule_.pages[number] : number, within, head_);
+  }
+
+  const Schedule& schedule_;
+  const Strided& x_;
+  int64_t base_, head_, begin_ = 0, end_ = 0;
+  T* from_ = nullptr;
+};
+
 // A row of `width` numbers, and zeros up to a whole vector.
 template <typename T>
 inline void pack_row(const T* from, int64_t width, float* to) {
@@ -28,17 +54,19 @@ inline void unpack_row(const float* from, int64_t width, float factor, T* to) {
   for (int64_t k = 0; k < width; k += LANES) store(to + k, load(from + k) * factor, smaller(LANES, width - k));
 }
 
-// `count` keys into transposed panels.
-template <typename T>
-inline void pack_panels(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to) {
+// Keys `begin` to `begin + count` into transposed panels; row(n) is where key n is.
+template <typename Row>
+inline void pack_panels(Row row, int64_t begin, int64_t count, int64_t width, float* to) {
   for (int64_t n = 0; n < count; n += LANES) {
     auto const rows = smaller(LANES, count - n);
     auto const panel = to + n / PANEL * PANEL * width + n % PANEL;
+    decltype(row(0)) from[LANES];
+    for (int64_t i = 0; i < rows; ++i) from[i] = row(begin + n + i);
     for (int64_t k = 0; k < width; k += LANES) {
       floats x[LANES];
       auto const columns = smaller(LANES, width - k);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) x[i] = i < rows ? load(from + (n + i) * row_stride + k, columns) : floats{};
+      for (int64_t i = 0; i < LANES; ++i) x[i] = i < rows ? load(from[i] + k, columns) : floats{};
       transpose(x);
 #pragma GCC unroll 16
       for (int64_t j = 0; j < LANES; ++j) {
@@ -52,9 +80,9 @@ inline void pack_panels(const T* from, int64_t row_stride, int64_t count, int64_
   }
 }
 
-template <typename T>
-inline void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t width, float* to, int64_t stride) {
-  for (int64_t n = 0; n < count; ++n) pack_row(from + n * row_stride, width, to + n * stride);
+template <typename Row>
+inline void pack_rows(Row row, int64_t begin, int64_t count, int64_t width, float* to, int64_t stride) {
+  for (int64_t n = 0; n < count; ++n) pack_row(row(begin + n), width, to + n * stride);
 }
 
 // The queries of a tile, or what else belongs to them, as an operand of products: rows WIDTH apart, in slabs of KEYS
@@ -71,15 +99,17 @@ struct Rows {
   int64_t first, count, low, high;
 };
 
-// Ask for rows and heads of x that are needed soon, so that they come while something else is computed.
+// Ask for a row that is needed soon, so that it comes while something else is computed.
 template <typename T>
-inline void prefetch(const Strided& x, int64_t base, int64_t row, int64_t rows, int64_t head, int64_t heads,
-                     int64_t width) {
+inline void prefetch_row(const T* row, int64_t width) {
   constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += line) __builtin_prefetch(row + d, 0, 2);
+}
+
+template <typename T>
+inline void prefetch(const Strided& x, int64_t row, int64_t rows, int64_t head, int64_t heads, int64_t width) {
   for (auto r = row; r < row + rows; ++r) {
-    for (auto h = head; h < head + heads; ++h) {
-      for (int64_t d = 0; d < width; d += line) __builtin_prefetch(at<T>(x, base, r, h) + d, 0, 2);
-    }
+    for (auto h = head; h < head + heads; ++h) prefetch_row(at<T>(x, 0, r, h), width);
   }
 }
 
@@ -168,20 +198,30 @@ class Queries {
   Rows* rows_;
 };
 
+// Whether the forward reads the keys of a segment where they are: packing them costs more than a few rows gain by it.
+inline bool read_in_place(const Segment& segment, int64_t group) {
+  auto const alone = segment.load && segment.store && segment.begin < segment.end;
+  return alone && segment.rows * group <= ROWS / 2;
+}
+
 // What the tile reads: its rows of q, in the backward of out and its gradient too, and the keys it packs.
 template <typename T>
 inline void prefetch_tile(const Call& call, const Tile& tile, int64_t kv_head, bool backward) {
   auto const group = call.heads / call.kv_heads;
   for (auto s = tile.begin; s < tile.end; ++s) {
     auto const& segment = call.schedule.segments[s];
-    prefetch<T>(call.q, 0, segment.row, segment.rows, kv_head * group, group, call.head_dim);
+    prefetch<T>(call.q, segment.row, segment.rows, kv_head * group, group, call.head_dim);
     if (backward) {
-      prefetch<T>(call.grad, 0, segment.row, segment.rows, kv_head * group, group, call.value_dim);
-      prefetch<T>(call.out, 0, segment.row, segment.rows, kv_head * group, group, call.value_dim);
+      prefetch<T>(call.grad, segment.row, segment.rows, kv_head * group, group, call.value_dim);
+      prefetch<T>(call.out, segment.row, segment.rows, kv_head * group, group, call.value_dim);
     }
-    if (segment.load && segment.end - segment.begin <= KEYS) {  // more would push others out of the cache
-      prefetch<T>(call.k, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.head_dim);
-      prefetch<T>(call.v, segment.base, segment.begin, segment.end - segment.begin, kv_head, 1, call.value_dim);
+    auto const few = segment.end - segment.begin <= KEYS;  // more would push others out of the cache
+    if (segment.load && few && (backward || !read_in_place(segment, group))) {
+      KeyRows<T> k(call, call.k, segment.base, kv_head), v(call, call.v, segment.base, kv_head);
+      for (auto n = segment.begin; n < segment.end; ++n) {
+        prefetch_row(k(n), call.head_dim);
+        prefetch_row(v(n), call.value_dim);
+      }
     }
   }
 }
@@ -233,16 +273,29 @@ inline void multiply_panels(const Queries& queries, const Operand& operand, cons
   }
 }
 
-// sums [rows, width] += weights rows_of_keys.
-inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t width, int64_t from,
-                     int64_t to, float* sums) {
+// The products of row m with up to LANES keys, which stand where they were, a lane each.
+template <typename T>
+inline floats multiply_rows(const Operand& operand, int64_t m, const T* const (&keys)[LANES], int64_t width) {
+  floats sums[LANES] = {};
+  for (int64_t column = 0; column < width; column += LANES) {
+    auto const row = load(operand.at(m, column));
+    auto const columns = smaller(LANES, width - column);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) sums[i] += row * load(keys[i] + column, columns);
+  }
+  return totals(sums);
+}
+
+// sums [rows, width] += weights rows_of_keys, which are `key_stride` apart from that of key `from` on.
+inline void add_keys(const Queries& queries, const float* weights, const float* keys, int64_t key_stride, int64_t width,
+                     int64_t from, int64_t to, float* sums) {
   auto const stride = row_stride(width);
   for (int64_t column = 0; column < width; column += PANEL) {
     auto const vectors = smaller(int64_t(VECTORS), (width - column + LANES - 1) / LANES);
     each_block(queries, from, to, [&](const Rows& rows, int64_t first, int64_t end) {
       auto const a = weights + rows.first * WIDTH + first - from;
-      block<1>(rows.count, vectors)(end - first, a, keys + first * stride + column, stride,
-                                        sums + rows.first * stride + column, stride, true);
+      block<1>(rows.count, vectors)(end - first, a, keys + (first - from) * key_stride + column, key_stride,
+                                    sums + rows.first * stride + column, stride, true);
     });
   }
 }

@@ -19,6 +19,9 @@ class HostSequences(NamedTuple):
     Attributes:
         starts, lengths, prefix_ids, gaps: ``[B]``.
         prefix_lens: ``[N]``, or None: all of every prefix is used.
+        queries: ``[B]`` the query rows of each sequence: its length but in decode, 0 where a cache is empty.
+        key_starts: ``[B]`` the column of the cache in which its keys begin; 0 but in decode.
+        pages: ``[B, M]``, or None: the cache is contiguous.
         chains: ``[N, W]``, or None: prefixes are those of a bank.
     """
 
@@ -27,7 +30,10 @@ class HostSequences(NamedTuple):
     prefix_ids: np.ndarray
     gaps: np.ndarray
     prefix_lens: np.ndarray | None
-    chains: np.ndarray | None = None
+    queries: np.ndarray
+    key_starts: np.ndarray
+    pages: np.ndarray | None
+    chains: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +44,8 @@ class Sequences:
 
     Attributes:
         kind: "packed" (the sequences fill the rows), "padded" (rows may lie outside) or "decode".
-        starts: ``[B]`` int64, the first row of each sequence.
-        lengths: ``[B]`` int64, its rows (decode: the keys in its cache, the query's own included).
+        starts: ``[B]`` int64, the first row of each sequence (decode: of its queries).
+        lengths: ``[B]`` int64, its rows (decode: the keys in its cache, the queries' own included).
         prefix_ids: ``[B]`` int64, the prefix in front of it; -1 for none. None: prefix 0 for all.
         prefix_lens: ``[N]`` int64, the used length of each prefix. None: all of it.
         gaps: ``[B]`` int64, positions left out between the prefix and the sequence (left padding keeps its place in
@@ -48,6 +54,7 @@ class Sequences:
         chains: ``[N, W]`` int64, the keys that each prefix is made of, where they stand in several places: row r of k
             and v is r, learned key i, of all prefixes of the bank one after the other, is -1 - i. Behind the
             ``prefix_lens[n]`` used ones anything may stand. None: prefixes are those of the bank.
+        queries, key_starts, pages: of decode, see there; ``[B]``, ``[B]`` and ``[B, M]`` int64 or None.
     """
 
     kind: str
@@ -57,6 +64,9 @@ class Sequences:
     prefix_lens: torch.Tensor | None
     gaps: torch.Tensor | None
     rows: int
+    queries: torch.Tensor | None = None
+    key_starts: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
     chains: torch.Tensor | None = None
 
     @classmethod
@@ -147,11 +157,51 @@ class Sequences:
         prefix_ids: Ints | None = None,
         prefix_lens: Ints | None = None,
         gaps: Ints | None = None,
+        *,
+        starts: Ints | None = None,
+        queries: Ints | int | None = None,
+        pages: Ints | None = None,
     ) -> "Sequences":
-        """One query a sequence, against the first ``lengths[b]`` keys of its own cache (its own key included)."""
+        """The newest tokens of each sequence as queries, against the sequence's own keys in a cache, theirs included.
+
+        The keys of sequence b stand in ``lengths[b]`` columns of its cache, and its queries are those of the last of
+        them: one row of q for a step of decoding, several for a chunk of a prefill or guessed tokens, which see one
+        another as ``causal`` says. Positions begin behind the prefix, wherever the keys stand in the cache.
+
+        Args:
+            lengths: ``[B]`` how many keys each sequence has.
+            prefix_ids, prefix_lens, gaps: see the attributes.
+            starts: ``[B]`` the columns in which the keys begin; a cache that is padded on the left has them behind the
+                padding. None: 0.
+            queries: how many queries each sequence has, one number for all or ``[B]``, at most its length; their rows
+                of q follow one another, sequence by sequence. None: one each, which gets zeros from an empty cache.
+            pages: ``[B, M]`` for a cache in pages, ``[pages, Hkv, page size, Dh]``: column c of sequence b is column
+                ``c % page_size`` of page ``pages[b, c // page_size]``. Sequences may share pages. What stands where a
+                sequence has no keys is never read. None: row b of the cache belongs to sequence b.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or numbers of queries; the operator, which knows the sizes of
+                the cache, refuses keys or pages that leave it.
+        """
         counts = _index("lengths", lengths, "B")
-        queries = torch.arange(len(counts), device=counts.device)
-        return cls._make("decode", queries, counts, len(counts), prefix_ids, prefix_lens, gaps)
+        batch, device = len(counts), counts.device
+        if isinstance(queries, int):
+            queries = counts.new_full((batch,), queries)
+        first, rows, asked = torch.arange(batch, device=device), batch, None
+        if queries is not None:
+            asked = _index("queries", queries, batch).to(device)
+            if bool(((asked < 0) | (asked > counts)).any()):
+                raise ValueError(
+                    f"queries must lie between 0 and the lengths {_brief(counts.tolist())}, "
+                    f"whose last keys are theirs, got {_brief(asked.tolist())}"
+                )
+            first, rows = asked.cumsum(0) - asked, int(asked.sum())
+        columns = None if starts is None else _index("starts", starts, batch).to(device)
+        table = None if pages is None else _index("pages", pages, batch, "M").to(device)
+        if table is not None and batch and not table.shape[1]:
+            raise ValueError(f"pages must have at least one column, got {list(table.shape)}")
+        made = cls._make("decode", first, counts, rows, prefix_ids, prefix_lens, gaps)
+        return replace(made, queries=asked, key_starts=columns, pages=table)
 
     @classmethod
     def _make(
@@ -177,22 +227,26 @@ class Sequences:
             optional("prefix_lens", prefix_lens, "N"),
             optional("gaps", gaps, batch),
             rows,
-            optional("chains", chains, "N", "W"),
+            chains=optional("chains", chains, "N", "W"),
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        """``[starts, lengths, prefix_ids, prefix_lens, gaps, chains]``, with empty vectors for None: what crosses an
-        operator."""
-        empty = self.starts.new_empty(0)
-        optional = self.prefix_ids, self.prefix_lens, self.gaps, self.chains
-        return [self.starts, self.lengths, *(empty if t is None else t for t in optional)]
+        """``starts``, ``lengths`` and what may be None, as an empty vector: what crosses an operator."""
+        empty, (starts, lengths) = self.starts.new_empty(0), (self.starts, self.lengths)
+        of_prefixes, of_cache = (
+            (self.prefix_ids, self.prefix_lens, self.gaps),
+            (self.queries, self.key_starts, self.pages),
+        )
+        optional = *of_prefixes, *of_cache, self.chains
+        return [starts, lengths, *(empty if t is None else t for t in optional)]
 
     @classmethod
     def from_tensors(cls, kind: str, rows: int, tensors: Sequence[torch.Tensor]) -> "Sequences":
         """The inverse of :meth:`tensors`."""
         starts, lengths, *optional, chains = tensors
-        prefix_ids, prefix_lens, gaps = (t if t.numel() else None for t in optional)
-        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows, chains if chains.dim() == 2 else None)
+        prefix_ids, prefix_lens, gaps, *of_cache = (t if t.numel() else None for t in optional)
+        found = chains if chains.dim() == 2 else None
+        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows, *of_cache, found)
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
@@ -218,14 +272,19 @@ class Sequences:
     def host(self) -> HostSequences:
         """The same on the host; read from the device once, by one copy."""
         arrays = [t.numpy() for t in move(self.tensors(), torch.device("cpu"))]
-        starts, lengths, prefix_ids, prefix_lens, gaps, chains = arrays
+        starts, lengths, prefix_ids, prefix_lens, gaps, queries, key_starts, pages, chains = arrays
         nothing = np.zeros(len(starts), np.int64)
+        if self.queries is None:
+            queries = np.minimum(lengths, 1) if self.kind == "decode" else lengths
         return HostSequences(
             starts,
             lengths,
             nothing if self.prefix_ids is None else prefix_ids,
             nothing if self.gaps is None else gaps,
             None if self.prefix_lens is None else prefix_lens,
+            queries,
+            nothing if self.key_starts is None else key_starts,
+            None if self.pages is None else pages,
             None if self.chains is None else chains,
         )
 
@@ -277,13 +336,13 @@ def _starts_and_lengths(starts: Ints, lengths: Ints) -> tuple[torch.Tensor, torc
     return first, counts.to(first.device)
 
 
-def _index(name: str, value: Ints, *size: int | str) -> torch.Tensor:
+def _index(name: str, value: Ints, *shape: int | str) -> torch.Tensor:
     """An int64 tensor from a tensor, an array or a list of ints."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     elif not isinstance(value, torch.Tensor):
-        value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty(0, dtype=torch.int64)
-    check_tensor(name, value, list(size), dtypes=INTS)
+        value = torch.tensor(value, dtype=torch.int64) if len(value) else torch.empty([0] * len(shape)).long()
+    check_tensor(name, value, list(shape), dtypes=INTS)
     return value.long()
 
 

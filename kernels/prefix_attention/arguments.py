@@ -64,8 +64,8 @@ class Gradients(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows in memory of virtual queries and keys, None where they are the same; ``spans [3, queries]`` (see visible);
-    the numbers of queries, and of places a sequence has in a cache; prefixes that are ``chains [N, chain_room]``: rows
+    """Rows in memory of virtual queries and keys, None where they are the same; ``spans [4, queries]`` (see visible);
+    the numbers of queries, and of places in a row or page of a cache; prefixes that are ``chains [N, chain_room]``: rows
     of own keys in memory, or -1 - i for learned key i; None where they are those of a bank."""
 
     query_rows: Any
@@ -111,5 +111,6 @@ class Static(NamedTuple):
     WINDOW: bool = False
     SOFTCAP: bool = False
     GATHER: bool = False  # virtual rows are not those in memory
-    CACHE: bool = False  # own keys stand in a cache [B, Hkv, Lmax, Dh]
+    CACHE: bool = False  # own keys stand in a cache [B, Hkv, room, Dh]
+    PAGES: bool = False  # of pages: those of a sequence do not stand side by side
     UPCAST: bool = False  # see product

@@ -29,7 +29,8 @@ def tile_of_queries(first, last, first_head, batch, BM: tl.constexpr, static: tl
 
 @triton.jit
 def key_offsets(row, room, stride_batch, stride_row, CACHE: tl.constexpr):
-    """Offsets of own keys: rows of ``[Rk, Hkv, Dh]``, or places ``b * Lmax + j`` of a cache ``[B, Hkv, Lmax, Dh]``."""
+    """Offsets of own keys: rows of ``[Rk, Hkv, Dh]``, or places ``b * room + j`` in the rows or pages of a cache
+    ``[B, Hkv, room, Dh]``."""
     if CACHE:
         return (row // room) * stride_batch + (row % room) * stride_row
     return row * stride_row
@@ -78,8 +79,9 @@ def store_rows(base, offsets, live, values, WIDTH: tl.constexpr, BLOCK: tl.const
 def visible(query, live, batch, window, static: tl.constexpr):
     """The intervals of keys that queries see: own ``[low, high)``, and from ``prefix_low`` on in the prefix.
 
-    ``batch.spans [3, queries]``: first and last own key of the query's sequence, and what to add to the query's own key
-    to get its position behind the prefix. Dead queries see nothing.
+    ``batch.spans [4, queries]``: first and last own key of the query's sequence, what to add to the query's own key to
+    get its position behind the prefix, and the own key, which needs no table where all keys are queries. Dead queries
+    see nothing.
     """
     low = tl.load(batch.spans + query, mask=live, other=0)
     high = tl.load(batch.spans + batch.queries + query, mask=live, other=0)
@@ -87,7 +89,7 @@ def visible(query, live, batch, window, static: tl.constexpr):
     if static.CAUSAL or static.WINDOW:
         own = query  # the query's own key
         if static.CACHE:
-            own = high - 1
+            own = tl.load(batch.spans + 3 * batch.queries + query, mask=live, other=0)
         if static.WINDOW:
             low = tl.maximum(low, own - window + 1)
             shift = tl.load(batch.spans + 2 * batch.queries + query, mask=live, other=0)
@@ -106,7 +108,7 @@ def origins(query, head, live, batch, scores, static: tl.constexpr):
     prefix_origin, own_origin, gain = query, query, query
     if scores.slopes is not None or scores.bias is not None:
         if static.CACHE:
-            own_origin = tl.load(batch.spans + batch.queries + query, mask=live, other=0) - 1
+            own_origin = tl.load(batch.spans + 3 * batch.queries + query, mask=live, other=0)
         prefix_origin = own_origin + tl.load(batch.spans + 2 * batch.queries + query, mask=live, other=0)
         if scores.slopes is not None:
             gain = tl.load(scores.slopes + head)

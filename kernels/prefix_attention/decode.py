@@ -1,6 +1,7 @@
-"""Decode: one query a sequence. Programs share the keys of long caches; the parts are merged in a second launch.
+"""Decode: few queries a sequence. Programs share the keys of long caches; the parts are merged in a second launch.
 
-An item is a tile of queries that share a prefix and a split of its keys, or one query and a split of its own cache.
+An item is a tile of queries that share a prefix and a split of its keys, or the queries of one sequence and a split of
+their own cache.
 """
 
 import triton.language as tl
@@ -14,11 +15,11 @@ def _decode(
     queries, own, prefix, part_out, part_lse, items, parts, batch, scores, dropout, heads,
     BM: tl.constexpr, BN: tl.constexpr, static: tl.constexpr,
 ):  # fmt: skip
-    # Scalars of the item: queries [q0, q1), keys [k0, k1) of the prefix (-1: the query's own), number of the part.
+    # Scalars of the item: queries [q0, q1), keys [k0, k1) of the prefix (-1: the queries' own), number of the part.
     item = items + tl.program_id(0) * 8
     q0, q1, k0, k1 = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     number, part = tl.load(item + 4).to(tl.int64), tl.load(item + 5)
-    of_query = number < 0
+    of_sequence = number < 0
     first_head = tl.program_id(1) * static.FOLD
     kv_head = first_head // static.GROUP
 
@@ -29,12 +30,12 @@ def _decode(
     prefix_origin, own_origin, gain = origins(query, head, live, batch, scores, static)
     start_of, origin = own_start, own_origin
     if dropout is not None:
-        start_of = tl.where(of_query, own_start, prefix_start)
+        start_of = tl.where(of_sequence, own_start, prefix_start)
     if scores.slopes is not None or scores.bias is not None:
-        origin = tl.where(of_query, own_origin, prefix_origin)
+        origin = tl.where(of_sequence, own_origin, prefix_origin)
     keys_of, values_of = own.k + kv_head * own.stride_kh, own.v + kv_head * own.stride_vh
     step_k, step_v, shift_k, shift_v = own.stride_kr, own.stride_vr, k0 * own.stride_kr, k0 * own.stride_vr
-    if of_query:  # one sequence: its keys [k0, k1) stand side by side in the cache
+    if of_sequence:  # its keys [k0, k1) stand side by side in the cache, but for pages
         first = tl.load(batch.key_rows + k0).to(tl.int64)
         shift_k = key_offsets(first, batch.room, own.stride_kb, own.stride_kr, True)
         shift_v = key_offsets(first, batch.room, own.stride_vb, own.stride_vr, True)
@@ -54,8 +55,14 @@ def _decode(
     )
     for start in range(0, k1 - k0, BN):
         key = k0 + start + n  # [BN]
-        b_k = load_rows(keys_of, shift_k + (start + n) * step_k, key < k1, static.DH, static.BD)  # [BN, BD]
-        b_v = load_rows(values_of, shift_v + (start + n) * step_v, key < k1, static.DV, static.BV)  # [BN, BV]
+        k_at, v_at = shift_k + (start + n) * step_k, shift_v + (start + n) * step_v
+        if static.PAGES:
+            if of_sequence:
+                place = tl.load(batch.key_rows + key, mask=key < k1, other=0).to(tl.int64)
+                k_at = key_offsets(place, batch.room, own.stride_kb, own.stride_kr, True)
+                v_at = key_offsets(place, batch.room, own.stride_vb, own.stride_vr, True)
+        b_k = load_rows(keys_of, k_at, key < k1, static.DH, static.BD)  # [BN, BD]
+        b_v = load_rows(values_of, v_at, key < k1, static.DV, static.BV)  # [BN, BV]
         seen = (key < k1)[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         state = attend(state, b_q, b_k, b_v, seen, key, (start_of, salt, origin, gain), scores, dropout, static)
 

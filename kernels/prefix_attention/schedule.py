@@ -29,9 +29,10 @@ class Batch:
     Attributes:
         cache: whether the keys stand in a cache.
         prefixes, prefix_lengths: ``[Q]`` the prefix that each query reads (-1: none), and its keys.
-        query_rows, key_rows: ``[Q]``, ``[K]`` the row of each virtual query and key; for a cache ``b * room + j``.
-        spans: ``[3, Q]`` of each query: first and last own key of its sequence, and the position of an own key minus
-            its number.
+        query_rows, key_rows: ``[Q]``, ``[K]`` the row of each virtual query and key; for column j of row or page b of
+            a cache ``b * room + j``.
+        spans: ``[4, Q]`` of each query: first and last own key of its sequence, the position of an own key minus its
+            number, and the query's own key.
         low, high, prefix_low: ``[Q]`` the intervals of keys it sees.
     """
 
@@ -67,46 +68,68 @@ class Batch:
         return Groups(first, last, self.prefixes[first], self.prefix_lengths[first])
 
 
-def make_batch(sequences, prefix_lengths, *, decode, room, causal, window, key_sequences=None):
+class Cache(NamedTuple):
+    """Where the keys of a decoding batch are, and which of them are queries.
+
+    Attributes:
+        room: columns of a row of the cache, or of a page.
+        queries: ``[B]`` how many of the last keys of each sequence are queries.
+        starts: ``[B]`` the column in which its keys begin.
+        pages: ``[B, M]`` the pages of each sequence; None: row b of the cache is that of sequence b.
+    """
+
+    room: int
+    queries: np.ndarray
+    starts: np.ndarray
+    pages: np.ndarray | None = None
+
+    def rows(self, sequence, key):
+        """``page * room + column`` of keys."""
+        column = self.starts[sequence] + key
+        if self.pages is None:
+            return sequence * self.room + column
+        return self.pages[sequence, column // self.room] * self.room + column % self.room
+
+
+def make_batch(sequences, prefix_lengths, *, causal, window, cache=None, key_sequences=None):
     """
     Args:
         sequences: ``[B, 4]`` ints: first row, length, prefix (-1: none), gap.
         prefix_lengths: ``[B]`` the keys of the prefix that each reads.
-        decode: one query a sequence, keys in a cache with ``room`` places a sequence.
+        cache: of a decoding batch.
         key_sequences: ``[B, 2]`` first row and length of each sequence's keys in cross-attention; None: its own rows.
     """
     table, used = np.asarray(sequences, np.int64).reshape(-1, 4), np.asarray(prefix_lengths, np.int64)
     keys = table[:, :2] if key_sequences is None else np.asarray(key_sequences, np.int64).reshape(-1, 2)
-    index = np.flatnonzero((table[:, 1] > 0) & (keys[:, 1] + used > 0))
+    asked = table[:, 1] if cache is None else cache.queries
+    index = np.flatnonzero((asked > 0) & (keys[:, 1] + used > 0))
     prefix = np.where(used > 0, table[:, 2], -1)
     index = index[np.lexsort((table[index, 0], prefix[index]))]
-    start, queries, _, gap = table[index].T
+    start, _, _, gap = table[index].T
     key_start, length = keys[index].T
-    prefix, used = prefix[index], used[index]
+    prefix, used, asked = prefix[index], used[index], asked[index]
 
     first = np.cumsum(length) - length  # the first virtual key
     in_sequence = np.arange(length.sum()) - np.repeat(first, length)
-    if decode:
-        rows, of = start, np.arange(len(start))
-        key_rows = np.repeat(index * room, length) + in_sequence
+    of, number = _repeat(asked)
+    rows, own = start[of] + number, np.arange(len(of))
+    if cache is not None:
+        key_rows = cache.rows(np.repeat(index, length), in_sequence)
         if len(key_rows) and key_rows.max() >= 2**31:
             raise ValueError(f"k must hold less than 2**31 keys, got {key_rows.max() + 1}")
-        own = first + length - 1
+        own = (first + length - asked)[of] + number
+    elif key_sequences is None:
+        key_rows = rows
     else:
-        rows = key_rows = np.repeat(key_start, length) + in_sequence
-        of = np.repeat(np.arange(len(start)), queries)
-        if key_sequences is not None:
-            before = np.cumsum(queries) - queries
-            rows = np.repeat(start - before, queries) + np.arange(len(of))
-        own = np.arange(len(rows))
-    spans = np.stack([first[of], (first + length)[of], (used + gap - first)[of]])
+        key_rows = np.repeat(key_start, length) + in_sequence
+    spans = np.stack([first[of], (first + length)[of], (used + gap - first)[of], own])
     low, high, prefix_low = spans[0], spans[1], np.zeros_like(own)
     if window is not None:
         low, prefix_low = np.maximum(low, own - window + 1), np.maximum(own + spans[2] - window + 1, 0)
         high = high if causal else np.minimum(high, own + window)
     if causal:
         high = own + 1
-    return Batch(decode, prefix[of], used[of], rows, key_rows, spans, low, high, prefix_low)
+    return Batch(cache is not None, prefix[of], used[of], rows, key_rows, spans, low, high, prefix_low)
 
 
 def query_tiles(batch, rows):
@@ -183,7 +206,8 @@ def decode_items(batch, *, rows, prefix_split, own_split):
     """Work items of the decode kernel and, for the merge, the partial results of each query.
 
     Returns:
-        items: ``[W, 8]``: queries [q0, q1), keys [k0, k1), prefix or -1 for own keys, number among its queries' parts.
+        items: ``[W, 8]``: queries [q0, q1), keys [k0, k1), prefix or -1 for the own keys of the queries, which are of
+            one sequence, number among its queries' parts.
         parts: ``[Q + 1]`` the first part of each query, and the total.
     """
     tiles = query_tiles(batch, rows)
@@ -195,12 +219,19 @@ def decode_items(batch, *, rows, prefix_split, own_split):
     shared = _table(q0[tile], q1[tile], k0, k1, prefix[tile], number)
 
     before = np.repeat(of_tile, q1 - q0)  # parts of each query
-    splits = -(-(batch.high - batch.low) // own_split)
-    query, number = _repeat(splits)
-    k0 = batch.low[query] + number * own_split
-    k1 = np.minimum(k0 + own_split, batch.high[query])
-    own = _table(query, query + 1, k0, k1, -1, before[query] + number)
-    return np.concatenate([shared, own]), np.append(0, np.cumsum(before + splits))
+    begins = np.flatnonzero(np.diff(batch.spans[0], prepend=-1))  # the first query of each sequence
+    ends = np.append(begins[1:], batch.queries)[: len(begins)]
+    sequence, number = _repeat(-(-(ends - begins) // rows))
+    q0 = begins[sequence] + number * rows
+    q1 = np.minimum(q0 + rows, ends[sequence])
+    low, high = batch.low[q0], batch.high[q1 - 1]
+    splits = -(-(high - low) // own_split)
+    tile, number = _repeat(splits)
+    k0 = low[tile] + number * own_split
+    k1 = np.minimum(k0 + own_split, high[tile])
+    own = _table(q0[tile], q1[tile], k0, k1, -1, before[q0][tile] + number)
+    of_query = before + np.repeat(splits, q1 - q0)
+    return np.concatenate([shared, own]), np.append(0, np.cumsum(of_query))
 
 
 def _repeat(counts):

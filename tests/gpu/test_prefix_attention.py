@@ -223,7 +223,7 @@ def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory():
 
 
 def test_the_backward_skips_programs_nobody_asks_for():
-    batch = schedule.make_batch([(0, 40, 0, 0)], [20], decode=False, room=0, causal=True, window=None)
+    batch = schedule.make_batch([(0, 40, 0, 0)], [20], causal=True, window=None)
     sizes = dict(query_rows=8, key_block=16, chunk_rows=20)
 
     def roles(**needs):

@@ -44,8 +44,9 @@ def prefix_attention(
     Args:
         q: ``[Rq, H, Dh]`` queries. ``seq`` says which rows form a sequence.
         k, v: ``[Rq, Hkv, Dh]`` own keys and ``[Rq, Hkv, Dv]`` own values, H a multiple of Hkv; for decode
-            ``[B, Hkv, Lmax, Dh]`` and ``[B, Hkv, Lmax, Dv]``, the cache. Values may be narrower or wider than keys.
-            With ``key_seq`` they have as many rows as it says.
+            ``[B, Hkv, Lmax, Dh]`` and ``[B, Hkv, Lmax, Dv]``, the cache, or its pages
+            ``[pages, Hkv, page size, Dh]`` and ``[..., Dv]`` (without a backward). Values may be narrower or wider
+            than keys. With ``key_seq`` they have as many rows as it says.
         prefix_k, prefix_v: ``[N, P, Hkv, Dh]`` and ``[N, P, Hkv, Dv]``, N prefixes of at most P keys; None: no prefix.
         seq: :class:`fastprompt.Sequences`, made once a batch.
         causal: own keys behind the query are hidden.
@@ -86,8 +87,10 @@ def prefix_attention(
     Raises:
         TypeError, ValueError: an argument with another dtype, shape, device or range.
         RuntimeError: a backend that was asked for and cannot run this call.
+        NotImplementedError: a gradient where the cache is in pages.
     """
     checks.check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_seq)
+    checks.check_gradients(seq, (q, k, v, prefix_k, prefix_v, sinks, position_bias))
     if alibi_slopes is not None or position_bias is not None:
         checks.check_positions(q, softcap, alibi_slopes, position_bias)
     if key_seq is not None:
@@ -200,8 +203,8 @@ def _forward(
     q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend,
 ):  # fmt: skip
-    room, bank = k.shape[2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
-    seq.cached(("ranges", room, bank), lambda: checks.check_ranges(k, prefix_k, seq))
+    cache, bank = k.shape[::2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
+    seq.cached(("ranges", cache, bank), lambda: checks.check_ranges(k, prefix_k, seq))
     facts = q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, backend
     runner = _implementation(*facts)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)

@@ -16,7 +16,7 @@ def check_inputs(q, k, v, prefix_k, prefix_v, seq, window, softcap, sinks, key_s
     if head_dim == 0:
         raise ValueError("q must have heads of at least one number, got none")
     if seq.kind == "decode":
-        check_tensor("k", k, [rows, "Hkv", "Lmax", head_dim], like=("q", q))
+        check_tensor("k", k, [*_cache_shape(seq), head_dim], like=("q", q))
     else:
         check_tensor("k", k, [rows if key_seq is None else key_seq.rows, "Hkv", head_dim], like=("q", q))
     check_tensor("v", v, [*k.shape[:-1], "Dv"], like=("q", q))
@@ -102,10 +102,18 @@ def seed_of(p, seed):
     return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
+def check_gradients(seq, inputs):
+    """Raises where a gradient is asked for that nothing computes."""
+    if seq.pages is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise NotImplementedError(
+            "a cache in pages has no backward: run prefix_attention under torch.no_grad(), or with a contiguous cache"
+        )
+
+
 def check_ranges(k, prefix_k, seq):
     """What only the values of seq tell, from the host, where they have to be known anyway."""
     if seq.kind == "decode":
-        check_range("seq.lengths", torch.from_numpy(seq.host.lengths), 0, k.shape[2] + 1)
+        _check_cache(k, seq.host)
     prefixes, where = (prefix_k, "prefix_k") if seq.chains is None else (seq.chains, "seq.chains")
     if prefixes is None:
         return
@@ -122,3 +130,27 @@ def check_ranges(k, prefix_k, seq):
         keys = torch.from_numpy(seq.host.chains[np.arange(room) < np.broadcast_to(used, (count, 1))])
         learned = 0 if prefix_k is None else prefix_k.shape[0] * prefix_k.shape[1]
         check_range("seq.chains", keys, -learned, k.shape[0])
+
+
+def _cache_shape(seq):
+    if seq.pages is None:
+        return len(seq.lengths), "Hkv", "Lmax"
+    return "pages", "Hkv", "page size"
+
+
+def _check_cache(k, host):
+    """The keys of every sequence stand in the cache, and the pages that hold them exist."""
+    blocks, _, size, _ = k.shape
+    room = size if host.pages is None else host.pages.shape[1] * size
+    check_range("seq.lengths", torch.from_numpy(host.lengths), 0, room + 1)
+    ends = host.key_starts + host.lengths
+    if ((host.key_starts < 0) | (ends > room)).any():
+        worst = int(np.where(host.key_starts < 0, room + 1, ends).argmax())
+        raise ValueError(
+            f"starts and lengths must stay within the {room} columns that the cache has for a sequence, got "
+            f"{host.lengths[worst]} keys from column {host.key_starts[worst]} on in sequence {worst}"
+        )
+    if host.pages is not None:
+        first = np.arange(host.pages.shape[1]) * size  # column of each page
+        used = (first < ends[:, None]) & (first + size > host.key_starts[:, None]) & (host.lengths > 0)[:, None]
+        check_range("seq.pages", torch.from_numpy(host.pages[used]), 0, blocks)

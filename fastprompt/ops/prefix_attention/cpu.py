@@ -10,7 +10,7 @@ from ..columns import columns_together
 from .schedule import cpu_schedule
 
 _LANES = 16  # of the widest vectors
-_NUMBERS = 13  # in front of the tables in one tensor
+_NUMBERS = 14  # in front of the tables in one tensor
 _OF_A_ROW = 37  # every table has at most as many entries as there are queries, and an entry of each is so many numbers
 
 
@@ -40,7 +40,7 @@ class Scheduled(NamedTuple):
 
 def pack(seq, shape, *, causal, window, room, **_):
     """A batch as one tensor; see :func:`fastprompt.ops.prefix_attention.scheduled.make_schedule`."""
-    found = _scheduled(seq, causal, window, room, shape.heads, shape.kv_heads, None)
+    found = _scheduled(seq, causal, window, room, shape.heads, shape.kv_heads)
     tables = [table.numpy().ravel() for table in found.tables]
     whole = np.zeros(_NUMBERS + len(tables[-1]) + _OF_A_ROW * seq.rows, np.int64)
     numbers = [*map(len, tables), *found[1:]]
@@ -134,16 +134,17 @@ def _batch(q, k, prefix_k, seq, causal, window, key_seq):
     if isinstance(seq, Scheduled):
         return seq
     room = 0 if prefix_k is None else prefix_k.shape[1]
-    return _scheduled(seq, causal, window, room, q.shape[1], k.shape[1], key_seq)
+    block = k.shape[2] if seq.kind == "decode" else None
+    return _scheduled(seq, causal, window, room, q.shape[1], k.shape[1], key_seq, block)
 
 
-def _scheduled(seq, causal, window, room, heads, kv_heads, key_seq):
+def _scheduled(seq, causal, window, room, heads, kv_heads, key_seq=None, block=None):
     def make():
-        options = dict(causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads, key_seq=key_seq)
-        written = _written(seq, key_seq, room)
-        return Scheduled(list(cpu_schedule(seq, **options)), *written, seq.span(room))
+        options = dict(causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads)
+        tables = cpu_schedule(seq, **options, key_seq=key_seq, block=block)
+        return Scheduled(list(tables), *_written(seq, key_seq, room), seq.span(room))
 
-    return seq.cached(("cpu call", causal, window, room, heads, kv_heads, key_seq), make)
+    return seq.cached(("cpu call", causal, window, room, heads, kv_heads, key_seq, block), make)
 
 
 def _written(seq, key_seq, room):

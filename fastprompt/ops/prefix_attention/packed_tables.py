@@ -50,7 +50,7 @@ class _Cuts(NamedTuple):
         groups, blocks = prefixes + 1, -(-room // self.block)
         items = rows // self.item + groups + -(-rows // self.block) + self.slots(rows, prefixes, room)
         tables = (rows // self.tile + groups, 8), (items, 8), (prefixes, blocks, 3)
-        return [(rows,), (rows,), (3, rows), *tables]
+        return [(rows,), (rows,), (4, rows), *tables]
 
 
 def pack(seq, shape, *, causal, window, prefixes, room, element_size, device):
@@ -59,8 +59,7 @@ def pack(seq, shape, *, causal, window, prefixes, room, element_size, device):
     The tables are as long as any of such a shape can be: programs beyond the end of theirs find no queries.
     """
     table = np.stack(seq.host[:4], 1)
-    options = dict(decode=False, room=0, causal=causal, window=window)
-    batch = schedule.make_batch(table, seq.prefix_lengths(room), **options)
+    batch = schedule.make_batch(table, seq.prefix_lengths(room), causal=causal, window=window)
     cuts = _Cuts.of(*shape, element_size, room, device)
     items, slots, _ = schedule.backward_items(
         batch, query_rows=cuts.item, key_block=cuts.block, chunk_rows=cuts.chunk, dq=True, dkv=True, dprefix=room > 0
@@ -85,6 +84,7 @@ class Packed:
     tensor: torch.Tensor
     kind: str = "padded"
     chains: None = None
+    pages: None = None
 
     def room(self, learned):
         """As of sequences without chains."""

@@ -85,9 +85,11 @@ class _Part:
 
     def __init__(self, seq, key_seq, index, q, k, v, prefix_k, prefix_v):
         start, length, prefix_id, gap = (int(x[index]) for x in seq.host[:4])
+        queries, column = int(seq.host.queries[index]), int(seq.host.key_starts[index])
         self.decode, self.index = seq.kind == "decode", index
-        queries = 1 if self.decode else length
         self.rows, self.key_rows, self.length = slice(start, start + queries), slice(start, start + length), length
+        self.columns = slice(column, column + length)
+        self.pages = None if seq.host.pages is None else torch.from_numpy(seq.host.pages[index])
         if key_seq is not None:
             start, self.length = (int(x[index]) for x in key_seq.host[:2])
             self.key_rows = slice(start, start + self.length)
@@ -109,9 +111,13 @@ class _Part:
         self.query_positions = first + torch.arange(length - queries, length, device=q.device)
 
     def own(self, tensor):
-        """The view of k, v or their gradients that belongs to this sequence: ``[length, Hkv, width]``."""
+        """The view of k, v or their gradients that belongs to this sequence; of pages a copy: ``[length, Hkv, n]``."""
+        if self.pages is not None:
+            column = torch.arange(self.columns.start, self.columns.stop)
+            size = tensor.shape[2]
+            return tensor[self.pages[column // size], :, column % size]
         if self.decode:
-            return tensor[self.index, :, : self.length].transpose(0, 1)
+            return tensor[self.index, :, self.columns].transpose(0, 1)
         return tensor[self.key_rows]
 
     def in_front(self, own, learned):
@@ -179,8 +185,8 @@ class _Part:
 
 def _parts(seq, key_seq, q, k, v, prefix_k, prefix_v):
     """The sequences with queries and, in cross-attention, keys."""
-    for index, length in enumerate(seq.host.lengths):
-        if length:
+    for index, queries in enumerate(seq.host.queries):
+        if queries:
             part = _Part(seq, key_seq, index, q, k, v, prefix_k, prefix_v)
             if len(part.key_positions):
                 yield part

@@ -18,6 +18,7 @@ _ITEMS = 8  # at least so many items for the threads, where there are rows enoug
 _FEWEST_ROWS = 48  # of a tile
 _PAIRS = 1 << 14  # of a query and a key, in all heads: what an item is worth being cut off for, about 20 microseconds
 _ALIGNMENT = 32
+_ENDLESS = 1 << 62  # rows follow one another without an end
 
 
 class CpuSchedule(NamedTuple):
@@ -32,7 +33,8 @@ class CpuSchedule(NamedTuple):
     readers: torch.Tensor  # [K, 1] part
     splits: torch.Tensor  # [X, 4] base, length, begin, end
     parts: torch.Tensor  # [Y, 3] begin, end, slot
-    sizes: torch.Tensor  # [6] rows, slots, prefix_slots, prefix_parts, split_parts, learned
+    pages: torch.Tensor  # [B, M] the blocks of keys of each sequence; empty: those of the cache in order
+    sizes: torch.Tensor  # [8] rows, slots, prefix_slots, prefix_parts, split_parts, span, block, learned
 
 
 def cpu_schedule(
@@ -44,6 +46,7 @@ def cpu_schedule(
     heads: int,
     kv_heads: int,
     key_seq: Sequences | None = None,
+    block: int | None = None,
 ) -> CpuSchedule:
     """Worked out once a batch; all layers share it.
 
@@ -53,11 +56,12 @@ def cpu_schedule(
         room: P of the learned prefixes, 0 without.
         heads, kv_heads: H and Hkv.
         key_seq: the rows of k and v that each sequence of queries sees, in cross-attention.
+        block: the columns of a row of the cache, or of a page; None but in decode.
     """
 
     def make() -> CpuSchedule:
         limit = None if window is None or window >= seq.span(room) else window
-        batch = _Batch.of(seq, room, key_seq)
+        batch = _Batch.of(seq, room, key_seq, block)
         tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
         slices = _slices(batch, tile_rows, causal, limit)
         chunk_starts = _chunk_starts(batch, slices, chunk_rows)
@@ -65,14 +69,15 @@ def cpu_schedule(
         pieces = pieces_of(seq, batch.prefix[has_prefix], batch.prefix_length[has_prefix], room)
         return _tables(batch, pieces, slices, chunk_starts, causal, limit)
 
-    return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq), make)
+    return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq, block), make)
 
 
 class _Batch(NamedTuple):
     """The sequences that have queries and keys, ``[B]`` each; those that read one prefix are a group and stand side by
     side."""
 
-    decode: bool
+    block: int  # columns of a row of the cache, or of a page; _ENDLESS where the keys are rows
+    pages: np.ndarray  # of CpuSchedule
     group: np.ndarray  # of each sequence; those without a prefix, if there are any, are group 0
     first_of_group: np.ndarray  # [G]
     prefix: np.ndarray  # [G] -1: none
@@ -81,25 +86,26 @@ class _Batch(NamedTuple):
     length: np.ndarray  # own keys
     queries: np.ndarray
     first: np.ndarray  # the number of the first query in the sequence
-    base: np.ndarray  # where the keys are: a row of k, or a sequence of the cache
+    base: np.ndarray  # where the first key is: a row of k, or a column of the cache, block by block
     gap: np.ndarray
 
     @classmethod
-    def of(cls, seq: Sequences, room: int, key_seq: Sequences | None) -> "_Batch":
+    def of(cls, seq: Sequences, room: int, key_seq: Sequences | None, block: int | None) -> "_Batch":
         host, prefix_length = seq.host, seq.prefix_lengths(room)
-        decode = seq.kind == "decode"
         prefix = np.where(prefix_length > 0, host.prefix_ids, -1)
         keys = host if key_seq is None else key_seq.host
         order = np.argsort(prefix, kind="stable")
-        order = order[((host.lengths > 0) & (keys.lengths + prefix_length > 0))[order]]
+        order = order[((host.queries > 0) & (keys.lengths + prefix_length > 0))[order]]
         start, length, base = host.starts[order], keys.lengths[order], keys.starts[order]
-        queries, number = host.lengths[order], np.zeros_like(length)
-        if decode:
-            queries, number, base = np.ones_like(length), length - 1, order
+        queries, number = host.queries[order], np.zeros_like(length)
+        pages = np.zeros((0, 1), np.int64) if host.pages is None else np.ascontiguousarray(host.pages)
+        if block is not None:
+            number, base = length - queries, order * pages.shape[1] * block + host.key_starts[order]
         first, group = _runs(prefix[order])
         readers = order[first]
         return cls(
-            decode,
+            _ENDLESS if block is None else block,
+            pages,
             group,
             first,
             prefix[readers],
@@ -154,7 +160,7 @@ def _slices(batch: _Batch, tile_rows: int, causal: bool, window: int | None) -> 
     opens = (_tile_starts(batch, tile_rows) | (count > 1))[sequence]
     first = batch.first[sequence] + offset
     begin, end = batch.keys(sequence, first, first + queries, causal, window)
-    keys = (end - begin) * (1 if causal and not batch.decode else 2)
+    keys = (end - begin) * (1 if causal and batch.block == _ENDLESS else 2)
     cost = queries * (2 * batch.prefix_length[batch.group[sequence]] + keys)
     return _Slices(sequence, first, queries, opens, cost)
 
@@ -224,7 +230,7 @@ def _tables(
     slot -= slot[tile_begins][tile]
     number = np.arange(len(order))
     segments = _table(
-        row=batch.start[sequence] if batch.decode else batch.start[sequence] + first,
+        row=batch.start[sequence] + first - batch.first[sequence],
         rows=queries,
         first=first,
         base=batch.base[sequence],
@@ -276,10 +282,13 @@ def _tables(
         prefix_slots=[slots_of_piece.sum()],
         prefix_parts=[prefix_parts.sum()],
         split_parts=[(parts[:, 1] - parts[:, 0]).sum()],
+        span=[slots.max(initial=0)],
+        block=[batch.block],
         learned=[pieces.length @ pieces.learned],
     )
     links = _table(piece=pieces.link, offset=pieces.offset)
-    tables = segments, tiles, chunks, prefixes, links, table_of_pieces, readers, splits, parts, sizes[0]
+    of_prefixes = prefixes, links, table_of_pieces, readers
+    tables = segments, tiles, chunks, *of_prefixes, splits, parts, batch.pages, sizes[0]
     return CpuSchedule(*map(torch.from_numpy, tables))
 
 

@@ -121,8 +121,8 @@ def _of_sequences(seq: Sequences) -> torch.Tensor:
 
 def _sequences_of(schedule: torch.Tensor) -> Sequences:
     """The inverse of :func:`_of_sequences`."""
-    packed, rows, *sizes = schedule[:8].tolist()
-    return Sequences.from_tensors("packed" if packed else "padded", rows, schedule[8:].split(sizes))
+    packed, rows, *sizes = schedule[:11].tolist()
+    return Sequences.from_tensors("packed" if packed else "padded", rows, schedule[11:].split(sizes))
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")

@@ -127,7 +127,7 @@ class _Call:
         self.dropout = _dropout_arguments(dropout)
         self.flags = dict(
             CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
-            GATHER=not self.schedule.in_order, CACHE=self.cache,
+            GATHER=not self.schedule.in_order, CACHE=self.cache, PAGES=seq.pages is not None,
             UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
 
@@ -168,6 +168,7 @@ class _Call:
         fold = config.fold(self.group, config.DECODE_ROWS)
         groups = batch.groups
         sharing = int((groups.last - groups.first)[groups.prefix >= 0].max(initial=1))
+        sharing = max(sharing, int(self.seq.host.queries.max(initial=1)))
         tiles = self._tiles(config.decode_tiles, fold=fold, sharing=sharing)
         split = config.decode_split(batch.keys, self.heads // fold)
         items, parts, total = self.schedule.decode_items(tiles.queries // fold, split)
@@ -260,11 +261,12 @@ class _Schedule:
     @classmethod
     def of(cls, seq, prefix_room, room, causal, window, device, key_seq):
         def make():
-            decode, table, lengths = seq.kind == "decode", np.stack(seq.host[:4], 1), seq.prefix_lengths(prefix_room)
-            keys = None if key_seq is None else np.stack(key_seq.host[:2], 1)
-            batch = schedule.make_batch(
-                table, lengths, decode=decode, room=room, causal=causal, window=window, key_sequences=keys
-            )
+            host, lengths = seq.host, seq.prefix_lengths(prefix_room)
+            cache, keys = None, None if key_seq is None else np.stack(key_seq.host[:2], 1)
+            if seq.kind == "decode":
+                cache = schedule.Cache(room, host.queries, host.key_starts, host.pages)
+            table = np.stack(host[:4], 1)
+            batch = schedule.make_batch(table, lengths, causal=causal, window=window, cache=cache, key_sequences=keys)
             return cls(batch, prefix_room, device)
 
         return seq.cached(("triton", prefix_room, room, causal, window, device, key_seq), make)
