@@ -11,6 +11,9 @@ rows as there are labels. It runs the R rows as one ``[b, R / b]`` batch: equal 
 model's own attention, b the divisor of R next to B (the lengths of the workloads are trimmed so that it is B, except
 those that are equal by intention). The loss is the faster one of torch's. Its rows attend to R / b keys at most, where
 a real token attends to P more: a bound that cannot be reached quite, not an implementation.
+
+**Products** are the matrix products of those rows alone (:class:`benchmarks.products.Products`), and "of bound" is
+their time over fastprompt's. They count all R rows in every layer, those too that fastprompt leaves out.
 """
 
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from tqdm import tqdm
 import fastprompt
 
 from . import models, report
+from .products import Products
 from .workloads import Workload, all_workloads
 
 LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-5, 1e-4  # relative; the gradient's by norm
@@ -81,17 +85,23 @@ def providers(workload, sizes=models.SIZES, method="Prompt Tuning"):
     steps = {"PEFT": Training(peft, batch), "fastprompt": Training(fastprompt.accelerate(ours), batch)}
     if workload.prompts <= 1:
         steps["LoRA"] = Training(models.lora(models.llama(sizes)), batch)
-    return steps | {"floor": Floor(models.llama(sizes), workload)}
+    bare = models.llama(sizes)
+    return steps | {"floor": Floor(bare, workload), "products": Products(bare, workload)}
 
 
 @dataclass
 class Result:
-    """Seconds of every round by provider, and how far fastprompt's loss and prompt gradient are from PEFT's."""
+    """Seconds of every round by provider, and how far fastprompt's loss and prompt gradient are from PEFT's.
+
+    Attributes:
+        flop: of the products, None where they are not among the providers.
+    """
 
     workload: Workload
     times: dict[str, list[float]]
     loss_error: float
     grad_error: float
+    flop: int | None = None
 
     @property
     def right(self):
@@ -108,9 +118,9 @@ def measure(workload, rounds, steps, progress=None, of=("fastprompt", "PEFT")):
     """Compare the result of the first of two steps with the second's, which also warms up, then time every step
     ``rounds`` times."""
     ours, reference = of
-    losses = {name: float(step()) for name, step in steps.items()}
+    losses = {name: step() for name, step in steps.items()}
     grads = {name: steps[name].gradient for name in of}
-    loss_error = abs(losses[ours] - losses[reference]) / abs(losses[reference])
+    loss_error = abs(float(losses[ours]) - float(losses[reference])) / abs(float(losses[reference]))
     grad_error = float((grads[ours] - grads[reference]).norm() / grads[reference].norm())
     times = {name: [] for name in steps}
     names = list(steps)
@@ -122,7 +132,8 @@ def measure(workload, rounds, steps, progress=None, of=("fastprompt", "PEFT")):
             if progress is not None:
                 progress.update()
         names = names[1:] + names[:1]
-    return Result(workload, {name: t[1:] for name, t in times.items()}, loss_error, grad_error)  # the first: warm-up
+    times = {name: t[1:] for name, t in times.items()}  # the first: warm-up
+    return Result(workload, times, loss_error, grad_error, getattr(steps.get("products"), "flop", None))
 
 
 def run(out, quick=False, sizes=models.SIZES):
@@ -133,7 +144,7 @@ def run(out, quick=False, sizes=models.SIZES):
 def compare(method, workloads, file, quick, sizes):
     """Measure a method on the workloads, print, and write CSV and a plot beside it; False if a result was wrong."""
     rounds = 2 if quick else 5
-    steps = sum(3 + (workload.prompts <= 1) for workload in workloads)
+    steps = sum(4 + (workload.prompts <= 1) for workload in workloads)
     with tqdm(total=steps * (rounds + 1), desc=method, unit="step") as progress:
         results = [measure(w, rounds, providers(w, sizes, method), progress) for w in workloads]
     print(f"{method}\n{summary(results)}", flush=True)
@@ -185,7 +196,7 @@ def _row(result, names):
 def _ratio(result, title, pair):
     if not result.right:
         return "WRONG"
-    return f"{result.ratio(*pair):.3f}" if title == "overhead" else f"{result.ratio(*pair):.2f}x"
+    return f"{result.ratio(*pair):.2f}x" if title.startswith("over ") else f"{result.ratio(*pair):.3f}"
 
 
 def _ratios(names):
@@ -194,6 +205,7 @@ def _ratios(names):
         "over PEFT": ("PEFT", "fastprompt"),
         "over LoRA": ("LoRA", "fastprompt"),
         "overhead": ("fastprompt", "floor"),
+        "of bound": ("products", "fastprompt"),
     }
     return {title: pair for title, pair in ratios.items() if set(pair) <= set(names)}
 
@@ -207,6 +219,8 @@ def _record(result):
             f"{name} min": f"{min(times) * 1e3:.1f}",
             f"{name} max": f"{max(times) * 1e3:.1f}",
         }
+    if result.flop is not None:
+        record["products GFLOP/s"] = f"{1e-9 * result.flop / result.seconds('products'):.1f}"
     for column, pair in _ratios(result.times).items():
         record[column] = f"{result.ratio(*pair):.3f}" if result.right else "wrong"
     return record | {"loss difference": result.loss_error, "gradient difference": result.grad_error}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .ops.prompt_concat.api import prompt_concat
     from .ops.prompt_lstm.api import prompt_lstm
     from .ops.rms_norm.api import rms_norm
+    from .ops.rotary.api import rotary
     from .peft.accelerate import accelerate, get_peft_model
     from .peft.model import SoftPromptModel
     from .peft.sharing import share_prefixes
@@ -57,6 +58,7 @@ __all__ = [
     "prompt_lstm",
     "restore",
     "rms_norm",
+    "rotary",
     "share_prefixes",
     "stats",
     "unpatch_attention",
@@ -91,6 +93,7 @@ _MODULES = {
     "restore": "peft.state",
     "share_prefixes": "peft.sharing",
     "rms_norm": "ops",
+    "rotary": "ops",
     "stats": "peft.stats",
     "unpatch_attention": "hf.patch",
 }

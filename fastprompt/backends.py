@@ -219,6 +219,8 @@ TABLE = (
     _reference("gated_activation"),
     _cpp("rms_norm"),
     _reference("rms_norm"),
+    _cpp("rotary"),
+    _reference("rotary"),
     Backend("row_plan", "cpu", "the C++ kernels", ("cpu",), (), CPP, module="fastprompt.layout.cpu"),
     Backend(
         "row_plan",

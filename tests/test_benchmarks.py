@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
 from benchmarks import (
@@ -20,6 +21,7 @@ from benchmarks import (
     step,
     trees,
 )
+from benchmarks.products import Products, pairs
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
 
@@ -62,11 +64,26 @@ def test_every_provider_computes_what_it_stands_for(all_labels):
     result = step.measure(workload, 1, steps)
     assert result.right
     assert {name: len(times) for name, times in result.times.items()} == dict.fromkeys(
-        ["PEFT", "fastprompt", "LoRA", "floor"], 1
+        ["PEFT", "fastprompt", "LoRA", "floor", "products"], 1
     )
     inputs = steps["floor"].inputs
     assert inputs.shape[:2] == (2, 7) and inputs.grad is not None  # 4 + 10 rows, 2 the divisor of 14 next to 3
     assert all(p.grad is None for p in steps["floor"].model.parameters())
+
+
+def test_the_products_are_those_of_forward_and_input_gradient():
+    workload, model = Workload(4, (3, 5, 2), False), models.llama(TINY)
+    products = Products(model, workload)
+    rows, layers = 4 + 10, TINY["num_hidden_layers"]
+    seen = sum(range(1, 5)) + sum(4 + i for length in workload.lengths for i in range(1, length + 1))
+    assert pairs(workload) == seen
+    linear = sum(x.weight.numel() for x in model.model.modules() if isinstance(x, torch.nn.Linear))
+    counted = 4 * rows * linear + 4 * 3 * model.lm_head.weight.numel()
+    attention = 12 * TINY["hidden_size"] * seen * layers
+    assert abs(products.flop - counted - attention) <= 2 * rows * TINY["hidden_size"] * layers  # whole columns
+    with FlopCounterMode(display=False) as counter:
+        products()
+    assert counter.get_total_flops() == products.flop
 
 
 def test_a_right_result_is_reported(tmp_path, monkeypatch, capsys):

@@ -332,8 +332,9 @@ void backward(Tensor grad, Tensor x, Tensors weights, Tensors keep, Tensor state
           kernels.weight_gradient(cell, gates + next, hidden + before, std::max<int64_t>(P - 1, 0), H, i,
                                   dweights[1].data_ptr(), past_caches);
         }
-        for (int64_t bias = 2; bias < 4; ++bias) {
-          if (needs(bias)) kernels.bias_gradient(cell, gates, i, dweights[bias].data_ptr());
+        if (needs(2) || needs(3)) {
+          auto const bias = [&](int64_t k) { return needs(k) ? dweights[k].data_ptr() : nullptr; };
+          kernels.bias_gradient(cell, gates, i, bias(2), bias(3));
         }
       });
     }

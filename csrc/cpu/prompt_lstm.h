@@ -54,7 +54,8 @@ struct LstmKernels {
   // anyway.
   void (*weight_gradient)(const Cell&, const float* across, const float* panels, int64_t count, int64_t width,
                           int64_t block, void* out, bool past_caches);
-  void (*bias_gradient)(const Cell&, const float* across, int64_t block, void* out);
+  // One block of gates: the sum over all rows, which both biases have; null for one that nobody asked for.
+  void (*bias_gradient)(const Cell&, const float* across, int64_t block, void* input, void* hidden);
   // Some panels: out [P, K], rows `stride` apart, (+)= dgates w_input.
   void (*input_gradient)(const Cell&, const float* across, int64_t begin, int64_t end, float* out, int64_t stride,
                          bool add);

@@ -12,6 +12,9 @@ namespace fastprompt {
 namespace FASTPROMPT_SIMD {
 
 constexpr int GROUP = LANES / 4;  // rows of one operand, times four of the other: a vector of sums
+// Rows that are projected together, on four gates each: as many sums as hide the latency of an addition, and registers
+// are left for both operands.
+constexpr int PROJECTED = LANES == 8 ? 3 : GROUP;
 
 // Past the caches. The address must be that of a whole vector.
 inline void stream(float* p, floats x) {
@@ -40,26 +43,27 @@ inline void project_four(const Cell& cell, int64_t gate) {
                 load(static_cast<const T*>(cell.b_hidden) + gate + n, 1)[0];
     }
   }
-  for (int64_t row = 0; row < cell.steps; row += GROUP) {
-    const float* x[GROUP];
-    for (int m = 0; m < GROUP; ++m) x[m] = cell.rows + smaller(row + m, cell.steps - 1) * cell.row_stride;
-    floats sums[LANES] = {};
+  constexpr int VECTORS_OF_SUMS = (PROJECTED + GROUP - 1) / GROUP;
+  for (int64_t row = 0; row < cell.steps; row += PROJECTED) {
+    const float* x[PROJECTED];
+    for (int m = 0; m < PROJECTED; ++m) x[m] = cell.rows + smaller(row + m, cell.steps - 1) * cell.row_stride;
+    floats sums[VECTORS_OF_SUMS][LANES] = {};
     auto const add = [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
-      floats column[4];
+      floats number[PROJECTED];
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) column[n] = load(w[n] + k, lanes);
+      for (int m = 0; m < PROJECTED; ++m) number[m] = load(x[m] + k, lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < GROUP; ++m) {
-        auto const number = load(x[m] + k, lanes);
+      for (int n = 0; n < 4; ++n) {
+        auto const column = load(w[n] + k, lanes);
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) sums[4 * m + n] += number * column[n];
+        for (int m = 0; m < PROJECTED; ++m) sums[m / GROUP][m % GROUP * 4 + n] += number[m] * column;
       }
     };
     for (int64_t k = 0; k < whole; k += LANES) add(k, LANES);
     if (whole < width) add(whole, width - whole);
-    float result[GROUP][4];
-    store(result[0], totals(sums));
-    for (int m = 0; m < GROUP && row + m < cell.steps; ++m) {
+    float result[VECTORS_OF_SUMS * GROUP][4];
+    for (int i = 0; i < VECTORS_OF_SUMS; ++i) store(result[i * GROUP], totals(sums[i]));
+    for (int m = 0; m < PROJECTED && row + m < cell.steps; ++m) {
       auto const gates = cell.state + cell.row(row + m) * (height + cell.hidden) + gate;
       for (int n = 0; n < 4; ++n) gates[n] = result[m][n] + bias[n];
     }
@@ -262,11 +266,16 @@ void weight_gradient(const Cell& cell, const float* across, const float* panels,
 }
 
 template <typename T>
-void bias_gradient(const Cell& cell, const float* across, int64_t block, void* out) {
+void bias_gradient(const Cell& cell, const float* across, int64_t block, void* input, void* hidden) {
   floats sum{};
   across += block * ROWS * cell.steps;
-  for (int64_t row = 0; row < cell.steps; ++row) sum += load(across + row * ROWS, ROWS);
-  store(static_cast<T*>(out) + block * ROWS, sum, smaller<int64_t>(ROWS, 4 * cell.hidden - block * ROWS));
+  for (int64_t row = 0; row < cell.steps; ++row) {
+    sum += load(across + row * ROWS, row + 1 < cell.steps ? LANES : ROWS);  // lanes past the block are not stored
+  }
+  auto const first = block * ROWS, rows = smaller<int64_t>(ROWS, 4 * cell.hidden - first);
+  for (auto const bias : {input, hidden}) {
+    if (bias) store(static_cast<T*>(bias) + first, sum, rows);
+  }
 }
 
 template <typename T>

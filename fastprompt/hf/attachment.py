@@ -21,6 +21,7 @@ from .norms import patch_norms, unpatch_norms
 from .own_attention import patch_own_attention, unpatch_own_attention
 from .positions import patch_relative_attention, unpatch_relative_attention
 from .recurrent import patch_mixers, unpatch_mixers
+from .rotary import patch_rotary, unpatch_rotary
 
 _RECORD = "_fastprompt_attachment"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
@@ -48,7 +49,7 @@ def attach(model: PreTrainedModel, user: object, packs: bool = False) -> None:
         model: a Hugging Face model.
         user: who asks; a plain ``object()`` to name in :func:`detach`.
         packs: does it run packed rows? Then layers with a state run these, gated MLPs keep less for their backward, and
-            norms pass over their rows once.
+            norms and rotary embeddings pass over their rows once.
 
     Raises:
         UnsupportedAttention: the model's present attention is not one that can be handed back to.
@@ -89,6 +90,7 @@ def attach_again(model: PreTrainedModel) -> None:
     if any(record.users.values()):
         patch_gated_mlps(model)
         patch_norms(model)
+        patch_rotary(model)
         patch_mixers(model)
         patch_relative_attention(model)
     record.complete = True
@@ -134,6 +136,7 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
 def _unpatch(model):
     unpatch_gated_mlps(model)
     unpatch_norms(model)
+    unpatch_rotary(model)
     unpatch_mixers(model)
     unpatch_relative_attention(model)
 

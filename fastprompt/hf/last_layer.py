@@ -20,6 +20,7 @@ from torch import nn
 
 from .checkpointing import without_checkpoints
 from .masks import UnsupportedAttention
+from .rotary import is_patched
 from .structure import has_own_forward, keeps_state
 
 # What projects queries alone, and the output, where attention modules have it.
@@ -67,7 +68,8 @@ class LastLayer:
         if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
             return False
         return not any(
-            has_own_forward(module) or getattr(module, "_compiled_call_impl", None) is not None
+            (has_own_forward(module) and not is_patched(module))
+            or getattr(module, "_compiled_call_impl", None) is not None
             for module in (self.layer, self.attention)
         )
 
@@ -96,6 +98,7 @@ def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 def _run_layer(last, keep, states, *args, **kwargs):
     layer, attention = last.layer, last.attention
+    attention_forward = attention.forward
     keep = keep.to(states.device)
     rows = states.index_select(1, keep)  # [1, M, D]
     made_by: list[tuple[torch.Tensor, nn.Module]] = []  # what parts of the layer made of its input, at these rows
@@ -116,7 +119,7 @@ def _run_layer(last, keep, states, *args, **kwargs):
         with ExitStack() as hooks:
             for hook in _hooks(attention, keep, everywhere.shape[1]):
                 hooks.callback(hook.remove)
-            output = type(attention).forward(attention, everywhere, *args, **kwargs)
+            output = attention_forward(everywhere, *args, **kwargs)
         return _with_first(output, lambda x: x if x.shape[1] == len(keep) else x.index_select(1, keep))
 
     with ExitStack() as block:

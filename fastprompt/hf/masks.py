@@ -342,6 +342,18 @@ def active() -> PackedRows | PaddedBatch | AsBefore | None:
     return _ACTIVE.get()
 
 
+def packed_rows_run() -> bool:
+    """Do packed rows run, which nobody runs a second time without saying so?
+
+    What rounds otherwise than the model's own operations is for them alone: whatever else a model is called with gives
+    the bits it gave.
+    """
+    batch = active()
+    if not isinstance(batch, PackedRows) or batch.run_again_by_others:
+        return False
+    return torch.is_grad_enabled() or not batch.differentiable
+
+
 def outranks_patch() -> bool:
     """Does the batch that is being run stay what it is in a model that is patched?"""
     return isinstance(_ACTIVE.get(), PackedRows | AsBefore)

@@ -14,8 +14,8 @@ from torch import nn
 from ..backends import implementation
 from ..ops.rms_norm import reference
 from ..ops.rms_norm.api import RMSNorm
-from .masks import PackedRows, active
-from .structure import has_own_forward
+from .masks import packed_rows_run
+from .structure import computes_the_same, has_own_forward
 
 
 def patch_norms(model: nn.Module) -> None:
@@ -24,8 +24,7 @@ def patch_norms(model: nn.Module) -> None:
     Modules with a forward of their own are left alone, and so are those whose class computes anything else.
     """
     for module in model.modules():
-        forward = type(module).forward
-        if not has_own_forward(module) and isinstance(forward, types.FunctionType) and _is_llama_s(forward):
+        if not has_own_forward(module) and _is_llama_s(type(module).forward):
             module.forward = types.MethodType(_forward, module)
 
 
@@ -39,21 +38,13 @@ def unpatch_norms(model: nn.Module) -> None:
 def _forward(self, *args, **kwargs):
     # A compiler fuses itself what it sees.
     plain = not torch.compiler.is_compiling() and len(args) == 1 and not kwargs
-    if not plain or not _runs_packed() or not _has_kernel(self, args[0]):
+    if not plain or not packed_rows_run() or not _has_kernel(self, args[0]):
         return type(self).forward(self, *args, **kwargs)
     return RMSNorm.apply(args[0], self.weight, float(self.variance_epsilon))
 
 
 # What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
 _forward.__name__ = "forward"
-
-
-def _runs_packed():
-    """Do packed rows run, which nobody runs a second time without saying so?"""
-    batch = active()
-    if not isinstance(batch, PackedRows) or batch.run_again_by_others:
-        return False
-    return torch.is_grad_enabled() or not batch.differentiable
 
 
 def _has_kernel(module, states):
@@ -70,12 +61,7 @@ def _has_kernel(module, states):
 @functools.cache
 def _is_llama_s(forward):
     """Does ``forward`` compute what :func:`_llama` does, and does it mean torch by ``torch``?"""
-    return _computes(forward.__code__) == _computes(_llama.__code__) and forward.__globals__.get("torch") is torch
-
-
-def _computes(code):
-    constants = [x for x in code.co_consts if x is not None and not isinstance(x, str)]  # without a docstring
-    return code.co_code, code.co_names, code.co_argcount, code.co_flags, constants
+    return computes_the_same(forward, _llama) and forward.__globals__.get("torch") is torch
 
 
 # Compared and never called.

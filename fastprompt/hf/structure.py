@@ -1,6 +1,7 @@
 """What a model's structure says before anything is run: what is known not to pack, and what is random."""
 
 import inspect
+import types
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -237,6 +238,17 @@ def is_compiled(model: nn.Module) -> bool:
     return any(
         vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules for part in model.modules()
     )
+
+
+def computes_the_same(function: Any, other: types.FunctionType) -> bool:
+    """Has one function the code of another, whatever its variables, annotations and docstring are?"""
+    return isinstance(function, types.FunctionType) and _computed_by(function.__code__) == _computed_by(other.__code__)
+
+
+@cache
+def _computed_by(code):
+    constants = [x for x in code.co_consts if x is not None and not isinstance(x, str)]  # without a docstring
+    return code.co_code, code.co_names, code.co_argcount, code.co_flags, constants
 
 
 def is_plain_linear(module: nn.Module) -> bool:

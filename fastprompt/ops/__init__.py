@@ -7,6 +7,7 @@ from .prefix_attention.api import prefix_attention
 from .prompt_concat.api import prompt_concat
 from .prompt_lstm.api import prompt_lstm
 from .rms_norm.api import rms_norm
+from .rotary.api import rotary
 
 __all__ = [
     "gated_activation",
@@ -16,4 +17,5 @@ __all__ = [
     "prompt_concat",
     "prompt_lstm",
     "rms_norm",
+    "rotary",
 ]

@@ -65,8 +65,8 @@ class Gradients(NamedTuple):
 
 class Batch(NamedTuple):
     """Rows in memory of virtual queries and keys, None where they are the same; ``spans [4, queries]`` (see visible);
-    the numbers of queries, and of places in a row or page of a cache; prefixes that are ``chains [N, chain_room]``: rows
-    of own keys in memory, or -1 - i for learned key i; None where they are those of a bank."""
+    the numbers of queries, and of places in a row or page of a cache; prefixes that are ``chains [N, chain_room]``:
+    rows of own keys in memory, or -1 - i for learned key i; None where they are those of a bank."""
 
     query_rows: Any
     key_rows: Any

@@ -1,0 +1,1 @@
+#include "rotary_kernels.h"
