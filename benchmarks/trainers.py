@@ -29,7 +29,9 @@ import fastprompt
 from . import report
 
 ROWS, PROMPT, STEPS = 16, 20, 20
-LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-5, 1e-4  # of a step, relative; the gradient's by norm
+# Of a step, relative; the gradient's by norm. In fp32 PEFT's own gradient of a first step behind a prefix is 3e-4 from
+# the one in float64, and its loss 3e-6: random keys and values give gradients with a norm of 300.
+LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-4, 1e-3
 METHODS = {"Prompt Tuning": PromptTuningConfig, "Prefix-Tuning": PrefixTuningConfig}
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
 
