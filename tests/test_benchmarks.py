@@ -19,8 +19,10 @@ from benchmarks import (
     serving_figures,
     small_ops,
     step,
+    trainers,
     trees,
 )
+from benchmarks.integrations.setting import Setting
 from benchmarks.products import Products, pairs
 from benchmarks.workloads import IGNORE, Workload, all_workloads, uneven_lengths
 from fastprompt import native
@@ -167,6 +169,29 @@ def test_the_figures_of_serving_are_those_of_their_csv():
     """After a change: python -m benchmarks serve serve_load."""
     written = serving_figures.DOCUMENT
     assert written.read_text(encoding="utf-8") == serving_figures.document(written.parents[1] / "benchmarks/results")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_trainers_are_reported_unless_a_step_is_wrong(right, tmp_path, monkeypatch, capsys):
+    def without_a_key(model):
+        forward = accelerate(model).forward
+
+        def of_less(attention_mask, **given):
+            return forward(attention_mask=attention_mask.index_fill(1, torch.tensor([0]), 0), **given)
+
+        vars(model).update(forward=of_less)
+
+    setting, accelerate = Setting(tmp_path / "model"), trainers.fastprompt.accelerate
+    if not right:
+        monkeypatch.setattr(trainers.fastprompt, "accelerate", without_a_key)
+    monkeypatch.setattr(trainers, "read", lambda steps: (setting.base(), setting.tokenizer, setting.texts()))
+    monkeypatch.setattr(trainers, "ROWS", 4)
+    monkeypatch.setattr(trainers, "TRAINERS", {"Trainer": trainers.plain_trainer})
+    monkeypatch.setattr(trainers, "METHODS", {"Prefix-Tuning": trainers.METHODS["Prefix-Tuning"]})
+    assert trainers.run(tmp_path, quick=True) == right
+    printed = capsys.readouterr().out
+    assert ("WRONG" in printed) != right and "'loss'" not in printed
+    assert (tmp_path / "trainers.csv").exists()
 
 
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))

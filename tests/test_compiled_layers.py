@@ -107,3 +107,18 @@ def test_a_whole_model_is_compiled_twice_at_most():
         torch.testing.assert_close(loss, step(eager, inputs)[0], rtol=1e-5, atol=0)
         counts.append(counter.frame_count)
     assert counts[-1] == counts[1] <= 2 * counts[0]
+
+
+def test_logits_of_a_compiled_step():
+    """Read or not, and in the step behind the first in which they are."""
+    inputs, gradients = batch("left", "last"), []
+    eager, compiled = (fastprompt.accelerate(peft_model("llama")) for _ in range(2))
+    run = torch.compile(compiled, backend="eager")
+    for model in (eager, run):
+        output = model(**inputs)
+        (output.loss + output["logits"].sin().sum()).backward()
+        gradients.append(next(p.grad for p in model.parameters() if p.requires_grad))
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+    expected = eager(**inputs)
+    for found in zip(run(**inputs, return_dict=False), expected.to_tuple()):
+        torch.testing.assert_close(*(x * 1 for x in found), rtol=1e-4, atol=1e-5)

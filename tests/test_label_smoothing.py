@@ -74,6 +74,15 @@ def test_a_padded_forward_is_smoothed_right_too(tmp_path):
     torch.testing.assert_close(loss, by_hand(fastprompt.restore(model), inputs), rtol=1e-5, atol=0)
 
 
+def test_a_compiled_model_is_smoothed_right_too(tmp_path):
+    model, inputs = fastprompt.accelerate(peft_model("llama", "prefix")), batch("right")
+    expected = by_hand(model, inputs)
+    trainer = trainer_of(model, tmp_path, "prefix", label_smoothing_factor=EPSILON, save_strategy="no")
+    with pytest.warns(UserWarning, match="every label is predicted by the token before it"):
+        loss = trainer.compute_loss(torch.compile(model, backend="eager"), inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
 def test_what_is_not_behind_a_prompt_is_smoothed_as_ever():
     smooth, generator = LabelSmoother(EPSILON), torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 4, 9, generator=generator), torch.randint(9, (2, 4), generator=generator)

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import peft
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,7 +41,7 @@ def loss_of(model, batch):
 
 
 def loop(setting, method, accelerated, *, base=None, batches=None, prepare=None, wrap=None, step=loss_of,
-         context=nullcontext):  # fmt: skip
+         context=nullcontext, by_get_peft_model=False):  # fmt: skip
     """Train by SGD.
 
     Args:
@@ -51,12 +52,14 @@ def loop(setting, method, accelerated, *, base=None, batches=None, prepare=None,
         wrap: what the loop calls in place of the accelerated model.
         step: the loss of a model for a batch.
         context: in which the forward runs.
+        by_get_peft_model: accelerate by ``fastprompt.get_peft_model`` in place of PEFT's.
     """
-    model = setting.peft_model(method, None if base is None else base(setting))
+    get = fastprompt.get_peft_model if accelerated and by_get_peft_model else peft.get_peft_model
+    model = setting.peft_model(method, None if base is None else base(setting), get)
     if prepare is not None:
         prepare(model)
     model.train()
-    if accelerated:
+    if accelerated and not by_get_peft_model:
         fastprompt.accelerate(model)
     runs = model if wrap is None else wrap(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

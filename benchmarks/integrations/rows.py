@@ -204,7 +204,11 @@ def _settings():
         row("`Trainer(bf16=True)`", partial(trainers.transformers_trainer, bf16=True), **low),
         row("gradient checkpointing", partial(loop, prepare=_checkpointing(False)), **without),
         row("the same, reentrant", partial(loop, prepare=_checkpointing(True)), **without),
-        row("the same, switched on before `get_peft_model`", partial(loop, base=_checkpointing_before), **without),
+        row(
+            "the same, switched on before `fastprompt.get_peft_model`",
+            partial(loop, base=_checkpointing_before, by_get_peft_model=True),
+            **without,
+        ),
         row('`torch.compile(backend="aot_eager")`', partial(loop, wrap=partial(torch.compile, backend="aot_eager"))),
     ]
 

@@ -50,12 +50,12 @@ class Setting:
             write_gguf(self.base(), file, eight_bits=True)
         return self.base(gguf_file=file.name)
 
-    def peft_model(self, method, base=None):
-        """PEFT's model of a method; every call draws the same prompt."""
+    def peft_model(self, method, base=None, get=get_peft_model):
+        """The model of a method that ``get`` makes; every call draws the same prompt."""
         config, options = METHODS[method]
         base = self.base() if base is None else base
         torch.manual_seed(1)
-        return get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, **options))
+        return get(base, config(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, **options))
 
     def texts(self):
         """``{"prompt", "completion"}`` of uneven lengths, for every step."""

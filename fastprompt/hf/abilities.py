@@ -38,7 +38,6 @@ class Abilities:
         position_offset, compact_positions: see Runner.
         left_padding: are left-padded rows seen as packed rows are?
         right_padding: is it so that the head does not read the last column, whatever stands there?
-        keeps_rows: does its forward take ``logits_to_keep``, so that the head runs on chosen rows only?
         plain_head: is its forward behind the decoder nothing but a linear head and the ordinary loss?
         own_loss: None if its loss is that of its logits, else what is different; with ``num_items_in_batch`` see
             own_loss_of_items.
@@ -64,7 +63,6 @@ class Abilities:
     compact_positions: bool = False
     left_padding: bool = True
     right_padding: bool = True
-    keeps_rows: bool = False
     plain_head: bool = False
     own_loss: str | None = None
     own_loss_of_items: str | None = None
@@ -137,7 +135,6 @@ class Probe:
                 return replace(found, pooled_column=column_read(self.expected))
             found = replace(
                 found,
-                keeps_rows="logits_to_keep" in self.expected.parameters,
                 plain_head=self._head_is_plain(),
                 own_loss=self._own_loss(None),
                 own_loss_of_items=self._own_loss(ITEMS),

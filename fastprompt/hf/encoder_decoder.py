@@ -91,11 +91,7 @@ class PairRunner:
             loss, logits = output.loss, plan.target.unpack(output.logits[0])
             padded = plan.source.unpack(encoded[0])
         else:
-            loss, logits = self._step(request, plan.target, states, encoded, found)
-            shape = *plan.source.grid.shape, encoded.shape[-1]
-            padded = later(
-                [encoded], lambda rows: plan.source.unpack(rows[0]), torch.Size(shape), encoded.dtype, encoded.device
-            )
+            loss, logits, padded = self._step(request, plan, states, encoded, found)
         cache: dict[str, Any] = {}
         if recorder is not None:
             cache[found.cache_name] = recorder.cache(plan, request.shared, request.prompt_ids)
@@ -134,8 +130,10 @@ class PairRunner:
                 **options,
             )
 
-    def _step(self, request, plan, states, encoded, found):
-        """The loss of labelled rows, and logits for who reads them."""
+    @torch.compiler.disable
+    def _step(self, request, pairs, states, encoded, found):
+        """The loss of labelled rows, and logits and the encoder's padded states for who reads them."""
+        plan, source = pairs.target, pairs.source
         hidden, items = gathered(states.last_hidden_state[0], plan.label_rows), request.num_items_in_batch
         if self._chunked_loss(hidden, items, found):
             weight, bias, scale = plain_head(self.base)
@@ -149,7 +147,10 @@ class PairRunner:
         def logits_of(hidden):
             return self.head(states, hidden, encoded.detach()).logits[0]
 
-        return loss, logits_of_states(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
+        logits = logits_of_states(self.base, plan, states.last_hidden_state, logits_of, vocabulary, dtype)
+        shape = torch.Size((*source.grid.shape, encoded.shape[-1]))
+        padded = later([encoded], lambda rows: source.unpack(rows[0]), shape, encoded.dtype, encoded.device)
+        return loss, logits, padded
 
     def _chunked_loss(self, hidden, items, found):
         head = self.base.get_output_embeddings()

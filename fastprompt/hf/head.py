@@ -48,32 +48,38 @@ class LanguageHead:
             whole: what the logits are computed of, and how, if the plan leaves rows out; then the last layer runs on
                 labelled rows alone, too.
         """
-        head, shared = self.base.get_output_embeddings(), request.shared
-        if request.loss is None and self._chunked_loss(head, plan, rows):
-            label_rows, labels = _labelled(plan)
+        if torch.compiler.is_compiling():  # what is behind the layers runs as it is: hooks would break the graph
+            return self._of_states(request, plan, rows, self.runner.states(plan, rows, request.shared), whole)
+        if self._chunked_loss(request, plan, rows):
             wanted = None if whole is None else _if_few(each_once(request, plan)[0], rows)
-            states = self.runner.states(plan, rows, shared, wanted)
-            hidden = gathered(states.last_hidden_state[0], label_rows)
-            reduction = "none" if request.each_label else "sum"
-            labels = labels.to(hidden.device)
-            loss = linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
+            return self._of_states(request, plan, rows, self.runner.states(plan, rows, request.shared, wanted), whole)
+        # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
+        keep, places = each_once(request, plan)
+        wanted = None if whole is None else _if_few(keep, rows)
+        logits, states = self.runner.logits_and_states(plan, rows, request.shared, keep, wanted)
+        loss = self.loss_of_logits(request, plan, gathered(logits, places))
+        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype, whole))
+
+    @torch.compiler.disable
+    def _of_states(self, request, plan, rows, states, whole):
+        """The output of a step whose layers have run."""
+        hidden, head = states.last_hidden_state[0], self.base.get_output_embeddings()
+        if self._chunked_loss(request, plan, rows):
+            label_rows, labels = _labelled(plan)
+            labels, reduction = labels.to(hidden.device), "none" if request.each_label else "sum"
+            loss = linear_cross_entropy(
+                gathered(hidden, label_rows), head.weight, head.bias, labels, reduction=reduction
+            )
             if not request.each_label:
                 items = request.num_items_in_batch
                 loss = loss / (len(labels) if items is None else items)
-            return CausalLMOutputWithPast(loss, self._logits_later(plan, states, len(head.weight), hidden.dtype, whole))
-        label_rows = label_rows_of(request, plan)
-        # The last row of a prompt may predict the first token of every sequence: it goes through the head once.
-        keep, places = each_once(request, plan)
-        if torch.compiler.is_compiling():  # hooks would break the graph
-            if not self.abilities.keeps_rows:
-                logits = gathered(self.runner.logits(plan, rows, shared), label_rows)
-            else:
-                logits = gathered(self.runner.logits(plan, rows, shared, keep), places)
-            return CausalLMOutputWithPast(loss=self.loss_of_logits(request, plan, logits))
-        wanted = None if whole is None else _if_few(keep, rows)
-        logits, states = self.runner.logits_and_states(plan, rows, shared, keep, wanted)
-        loss = self.loss_of_logits(request, plan, gathered(logits, places))
-        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, logits.shape[-1], logits.dtype, whole))
+            vocabulary, dtype = len(head.weight), hidden.dtype
+        else:
+            keep, places = each_once(request, plan)
+            logits = self.runner.head(states, gathered(hidden, keep)).logits[0]
+            loss = self.loss_of_logits(request, plan, gathered(logits, places))
+            vocabulary, dtype = logits.shape[-1], logits.dtype
+        return CausalLMOutputWithPast(loss, self._logits_later(plan, states, vocabulary, dtype, whole))
 
     def _logits_later(self, plan, states, vocabulary, dtype, whole):
         """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
@@ -94,16 +100,17 @@ class LanguageHead:
             return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         return loss_of_logits(self.base, logits, labels, request.num_items_in_batch)
 
-    def _chunked_loss(self, head, plan, rows):
+    def _chunked_loss(self, request, plan, rows):
+        head = self.base.get_output_embeddings()
         return (
-            len(plan.labels) > ROWS
+            request.loss is None
+            and len(plan.labels) > ROWS
             and self.abilities.plain_head
             and is_plain_linear(head)  # still
             and self.is_cross_entropy
             and head.weight.dtype == torch.float32  # else the model's own loss decides about casts
             and (rows.dtype == torch.float32 or not rows.is_floating_point())
             and not torch.is_autocast_enabled(rows.device.type)
-            and not torch.compiler.is_compiling()
         )
 
     def fused(self, request: Request, plan: RowPlan, rows: torch.Tensor, **options: Any) -> ModelOutput:

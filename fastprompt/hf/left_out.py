@@ -26,6 +26,7 @@ def needs_labels_alone(engine: Any, request: Request, draws: bool) -> bool:
     return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws)
 
 
+@torch.compiler.disable
 def whole_logits(engine: Any, request: Request, embed: Embed) -> tuple[list[torch.Tensor], Callable[..., torch.Tensor]]:
     """The logits of all tokens of a request some of whose rows are left out: what they are computed of, and how."""
     given = [] if request.prompts is None else [request.prompts()]

@@ -104,15 +104,10 @@ class Runner:
         plan: RowPlan,
         rows: torch.Tensor,
         shared: SharedState | None = None,
-        keep: torch.Tensor | None = None,
         recorded: Recorded | None = None,
     ) -> torch.Tensor:
-        """Logits ``[R, V]`` of all rows, or ``[M, V]`` of the rows ``keep``. A causal LM only.
-
-        ``recorded`` is given what a cache holds; or None.
-        """
-        extra = {} if keep is None else {"logits_to_keep": keep}
-        return self._call(self.base, plan, rows, shared, recorded, **extra).logits[0]
+        """Logits ``[R, V]`` of all rows of a causal LM; ``recorded`` is given what a cache holds, or None."""
+        return self._call(self.base, plan, rows, shared, recorded).logits[0]
 
     def logits_and_states(
         self,

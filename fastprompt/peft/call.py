@@ -17,7 +17,7 @@ from peft import (
     PeftType,
 )
 from transformers import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from ..hf.cache_names import CACHE_NAMES, cache_in
 from ..hf.request import Request, tokens_of
@@ -258,7 +258,7 @@ class Call:
         """What stands in front of the sequences of a model with this config, of a cache that PEFT made."""
         return SharedState.of_cache(cache, config)
 
-    def language_model(self) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    def language_model(self) -> ModelOutput | tuple[Any, ...]:
         """The output of a causal LM."""
         given, model = self.given, self.model
         if not self.disabled:  # PEFT's warnings about arguments it ignores
@@ -267,11 +267,7 @@ class Call:
         if given.get("fused_lm_head"):
             options = {name: given[name] for name in ("fused_lm_head", "num_items_in_batch") if name in given}
             return self.engine.run_fused_head(self.request, self.plan, self._embed, **options)
-        outputs = self.engine.run(self.request, self.plan, self._embed)
-        as_dict = given.get("return_dict")
-        if as_dict is None:
-            as_dict = getattr(model.base_model.config, "return_dict", True)
-        return outputs if as_dict else outputs.to_tuple()
+        return as_asked(self.engine.run(self.request, self.plan, self._embed), given, model.base_model.config)
 
     def _encoder(self):
         return fast_encoder(self.model.prompt_encoder[self.model.active_adapter], self.state.outputs)
@@ -347,3 +343,12 @@ def shared_of_prefix(
 def says_something(value: Any) -> bool:
     """Is it more than the default of an argument that switches something on?"""
     return value is not None and value is not False
+
+
+@torch.compiler.disable  # a compiled caller hands logits on that are computed when they are read
+def as_asked(output: ModelOutput, given: dict[str, Any], config: Any) -> ModelOutput | tuple[Any, ...]:
+    """An output, or the tuple of it that ``return_dict``, of a call's arguments or of the config, asks for."""
+    as_dict = given.get("return_dict")
+    if as_dict is None:
+        as_dict = getattr(config, "return_dict", True)
+    return output if as_dict else output.to_tuple()

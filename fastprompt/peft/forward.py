@@ -29,7 +29,7 @@ def forward(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
         state: what it remembers; the other arguments are those of PEFT's forward.
     """
     output = _run(model, state, args, kwargs)
-    if torch.compiler.is_compiling() or not isinstance(model, PeftModelForCausalLM):
+    if torch.compiler.is_exporting() or not isinstance(model, PeftModelForCausalLM):
         return output
     return to_be_shifted(output) if is_prefix(model.active_peft_config) else output
 

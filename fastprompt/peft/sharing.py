@@ -9,7 +9,7 @@ from ..hf.cache_names import cache_in
 from ..hf.masks import UnsupportedAttention, active
 from ..hf.request import Request, tokens_of
 from ..layout import CannotPack
-from .call import says_something
+from .call import as_asked, says_something
 from .forward import by_name
 from .samples import OF_SAMPLES, cu_seqlens_of
 from .state import State, restore
@@ -161,11 +161,7 @@ class _Call:
         if self.fused:
             options = {name: given[name] for name in ("fused_lm_head", "num_items_in_batch") if name in given}
             return self.engine.run_fused_head(request, plan, self._embed, **options)
-        output = self.engine.run(request, plan, self._embed)
-        as_dict = given.get("return_dict")
-        if as_dict is None:
-            as_dict = getattr(self.state.base.config, "return_dict", True)
-        return output if as_dict else output.to_tuple()
+        return as_asked(self.engine.run(request, plan, self._embed), given, self.state.base.config)
 
     def _embed(self, tokens):
         return tokens if tokens.is_floating_point() else self.state.base.get_input_embeddings()(tokens)

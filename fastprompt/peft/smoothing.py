@@ -9,6 +9,7 @@ import functools
 import warnings
 from typing import Any
 
+import torch
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -38,6 +39,7 @@ def _by_text(original):
     return smooth
 
 
+@torch.compiler.disable
 def to_be_shifted(output: Any) -> Any:
     """A causal LM's output, of a class of its own; all else about it stays."""
     if isinstance(output, ModelOutput):
