@@ -279,5 +279,5 @@ def test_a_method_that_was_replaced_meanwhile_is_not_passed_over():
 
 
 def test_falcon_with_alibi_is_refused():
-    with pytest.warns(UserWarning, match="Falcon's ALiBi is rounded to bfloat16 or not by the dtype"):
+    with pytest.warns(UserWarning, match="Falcon rounds ALiBi or not, by the dtype of the mask"):
         fastprompt.accelerate(model("falcon_multi_query", alibi=True))

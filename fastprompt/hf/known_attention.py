@@ -49,7 +49,7 @@ def _gpt_neox_japanese(self):
 
 def _falcon(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
     if alibi is not None:
-        raise UnsupportedAttention("Falcon's ALiBi is rounded to bfloat16 or not by the dtype of the attention mask")
+        raise UnsupportedAttention("Falcon rounds ALiBi or not, by the dtype of the mask")
     query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
     query, key = _of_module(self, "apply_rotary_pos_emb")(query, key, *position_embeddings)
     key, value = _updated(self, key, value, layer_past)

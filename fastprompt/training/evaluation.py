@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from ..hf.attachment import evaluation_mode
 from ..hf.cache_names import cache_argument, cache_in
+from ..hf.per_layer import per_layer_inputs, searching_part
 from .data import Example, Task
 from .encoding import Encoded, encode
 
@@ -67,7 +68,9 @@ def _soft_prompt(model: PeftModel, task_id: int) -> Any:
     if isinstance(prompt, Cache):  # Prefix-Tuning learns keys and values
         return prompt
     prompt = prompt.to(base.get_input_embeddings().weight.dtype)  # [1, P, D]
-    return cache_in(base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1))
+    ids = torch.full(prompt.shape[:2], -1, device=prompt.device)
+    looked_up = per_layer_inputs(searching_part(base), ids)
+    return cache_in(base(inputs_embeds=prompt, use_cache=True, logits_to_keep=1, **looked_up))
 
 
 def evaluate(
