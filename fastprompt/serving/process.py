@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from .app import Service
 
+_SECONDS_OPEN = 75  # of a connection without a request: longer than clients and proxies keep it, or they ask in vain
 _SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
 _SECONDS_TO_REFUSE = 2  # how long requests are answered, at the end, that the server ends
 
@@ -47,7 +48,13 @@ def run(app: FastAPI, host: str, port: int) -> None:
         OSError: the address cannot be used.
     """
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_READ
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        timeout_keep_alive=_SECONDS_OPEN,
+        timeout_graceful_shutdown=_SECONDS_TO_READ,
     )
     listening = config.bind_socket()
     _Server(config, app.state.service).run(sockets=[listening])
