@@ -211,6 +211,7 @@ def test_conversations_go_through_the_template(served, client):
         ({"n": 9}, 400, "n"),
         ({"seed": 2**63}, 400, "seed"),
         ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["a"] * 5}, 400, "stop"),
         ({"logprobs": 0}, 400, "logprobs"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ({"surprise": 1}, 400, "surprise"),
