@@ -149,10 +149,8 @@ class Load:
         self._ending = True
 
     def _http(self):
-        # Without verification: there is no TLS, and certificates for 200 clients would be read for nothing. Connections
-        # are given up sooner than the server does it.
-        limits = httpx.Limits(keepalive_expiry=2)
-        return httpx.AsyncClient(base_url=self.address, timeout=120, limits=limits, verify=False)
+        # Without verification: there is no TLS, and certificates for 200 clients would be read for nothing.
+        return httpx.AsyncClient(base_url=self.address, timeout=120, verify=False)
 
     async def _client(self, draw):
         refused = False

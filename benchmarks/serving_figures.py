@@ -50,7 +50,7 @@ def document(results: Path) -> str:
     for name, section in (("serve.csv", _mixed), ("serve_load.csv", _load)):
         if (results / name).exists():
             machine, records = _read(results / name)
-            sections += [section(records), f"\n{'; '.join(machine)}.\n"]
+            sections += [section(records), "\n" + ";\n".join(machine) + ".\n"]
     return "".join(sections)
 
 

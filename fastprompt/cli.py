@@ -277,7 +277,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "give the prompts to vLLM: docs/vllm.md."
     )
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="folder of the frozen model, or its name on the hub")
+    where = "folder of the frozen model, or its name on the hub (default: as the prompts say)"
+    add("--base", metavar="MODEL", help=where)
     sources = "compiled prompts, adapters' folders, folders of these, or NAME=PATH; a request's `model` is the name"
     add("--prompts", nargs="+", metavar="PATH", help=sources)
     add("--base-name", metavar="NAME", help="what requests without a prompt call the model (default: as its folder)")

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from .hf.compiled_prompts import prompt_of_method
 from .hf.fingerprint import fingerprint
 from .peft import checkpoint
-from .serving.compile import compiled
+from .serving.compile import CompiledPrompt, compiled
 from .serving.export import save_prompt_embeds, to_peft
 from .training import InputError, load_base, read_adapter, read_record
+from .training.adapters import DTYPES
 from .training.files import RUN_FILE
 
 FORMATS = ("compiled", "embeds", "peft")
@@ -45,7 +46,7 @@ def compile_adapters(
     """
     moved = {"model": model, "gguf_file": gguf_file, "precision": precision}
     given = {name: value for name, value in moved.items() if value is not None}
-    bases = {folder: {**_base_of(folder), **given} for folder in adapter}
+    bases = {folder: {**base_of(folder), **given} for folder in adapter}
     for folder, base in bases.items():
         if base["model"] is None:
             raise InputError("model", f"the adapter in {folder!r} does not say which model it is of; expected a model")
@@ -78,15 +79,26 @@ def compile_adapters(
     return written
 
 
-def _base_of(folder):
-    """What an adapter says about its model: arguments of ``load_base``."""
-    if Path(folder, RUN_FILE).is_file():
-        config = read_record(Path(folder))["config"]
+def base_of(source: str | Path) -> dict[str, Any]:
+    """What an adapter's folder or a compiled prompt says about its model: arguments of ``load_base``.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if Path(source).is_file():
+        try:
+            prompt = CompiledPrompt.load(source)
+        except ValueError as error:
+            raise InputError("adapter", str(error)) from None
+        precision = {dtype: name for name, dtype in DTYPES.items()}.get(prompt.dtype, _BASE["precision"])
+        return {**_BASE, "model": prompt.base_model or None, "precision": precision}
+    if Path(source, RUN_FILE).is_file():
+        config = read_record(Path(source))["config"]
         return {name: config.get(name) or default for name, default in _BASE.items()}
-    return {**_BASE, "model": read_adapter(folder).config.base_model_name_or_path}
+    return {**_BASE, "model": read_adapter(str(source)).config.base_model_name_or_path}
 
 
-_BASE = {"model": None, "gguf_file": None, "precision": "fp32"}
+_BASE: dict[str, Any] = {"model": None, "gguf_file": None, "precision": "fp32"}
 
 
 def _targets(folder, task):

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .compiling import base_of
 from .serving.bank import PromptBank
 from .training import InputError, load_base, load_tokenizer
 
@@ -17,13 +18,13 @@ _LEAST = {"max_batch": 1, "max_wait_ms": 0, "max_tokens": 2, "max_body": 1, "max
 
 
 def serve(
-    base: str,
+    base: str | None = None,
     prompts: list[str] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     base_name: str | None = None,
     gguf_file: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     admin_folder: str | None = None,
     max_prompt_bytes: int | None = None,
     **limits: Any,
@@ -31,7 +32,8 @@ def serve(
     """Serve until SIGTERM; then finish what was accepted.
 
     Args:
-        base, gguf_file, precision: the frozen model, and its tokenizer.
+        base, gguf_file, precision: the frozen model, and its tokenizer (default: as the prompts say, which all have to
+            agree on).
         prompts: see :func:`prompt_sources`.
         host, port: where to listen.
         base_name: what requests without a prompt call the model (default: the name of its folder, or on the hub).
@@ -58,9 +60,14 @@ def serve(
     from .serving.process import run
 
     found = prompt_sources(prompts or [])
-    tokenizer, model = load_tokenizer(base, gguf_file), load_base(base, gguf_file, precision)
+    source = _base(found, base, gguf_file, precision)
+    name = source["model"]
+    try:
+        tokenizer, model = load_tokenizer(name, source["gguf_file"]), load_base(**source)
+    except InputError as error:
+        raise InputError("base" if error.argument == "model" else error.argument, error.message) from None
     options = ServerOptions(
-        base_name or (Path(base).resolve().name if Path(base).is_dir() else base),
+        base_name or (Path(name).resolve().name if Path(name).is_dir() else name),
         admin_token=None if admin_folder is None else token,
         admin_folder=None if admin_folder is None else Path(admin_folder),
         **limits,
@@ -79,6 +86,25 @@ def serve(
     except ValueError as error:
         raise InputError("base_name", str(error)) from None
     run(app, host, port)
+
+
+def _base(found, base, gguf_file, precision):
+    """Arguments of ``load_base``: those that are given, and else what the prompts say."""
+    given = {"model": base, "gguf_file": gguf_file, "precision": precision}
+    given = {name: value for name, value in given.items() if value is not None}
+    if base is not None:
+        return {"precision": "fp32", "gguf_file": None, **given}
+    try:
+        said = {str(path): {**base_of(path), **given} for path in found.values()}
+    except InputError as error:
+        raise InputError("prompts", error.message) from None
+    first = next(iter(said), None)
+    if first is None or said[first]["model"] is None:
+        raise InputError("base", "the prompts do not say which model they are of; expected one")
+    for path, own in said.items():
+        if own != said[first]:
+            raise InputError("prompts", f"{path!r} is of another model than {first!r}: {own}, {said[first]}")
+    return said[first]
 
 
 def prompt_sources(given: list[str]) -> dict[str, Path]:

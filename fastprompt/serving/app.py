@@ -62,6 +62,7 @@ class Service:
 
     Attributes:
         draining: are new requests refused, as the server is about to end? Set by who ends it.
+        refused: when the last one was, in ``time.monotonic()``.
         preparing: requests that were accepted and are on their way into the queue.
     """
 
@@ -79,7 +80,7 @@ class Service:
         self.batcher.metrics = self.metrics
         limits = Limits(options.max_tokens, options.max_batch, context)
         self.reader = Reader(bank, tokenizer, options.base_name, limits)
-        self.draining, self.preparing = False, 0
+        self.draining, self.refused, self.preparing = False, 0.0, 0
 
     @property
     def is_idle(self) -> bool:
@@ -116,6 +117,7 @@ class Service:
         """The response to a completion or a conversation."""
         body = await self.body(request)
         if self.draining:
+            self.refused = time.monotonic()
             raise ApiError(503, "the server is about to end", code="draining", headers={"Connection": "close"})
         pieces = Pieces()
         self.preparing += 1

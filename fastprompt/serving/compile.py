@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -211,7 +211,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
         written = Path(aside, path.name)
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, written, metadata=metadata)
+        content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, metadata=metadata)
+        written.write_bytes(content)  # save_file would keep it from everybody else, as a server under another name
         os.replace(written, path)
 
 

@@ -11,8 +11,10 @@ from fastapi import FastAPI
 
 from .app import Service
 
+_SECONDS_OPEN = 75  # of a connection without a request: longer than clients and proxies keep it, or they ask in vain
 _SECONDS_TO_READ = 30  # what clients have, at the end, to take the answers that are there
-_SECONDS_TO_REFUSE = 2  # how long requests are answered, at the end, that the server ends
+_SECONDS_TO_REFUSE = 10  # how long it says so, at the end, to those who still ask
+_SECONDS_QUIET = 2  # without one of them, after which it ends sooner
 
 
 class _Server(uvicorn.Server):
@@ -33,9 +35,12 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer on for a moment: whose request is on its way gets its 503, and no connection that breaks."""
-        deadline = time.monotonic() + _SECONDS_TO_REFUSE
-        while self.server_state.connections and time.monotonic() < deadline and not self.force_exit:
+        """Answer on while requests come: whose request is on its way gets its 503, and no connection that breaks."""
+        started = time.monotonic()
+        while self.server_state.connections and not self.force_exit:
+            now = time.monotonic()
+            if now - max(started, self._service.refused) > _SECONDS_QUIET or now - started > _SECONDS_TO_REFUSE:
+                break
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 
@@ -47,7 +52,13 @@ def run(app: FastAPI, host: str, port: int) -> None:
         OSError: the address cannot be used.
     """
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_READ
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        timeout_keep_alive=_SECONDS_OPEN,
+        timeout_graceful_shutdown=_SECONDS_TO_READ,
     )
     listening = config.bind_socket()
     _Server(config, app.state.service).run(sockets=[listening])

@@ -143,7 +143,9 @@ def parse(kind: type[Fields], body: bytes) -> Fields:
     try:
         return kind.model_validate(from_json(body, allow_inf_nan=False))
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        # Of a field that takes several types there is an error for each, most of them about the type.
+        first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _names(kind, first))
         message = first["msg"]
         if first["type"] == "extra_forbidden":

@@ -258,3 +258,6 @@ def _check_model(model: str, gguf_file: str | None) -> None:
         raise InputError("model", f"{model!r} is not a folder")
     if gguf_file is not None and Path(model).is_dir() and not Path(model, gguf_file).is_file():
         raise InputError("gguf_file", f"{model!r} holds no file {gguf_file!r}")
+    found = sorted(path.name for path in Path(model).glob("*.gguf"))
+    if gguf_file is None and found and not Path(model, "config.json").is_file():
+        raise InputError("gguf_file", f"{model!r} holds a model in GGUF; expected one of {found}")

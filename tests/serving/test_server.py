@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -19,10 +20,10 @@ from tiny_llama import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastprompt.hf.prompt_state import Prompt
-from fastprompt.serve import prompt_sources
+from fastprompt.serve import prompt_sources, serve
 from fastprompt.serving.app import ServerOptions, create_app
 from fastprompt.serving.bank import PromptBank
-from fastprompt.serving.compile import compiled
+from fastprompt.serving.compile import CompiledPrompt, compiled
 from fastprompt.training import InputError
 
 TOKEN = "not to be guessed"
@@ -210,6 +211,7 @@ def test_conversations_go_through_the_template(served, client):
         ({"n": 9}, 400, "n"),
         ({"seed": 2**63}, 400, "seed"),
         ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["a"] * 5}, 400, "stop"),
         ({"logprobs": 0}, 400, "logprobs"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ({"surprise": 1}, 400, "surprise"),
@@ -346,7 +348,7 @@ def test_sigterm_finishes_what_was_accepted(served):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["serve", "--base", served.model_folder, "--prompts", str(served.folder / "prompts"), "--port", str(port)]
+    command = ["serve", "--prompts", str(served.folder / "prompts"), "--port", str(port)]  # they know their model
     command += ["--max-wait-ms", "1500", "--base-name", "base"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastprompt.cli", *command], env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -374,6 +376,15 @@ def test_sigterm_finishes_what_was_accepted(served):
     finally:
         process.kill()
         process.wait()
+
+
+def test_prompts_must_agree_on_a_model_or_one_is_given(served, tmp_path):
+    sql = CompiledPrompt.load(served.folder / "prompts" / "sql.safetensors")
+    for name, base in (("sql", sql.base_model), ("other", "another"), ("silent", "")):
+        replace(sql, base_model=base).save(tmp_path / f"{name}.safetensors")
+    for names, message in ((["sql", "other"], "of another model"), (["silent"], "do not say"), ([], "do not say")):
+        with pytest.raises(InputError, match=message):
+            serve(prompts=[str(tmp_path / f"{name}.safetensors") for name in names])
 
 
 def test_sources_of_prompts(served):
