@@ -113,7 +113,10 @@ class SharedState:
             entries = 2 if seq.prefix_lens is None else len(seq.prefix_lens)  # compilers make constants of 0 and 1
             more = max(entries - count, 0), -width % _WIDTHS if padded else 0
             chains = np.pad(chains, [(0, n) for n in more], constant_values=-1)
-        return replace(self, chains=torch.from_numpy(chains).to(plan.source.device))
+        on_device = torch.from_numpy(chains).to(plan.source.device)
+        if not (in_place or padded):
+            torch._dynamo.maybe_mark_dynamic(on_device, 0)  # the first batch may have one node, others many
+        return replace(self, chains=on_device)
 
     def banks(self) -> dict[bool, tuple[int, int]]:
         """By whether a layer has a bank in front of its sequences, which :meth:`bank` gives: its entries and their

@@ -141,7 +141,7 @@ _library.define(
 def _forward_op(q, k, v, prefix_k, prefix_v, sinks, seed, schedule, *options):
     backend: Any = _backend(q.device.type, q.dtype, Shape.of(q, k, v))
     if hasattr(backend, "pack"):
-        batch = backend.unpack(schedule)
+        batch = backend.unpack(schedule.to(q.device))  # layers may be spread over devices
         with without_autocast(q.device.type):
             out, lse = backend.forward(q, k, v, prefix_k, prefix_v, batch, **_named(sinks, seed, *options))
     else:
@@ -162,7 +162,7 @@ def _backward_op(grad, q, k, v, prefix_k, prefix_v, sinks, seed, schedule, out, 
     needs = [need and x is not None for x, need in zip(inputs, needs)]
     backend: Any = _backend(q.device.type, q.dtype, Shape.of(q, k, v))
     if hasattr(backend, "pack"):
-        tensors = grad, q, k, v, prefix_k, prefix_v, out, lse, backend.unpack(schedule)
+        tensors = grad, q, k, v, prefix_k, prefix_v, out, lse, backend.unpack(schedule.to(q.device))
         with without_autocast(q.device.type):
             grads = backend.backward(*tensors, **_named(sinks, seed, *options), needs=needs)
     else:
