@@ -95,6 +95,7 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
+    @torch.compiler.disable
     def for_rows(self, plan: RowPlan, in_place: bool = True) -> "SharedState":
         """The same for the packed batch of a plan; rows are read in place where they can be, if ``in_place`` says so.
 
