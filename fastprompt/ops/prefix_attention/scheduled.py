@@ -114,7 +114,9 @@ def _backend(device, dtype, shape):
 
 def _of_sequences(seq: Sequences) -> torch.Tensor:
     """Sequences as one tensor on the CPU."""
-    parts = [t.numpy() for t in seq.to("cpu").tensors()]
+    host = seq.host
+    used = np.zeros(0, np.int64) if host.prefix_lens is None else host.prefix_lens
+    parts = host.starts, host.lengths, host.prefix_ids, used, host.gaps
     header = np.array([seq.kind == "packed", seq.rows, *map(len, parts)])
     return torch.from_numpy(np.concatenate([header, *parts]))
 
