@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastprompt
 from fastprompt import Sequences
+from fastprompt.peft.state import state_of
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,11 @@ def shapes(count):
         yield {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
 
 
-def pair(*arguments, **options):
+def pair(*arguments, pad_rows_to=None, **options):
     """An accelerated model, and one with the same weights whose layers are compiled, each as one graph."""
-    eager, compiled = (fastprompt.accelerate(peft_model(*arguments, **options)) for _ in range(2))
+    eager, compiled = (
+        fastprompt.accelerate(peft_model(*arguments, **options), pad_rows_to=n) for n in (None, pad_rows_to)
+    )
     counter = CompileCounterWithBackend("aot_eager")
     for layer in compiled.base_model.model.layers:
         layer.compile(fullgraph=True, backend=counter)
@@ -83,9 +86,21 @@ def test_a_learned_prefix_takes_two_graphs():
 
 def test_text_in_common_runs_once():
     eager, compiled, counter = pair("llama")
+    for model in (eager, compiled):
+        state_of(model).engine.node_cost = 1
     for common in (0, 2, 3):
         assert_same(eager, compiled, batch("right", common=common))
+    tree = batch("right", common=2)
+    tree["input_ids"][1:3, :5] = tree["input_ids"][1, :5]
+    assert_same(eager, compiled, tree)
     assert counter.frame_count == 2
+
+
+def test_batches_of_as_many_rows_take_one_graph():
+    eager, compiled, counter = pair("llama", pad_rows_to=64)
+    for inputs in shapes(3):
+        assert_same(eager, compiled, inputs)
+    assert counter.frame_count == 1
 
 
 def test_left_padding_and_evaluation():

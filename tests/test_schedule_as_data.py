@@ -13,12 +13,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
-from fastprompt import native
+from fastprompt import Sequences, native, prefix_attention
 from fastprompt.hf.engine import Engine
 from fastprompt.hf.masks import PackedRows
 from fastprompt.hf.shared_state import SharedState
 from fastprompt.layout import branches, plan_packed_input, plan_padded_input
-from fastprompt.ops.prefix_attention.scheduled import Shape
+from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule, scheduled_attention
 from fastprompt.peft.call import Call
 from fastprompt.peft.state import state_of
 
@@ -117,6 +117,35 @@ def test_batches_of_as_many_rows_have_tables_of_one_shape(prefix):
     shared = SharedState.of_tensor(torch.zeros(2, 2, 5, 2, 16)) if prefix else None
     found = tables(shared, 5 if prefix else 0)
     assert found[0][2] and all(x == found[0] for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # float64: of backends that look at sequences
+@pytest.mark.parametrize("options", [dict(causal=True, window=3), dict(causal=False, window=None)], ids=str)
+def test_the_operator_gives_what_prefix_attention_gives(dtype, options):
+    seq = Sequences.runs([0, 4, 9], [4, 3, 2], 12, [0, -1, 1], [3, 2], [0, 1, 0])
+    shapes = (12, 4, 8), (12, 2, 8), (12, 2, 6), (2, 3, 2, 8), (2, 3, 2, 6), (4,)
+    inputs = [torch.randn(shape, dtype=dtype, generator=LENGTHS, requires_grad=True) for shape in shapes]
+    *tensors, sinks = inputs
+    shape, place = Shape.of(*tensors[:3]), dict(prefixes=2, room=3, dtype=dtype, device=torch.device("cpu"))
+    schedule = make_schedule(seq, shape, **place, **options)
+    given = dict(options, softcap=5.0, sinks=sinks)
+    out = scheduled_attention(*tensors, schedule, scale=0.3, dropout_p=0.0, **given)
+    expected, _ = prefix_attention(*tensors, seq, scale=0.3, **given)
+    grad = torch.randn(out.shape, dtype=dtype, generator=LENGTHS)
+    torch.testing.assert_close(out, expected)
+    for found, exact in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+        torch.testing.assert_close(found, exact)
+
+
+def test_opcheck():
+    seq, k, bank = Sequences.packed([0, 3, 5]), torch.randn(5, 1, 8), torch.randn(1, 2, 1, 8)
+    place = dict(prefixes=1, room=2, dtype=torch.float32, device=torch.device("cpu"))
+    schedule = make_schedule(seq, Shape.of(k, k, k), causal=True, window=None, **place)
+    inputs, options = (k, k, k, bank, bank, None, None, schedule), (True, None, None, 0.3, 0.0)
+    torch.library.opcheck(torch.ops.fastprompt.scheduled_attention.default, (*inputs, *options))
+    out, lse = torch.ops.fastprompt.scheduled_attention(*inputs, *options)
+    arguments = (out, *inputs, out, lse, *options, [True, True, True, True, False, False])
+    torch.library.opcheck(torch.ops.fastprompt.scheduled_attention_backward.default, arguments)
 
 
 class Reads(TorchDispatchMode):

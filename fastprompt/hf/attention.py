@@ -228,7 +228,10 @@ def _run(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
     in_front = learned or (None, None)
-    if not is_eager(q) and alibi_slopes is None and position_bias is None:
+    if is_eager(q):
+        if mask.shapes is not None:
+            mask.shapes.add(Shape.of(q, k, v))
+    elif alibi_slopes is None and position_bias is None:
         has_bank = learned is not None or mask.shared.chains is not None
         schedule = mask.schedules.get((q.dtype, *Shape.of(q, k, v), has_bank))
         if schedule is not None:
@@ -237,8 +240,6 @@ def _run(
             options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
             out = scheduled_attention(q, k, v, prefix_k, prefix_v, schedule, sinks=sinks, **options)
             return out.view(batch, width, heads, out.shape[-1])
-    elif mask.shapes is not None:
-        mask.shapes.add(Shape.of(q, k, v))
     seq = mask.seq.to(q.device)
     out, _ = prefix_attention(
         q,

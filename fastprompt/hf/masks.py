@@ -194,7 +194,7 @@ class PackedRows:
             raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for packed rows")
         if self.causal and not pattern.causal:
             return RefusedMask("its attention is not causal")
-        if attention_mask is not None and not holds(attention_mask.all()):
+        if attention_mask is not None and not bool(attention_mask.all()):
             raise UnsupportedAttention("it masks some of the packed rows")
         if pattern.segments is not None and self._splits_a_sequence(pattern.segments):
             raise UnsupportedAttention("it splits a sequence by position ids, or by a mask, of its own")

@@ -88,13 +88,17 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
+    @torch.compiler.disable
     def with_chains_of(self, plan: RowPlan) -> "SharedState":
         """The same for compiled layers that run the packed batch of a plan, to whom :meth:`bank` gives everything that
         stands in front of sequences."""
         seq = plan.sequences
         if seq is None or seq.chains is None:
             return self
-        return replace(self, chains=pad(seq.chains, (0, 0, 0, max(2 - len(seq.chains), 0)), value=-1))
+        chains = pad(seq.chains, (0, 0, 0, max(2 - len(seq.chains), 0)), value=-1)  # 0 and 1 would be constants
+        if seq.kind == "packed":
+            torch._dynamo.maybe_mark_dynamic(chains, 0)  # the first batch may have one node, others many
+        return replace(self, chains=chains)
 
     def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
         """What stands in front of the sequences, of a layer's keys or its values, ``[N, W, Hkv, width]``; or None.

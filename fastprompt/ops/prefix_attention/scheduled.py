@@ -114,7 +114,9 @@ def _backend(device, dtype, shape):
 
 def _of_sequences(seq: Sequences) -> torch.Tensor:
     """Sequences as one tensor on the CPU."""
-    parts = [t.numpy() for t in seq.to("cpu").tensors()]
+    host = seq.host
+    used = np.zeros(0, np.int64) if host.prefix_lens is None else host.prefix_lens
+    parts = host.starts, host.lengths, host.prefix_ids, used, host.gaps
     header = np.array([seq.kind == "packed", seq.rows, *map(len, parts)])
     return torch.from_numpy(np.concatenate([header, *parts]))
 
@@ -141,7 +143,7 @@ _library.define(
 def _forward_op(q, k, v, prefix_k, prefix_v, sinks, seed, schedule, *options):
     backend: Any = _backend(q.device.type, q.dtype, Shape.of(q, k, v))
     if hasattr(backend, "pack"):
-        batch = backend.unpack(schedule)
+        batch = backend.unpack(schedule.to(q.device))  # layers may be spread over devices
         with without_autocast(q.device.type):
             out, lse = backend.forward(q, k, v, prefix_k, prefix_v, batch, **_named(sinks, seed, *options))
     else:
@@ -162,7 +164,7 @@ def _backward_op(grad, q, k, v, prefix_k, prefix_v, sinks, seed, schedule, out, 
     needs = [need and x is not None for x, need in zip(inputs, needs)]
     backend: Any = _backend(q.device.type, q.dtype, Shape.of(q, k, v))
     if hasattr(backend, "pack"):
-        tensors = grad, q, k, v, prefix_k, prefix_v, out, lse, backend.unpack(schedule)
+        tensors = grad, q, k, v, prefix_k, prefix_v, out, lse, backend.unpack(schedule.to(q.device))
         with without_autocast(q.device.type):
             grads = backend.backward(*tensors, **_named(sinks, seed, *options), needs=needs)
     else:
