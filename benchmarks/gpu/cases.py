@@ -45,7 +45,8 @@ def sample():
     for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 128)):
         for rows in ({}, {"even": True}):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **rows)
-        for feature in (dict(dropout=0.1), dict(alibi=True), dict(bias=128, causal=False), dict(cross=True)):
+        features = dict(dropout=0.1), dict(alibi=True), dict(bias=128, causal=False), dict(cross=True)
+        for feature in (*features, dict(chains=True, prefix=0), dict(chains=True)):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **feature)
     flags = dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3)
     cases += _attention("fp16", 128, 32, 8, native=True)
@@ -82,6 +83,9 @@ def complete():
              dict(alibi=True), dict(alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1),
              dict(bias=128), dict(bias=128, causal=False), dict(bias=128, layout="padded", prefixes=3, dropout=0.1),
              dict(cross=True), dict(cross=True, layout="padded", sinks=True, prefixes=3, dropout=0.1),
+             dict(chains=True, prefix=0), dict(chains=True),
+             dict(chains=True, window=48, softcap=30.0, sinks=True, dropout=0.1),
+             dict(chains=True, alibi=True, window=48, sinks=True, dropout=0.1),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
     for dtype in DTYPES:
         for head_dim in (64, 128):
@@ -111,13 +115,13 @@ _NEEDS = {  # gradients asked for: of q, k, v, prefix_k, prefix_v, sinks
 
 def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=False, needs="all", **flags):
     """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are, and
-    cross-attention has no decode."""
+    cross-attention and chains have no decode."""
     given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
     label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
     arguments = DTYPES[dtype], head_dim, heads, kv_heads
     cases = []
     directions = ("forward", "backward", "decode") if needs == "all" else ("backward",)
-    for direction in directions[:2] if flags.get("cross") else directions:
+    for direction in directions[:2] if flags.get("cross") or flags.get("chains") else directions:
         run = partial(_run_attention, direction, *arguments, needs=_NEEDS[needs], **flags)
         # Whether tiles have rows enough for the chip's own matrix instructions.
         enough_rows = direction == "forward" or direction == "backward" and head_dim <= 128
@@ -147,6 +151,7 @@ def _run_attention(
     alibi=False,
     bias=None,
     cross=False,
+    chains=False,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
     from fastprompt.ops.prefix_attention.dropout import Dropout
@@ -157,7 +162,13 @@ def _run_attention(
     bank = dict(
         prefix_ids=[b % (prefixes + 1) - 1 for b in range(batch)], prefix_lens=[prefix - p for p in range(prefixes)]
     )
-    if direction == "decode":
+    if chains:  # the first sequence stands in front of all others, and learned keys in front of it
+        chain = [*range(-1, -1 - prefix, -1), *range(lengths[0])]
+        seq = Sequences.packed(
+            [sum(lengths[:b]) for b in range(batch + 1)], [0] + [1] * (batch - 1), [prefix, len(chain)],
+            chains=[chain, chain],
+        )  # fmt: skip
+    elif direction == "decode":
         seq = Sequences.decode(lengths, **(bank if prefixes > 1 else {}))
     elif layout == "padded":
         seq = Sequences.padded(
