@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import Allocations
 from attention_cases import biased
 from chains import chained, drawn
 from test_prefix_attention import dense, run
@@ -111,6 +112,17 @@ def test_gradients_that_nobody_asks_for_change_no_other(asked):
     for i, x in enumerate(gradients(asked)):
         assert (x is None) == (i not in asked)
         assert x is None or torch.equal(x, whole[i])
+
+
+@needs_library
+def test_no_chain_is_copied():
+    """A step allocates what it returns: gradients, out, lse, and what belongs to a chunk."""
+    seq = chained(100, 100, 100, (2,) * 40, learned=False)  # 40 sequences of two tokens behind up to 300
+    inputs, grad = drawn(seq, 2, 1, (16, 16), torch.float32, learned=False), random_grad(seq, 2, 16)
+    leaves = [x if x is None else x.requires_grad_() for x in inputs]
+    with Allocations() as found:
+        ours(*leaves[:5], seq)[0].backward(grad)
+    assert max(found.sizes) <= seq.rows * 2 * 16 < seq.chains.numel() * 16
 
 
 @needs_library

@@ -45,7 +45,8 @@ def sample():
     for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 128)):
         for rows in ({}, {"even": True}):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **rows)
-        for feature in (dict(dropout=0.1), dict(alibi=True), dict(bias=128, causal=False), dict(cross=True)):
+        features = dict(dropout=0.1), dict(alibi=True), dict(bias=128, causal=False), dict(cross=True)
+        for feature in (*features, dict(chains=True, prefix=0), dict(chains=True)):
             cases += _attention("bf16", head_dim, heads, kv_heads, everywhere=True, native=True, **feature)
     flags = dict(window=48, softcap=30.0, sinks=True, layout="padded", prefixes=3)
     cases += _attention("fp16", 128, 32, 8, native=True)
@@ -86,6 +87,9 @@ def complete():
              dict(cross=True), dict(cross=True, layout="padded", sinks=True, prefixes=3, dropout=0.1),
              dict(queries=5), dict(queries=1, pages=16), dict(queries=5, pages=16, alibi=True, window=48, prefixes=3),
              dict(queries=5, pages=16, bias=128, causal=False),
+             dict(chains=True, prefix=0), dict(chains=True),
+             dict(chains=True, window=48, softcap=30.0, sinks=True, dropout=0.1),
+             dict(chains=True, alibi=True, window=48, sinks=True, dropout=0.1),
              *(dict(needs=needs) for needs in _NEEDS)]  # fmt: skip
     for dtype in DTYPES:
         for head_dim in (64, 128):
@@ -115,13 +119,13 @@ _NEEDS = {  # gradients asked for: of q, k, v, prefix_k, prefix_v, sinks
 
 def _attention(dtype, head_dim, heads, kv_heads, *, everywhere=False, native=False, needs="all", **flags):
     """The forward, backward and decode case with these flags; only the backward knows what ``needs`` are,
-    cross-attention has no decode, and ``queries`` a sequence has nothing else."""
+    cross-attention and chains have no decode, and ``queries`` a sequence has nothing else."""
     given = "".join(f" {name}={value}" for name, value in flags.items()) + (f" needs={needs}" if needs != "all" else "")
     label = f"{dtype} {heads}/{kv_heads}x{head_dim}{given}"
     arguments = DTYPES[dtype], head_dim, heads, kv_heads
     cases = []
     directions = ("forward", "backward", "decode") if needs == "all" else ("backward",)
-    if flags.get("cross"):
+    if flags.get("cross") or flags.get("chains"):
         directions = directions[:2]
     if flags.get("queries"):
         directions = directions[2:]
@@ -170,6 +174,12 @@ def _run_attention(
     if direction == "decode":
         table = [[0] * -(-max(lengths) // pages)] * batch if pages else None
         seq = Sequences.decode(lengths, queries=queries, pages=table, **(bank if prefixes > 1 else {}))
+    elif chains:  # the first sequence stands in front of all others, and learned keys in front of it
+        chain = [*range(-1, -1 - prefix, -1), *range(lengths[0])]
+        seq = Sequences.packed(
+            [sum(lengths[:b]) for b in range(batch + 1)], [0] + [1] * (batch - 1), [prefix, len(chain)],
+            chains=[chain, chain],
+        )  # fmt: skip
     elif layout == "padded":
         seq = Sequences.padded(
             [max(lengths) - n for n in lengths], lengths, max(lengths), **(bank if prefixes > 1 else {})

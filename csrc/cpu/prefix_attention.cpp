@@ -181,9 +181,8 @@ void backward(Tensor grad, Tensor q, Tensor k, Tensor v, MaybeTensor prefix_k, M
   auto const& pieces = call.schedule.pieces;
   auto const chained = std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return !piece.learned; });
   const Floats kt(slots * call.head_dim), vt(slots * call.value_dim), krows(slots * key_stride);
-  auto const sums_of = [&](const MaybeTensor& learned, const MaybeTensor& rows) { return learned || (chained && rows); };
-  const Floats prefix_dk(sums_of(dprefix_k, dk) ? prefix_parts * key_stride : 0);
-  const Floats prefix_dv(sums_of(dprefix_v, dv) ? prefix_parts * value_stride : 0);
+  const Floats prefix_dk(dprefix_k || (chained && dk) ? prefix_parts * key_stride : 0);
+  const Floats prefix_dv(dprefix_v || (chained && dv) ? prefix_parts * value_stride : 0);
   const Floats split_dk(dk ? split_parts * key_stride : 0), split_dv(dv ? split_parts * value_stride : 0);
   call.prefix_kt = kt.get(), call.prefix_vt = vt.get(), call.prefix_krows = krows.get();
   call.prefix_dk = prefix_dk.get(), call.prefix_dv = prefix_dv.get();

@@ -97,7 +97,7 @@ struct Call {
   // Backward. A gradient that nobody asked for has no data.
   Strided grad, dq, dk, dv, dprefix_k, dprefix_v;
   float* sink_parts;  // [chunks, H] or null
-  // Packed pieces of prefixes, for every key head [prefix_slots]: transposed panels and rows (see prefix_attention_tile.h).
+  // Packed pieces, for every key head [prefix_slots]: transposed panels and rows (see prefix_attention_tile.h).
   float *prefix_kt, *prefix_vt, *prefix_krows, *prefix_vrows;
   float *prefix_dk, *prefix_dv;  // parts, for every key head [prefix_parts] rows
   float *split_dk, *split_dv;    // parts, for every key head [split_parts] rows

@@ -14,8 +14,8 @@ import torch
 from .cells import IGNORE, STATS, Batch, Filled
 from .sequences import move
 
-NODE_COST = 8  # what a node costs, in rows: its keys are copied in every layer, and a tile of attention ends with it
-_COPIES = 64  # keys in front of a node that are copied in the time in which a row is run, at least
+NODE_COST = 8  # what a node costs, in rows: a tile of attention ends with it, and gradients are summed apart for it
+_KEYS = 64  # keys in front of a node whose gradients are summed once more in the time in which a row is run, at least
 _LEAST = 2  # tokens of a node: layers with a state would take one for a step of generation, which writes in place
 
 
@@ -155,7 +155,7 @@ def grow(
         """Its tokens are run once, in place of once for each part."""
         length = branch.depth - above
         saved = (len(branch.parts) - 1) * length
-        return length >= _LEAST and saved >= cost + (front + branch.depth) // _COPIES
+        return length >= _LEAST and saved >= cost + (front + branch.depth) // _KEYS
 
     def close(opened: list[_Branch], shared: int) -> None:
         """Leave the branches in which the next sequence, of which ``shared`` tokens are known, is not."""

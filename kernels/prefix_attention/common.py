@@ -61,6 +61,11 @@ def load_keys(own, learned, at, live, kv_head, static: tl.constexpr):
         number = -1 - at
         k_at = tl.where(at < 0, learned.k + (number * learned.stride_kr + kv_head * learned.stride_kh), k_at)
         v_at = tl.where(at < 0, learned.v + (number * learned.stride_vr + kv_head * learned.stride_vh), v_at)
+        # What the compiler no longer sees: rows that consist of 16-byte loads start where these must.
+        if static.DH % 8 == 0:
+            k_at = tl.multiple_of(k_at, 16)
+        if static.DV % 8 == 0:
+            v_at = tl.multiple_of(v_at, 16)
     nothing = tl.zeros_like(at)
     b_k = load_rows(k_at[:, None], nothing, live, static.DH, static.BD)
     return b_k, load_rows(v_at[:, None], nothing, live, static.DV, static.BV)

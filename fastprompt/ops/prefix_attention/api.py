@@ -35,7 +35,8 @@ def prefix_attention(
     """Attention of every query over its sequence's prefix and its sequence's own keys, in one softmax.
 
     Everything behaves exactly as if the prefix stood in front of the sequence, although no key is ever copied:
-    positions of own keys start at the prefix's length (plus ``seq.gaps``).
+    positions of own keys start at the prefix's length (plus ``seq.gaps``). A prefix is one of a bank of learned ones,
+    or, with ``seq.chains``, a chain of keys that are rows of k and v, those of other sequences, or learned.
 
     With ``key_seq`` it is cross-attention: the queries of sequence b see its prefix and all rows of k and v that
     ``key_seq`` gives to sequence b, such as those of the text that it was encoded from. A sequence without any key
@@ -47,7 +48,8 @@ def prefix_attention(
             ``[B, Hkv, Lmax, Dh]`` and ``[B, Hkv, Lmax, Dv]``, the cache, or its pages
             ``[pages, Hkv, page size, Dh]`` and ``[..., Dv]`` (without a backward). Values may be narrower or wider
             than keys. With ``key_seq`` they have as many rows as it says.
-        prefix_k, prefix_v: ``[N, P, Hkv, Dh]`` and ``[N, P, Hkv, Dv]``, N prefixes of at most P keys; None: no prefix.
+        prefix_k, prefix_v: ``[N, P, Hkv, Dh]`` and ``[N, P, Hkv, Dv]``, N prefixes of at most P keys; None: no prefix,
+            or chains without learned keys.
         seq: :class:`fastprompt.Sequences`, made once a batch.
         causal: own keys behind the query are hidden.
         window: a key is visible only if it stands less than ``window`` positions from the query, prefix included.
@@ -80,8 +82,8 @@ def prefix_attention(
 
     Returns:
         out: ``[Rq, H, Dv]``; zero for rows outside every sequence. Differentiable in q, k, v, prefix_k, prefix_v,
-            sinks and position_bias; the gradients of a prefix are summed over the sequences that read it, in a fixed
-            order.
+            sinks and position_bias; the gradients of a prefix, rows of k and v in chains among them, are summed over
+            the sequences that read it, in a fixed order.
         lse: ``[H, Rq]`` log-sum-exp of the scores, natural log, fp32 (float64 for float64), not differentiable.
 
     Raises:

@@ -37,10 +37,10 @@ def pieces_of(seq: Sequences, prefix: np.ndarray, length: np.ndarray, room: int)
         length: ``[G]`` how many keys of each are used, at least one.
         room: P of the learned prefixes, 0 without.
     """
-    if seq.chains is None or not len(prefix):
+    chains, room = seq.host.chains, max(room, 1)
+    if chains is None or not len(prefix):
         number, zero = np.arange(len(prefix)), np.zeros(len(prefix), np.int64)
         return Pieces(number, number + 1, number, zero, zero == 0, prefix, zero, length)
-    chains, room = seq.host.chains, max(room, 1)
     group, place = (np.arange(chains.shape[1]) < length[:, None]).nonzero()
     source = chains[prefix[group], place]
     rows = source.max(initial=-1) + 1

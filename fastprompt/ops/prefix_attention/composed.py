@@ -39,19 +39,15 @@ def forward(q, k, v, prefix_k, prefix_v, seq, **options):
 def backward(grad, q, k, v, prefix_k, prefix_v, out, lse, seq, *, needs, **options):
     front_k, front_v = _in_front(seq, k, prefix_k), _in_front(seq, v, prefix_v)
     if seq.chains is not None:
-        wanted = [*needs[:3], needs[1] or needs[3], needs[2] or needs[4], needs[5]]
-    else:
-        wanted = needs
+        needs = *needs[:3], needs[1] or needs[3], needs[2] or needs[4], needs[5]
     widths, inputs = (q.shape[-1], v.shape[-1]), (q, k, v, front_k, front_v)
     grad, *filled_up, out = (_filled_up(x, max(widths)) for x in (grad, *inputs, out))
-    *grads, dsinks = _backward(grad, *filled_up, out, lse, seq, needs=wanted, **options)
-    dq, dk, dv, *fronts = (None if g is None else g[..., : x.shape[-1]] for g, x in zip(grads, inputs))
-    if seq.chains is None:
-        return dq, dk, dv, *fronts, dsinks
-    (dk, dprefix_k), (dv, dprefix_v) = (
-        _of_chains(seq, *x) for x in ((fronts[0], dk, prefix_k), (fronts[1], dv, prefix_v))
-    )
-    return dq, dk, dv, dprefix_k, dprefix_v, dsinks
+    *grads, dsinks = _backward(grad, *filled_up, out, lse, seq, needs=needs, **options)
+    dq, dk, dv, dfront_k, dfront_v = (None if g is None else g[..., : x.shape[-1]] for g, x in zip(grads, inputs))
+    if seq.chains is not None:
+        dk, dfront_k = _of_chains(seq, dfront_k, dk, prefix_k)
+        dv, dfront_v = _of_chains(seq, dfront_v, dv, prefix_v)
+    return dq, dk, dv, dfront_k, dfront_v, dsinks
 
 
 def _in_front(seq, own, learned):
