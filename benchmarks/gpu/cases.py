@@ -161,6 +161,7 @@ def _run_attention(
     cross=False,
     queries=None,
     pages=None,
+    chains=False,
 ):
     from fastprompt.ops.prefix_attention import triton as launcher
     from fastprompt.ops.prefix_attention.dropout import Dropout

@@ -10,16 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..layout import (
-    IGNORE,
-    NODE_COST,
-    CannotPack,
-    PairPlan,
-    RowPlan,
-    check_pad_rows_to,
-    plan_packed_input,
-    plan_padded_input,
-)
+from ..layout import IGNORE, NODE_COST, CannotPack, PairPlan, RowPlan, plan_packed_input, plan_padded_input
+from ..layout.dead_rows import check_pad_rows_to
 from .abilities import Abilities, Probe, reason_of
 from .attachment import attach, detach, evaluation_mode, is_attached, suspended
 from .cache import PackedCache

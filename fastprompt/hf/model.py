@@ -261,10 +261,9 @@ class SoftPromptModel(nn.Module):
             raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
         if cu_seqlens is not None and attention_mask is not None:
             raise ValueError("attention_mask must be None with cu_seqlens, which say where sequences end")
-        if self._engine.is_lm and not is_encoder_decoder(self.base):
-            known: set[str] = set()
-        else:
-            known = set(options) if is_encoder_decoder(self.base) else _OF_HEADS
+        pairs = is_encoder_decoder(self.base)
+        known = set(options) if pairs else set() if self._engine.is_lm else _OF_HEADS
+        if pairs or not self._engine.is_lm:
             for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
                 if value is not None:
                     raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")

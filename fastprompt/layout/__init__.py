@@ -6,7 +6,6 @@ batch runs where the batch is: in PyTorch (``cells.py``), by the C++ library (``
 """
 
 from .branches import NODE_COST
-from .dead_rows import check_pad_rows_to
 from .pairs import PairPlan, plan_pairs
 from .plan import IGNORE, CannotPack, RowPlan, plan_packed_input, plan_padded_input
 from .recurrent import Bucket, RecurrentSchedule, final_buckets, recurrent_schedule
@@ -24,7 +23,6 @@ __all__ = [
     "RowPlan",
     "Sequences",
     "Tree",
-    "check_pad_rows_to",
     "final_buckets",
     "plan_packed_input",
     "plan_padded_input",
