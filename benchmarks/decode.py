@@ -5,8 +5,8 @@
   concatenated before the clock starts, with grouped heads.
 * ``repeated``: the same with key heads repeated for the query heads of their group before the clock starts.
 
-A step that copies the caches, as transformers' ``repeat_kv`` does, is left out: it takes 5 to 50 times as long, and the
-memory that it gives back is returned to the system in the step behind it.
+A step that copies the caches, as transformers' ``repeat_kv`` does, is left out: it takes 5 to 50 times as long, and
+disturbs the step that is measured behind it.
 
 All run interleaved in one process on the same numbers, after a check against float64. ``paged`` is fastprompt again, on
 the same keys in pages of 16 whose order is drawn at random. Times are processor time of one thread, for a step takes a
