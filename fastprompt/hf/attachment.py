@@ -90,9 +90,9 @@ def attach_again(model: PreTrainedModel) -> None:
     if any(record.users.values()):
         patch_gated_mlps(model)
         patch_norms(model)
-        patch_rotary(model)
         patch_mixers(model)
         patch_relative_attention(model)
+        patch_rotary(model)
     record.complete = True
 
 
