@@ -41,7 +41,8 @@ class StreamOptions(_Fields):
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 # A long list of what is no text has one error, not one for each.
-Texts, TokenIds = Annotated[list[str], Field(fail_fast=True)], Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 NewTokens = Annotated[int | None, Field(ge=1, lt=2**31)]
 
 

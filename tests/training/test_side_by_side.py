@@ -1,6 +1,5 @@
 """Many prompts at once: each is what a run of its own gives."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from training_runs import METHODS, adapter_of, losses
+from training_runs import METHODS, adapter_of, alone, assert_equal_adapters, assert_equal_runs, losses, write_tasks
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import fastprompt
@@ -44,15 +43,6 @@ THREE = {
 }
 
 
-def write_tasks(file, rows, task_of):
-    """The rows with a column ``task``; returns the file's name."""
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], "task"])
-        writer.writeheader()
-        writer.writerows({**row, "task": task_of(i)} for i, row in enumerate(rows))
-    return str(file)
-
-
 @pytest.fixture(scope="session")
 def data(files, tmp_path_factory):
     rows = read_rows(files["data"])
@@ -68,25 +58,6 @@ def config(config, data):
         config, data=data, task_column="task", num_virtual_tokens=4, eval_fraction=0.3, eval_steps=2, batch_size=3,
         steps=None, epochs=3, warmup=2, schedule="cosine", max_grad_norm=0.5, weight_decay=0.1,
     )  # fmt: skip
-
-
-def alone(config, task, folder, **changes):
-    """The configuration of a run of its own."""
-    return dataclasses.replace(config, only_task=task, output=str(folder), **changes)
-
-
-def assert_equal_runs(history, expected):
-    assert [entry.keys() for entry in history] == [entry.keys() for entry in expected]
-    for ours, theirs in zip(history, expected):
-        # The norm, unlike the loss, is compared with its own size: it grows with the model.
-        norms = [entry.get("grad_norm", 0.0) for entry in (ours, theirs)]
-        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-        assert {**ours, "grad_norm": 0.0} == pytest.approx({**theirs, "grad_norm": 0.0}, abs=1e-4)
-
-
-def assert_equal_adapters(folder, expected):
-    ours, theirs = (adapter_of(dataclasses.replace(expected, output=str(x))) for x in (folder, expected.output))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", THREE.values(), ids=THREE)
