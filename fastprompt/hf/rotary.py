@@ -112,7 +112,7 @@ _NAME = "apply_rotary_pos_emb"
 # Compared and never called, with a docstring as theirs have one: it moves the constants behind it.
 
 
-def rotate_half(x):
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """``(-b, a)`` of the halves ``(a, b)`` of each head."""
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]

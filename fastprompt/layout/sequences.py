@@ -244,9 +244,9 @@ class Sequences:
     def from_tensors(cls, kind: str, rows: int, tensors: Sequence[torch.Tensor]) -> "Sequences":
         """The inverse of :meth:`tensors`."""
         starts, lengths, *optional, chains = tensors
-        prefix_ids, prefix_lens, gaps, *of_cache = (t if t.numel() else None for t in optional)
-        found = chains if chains.dim() == 2 else None
-        return cls(kind, starts, lengths, prefix_ids, prefix_lens, gaps, rows, *of_cache, found)
+        prefix_ids, prefix_lens, gaps, queries, key_starts, pages = (t if t.numel() else None for t in optional)
+        of_prefixes, of_cache = (prefix_ids, prefix_lens, gaps), (queries, key_starts, pages)
+        return cls(kind, starts, lengths, *of_prefixes, rows, *of_cache, chains if chains.dim() == 2 else None)
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
