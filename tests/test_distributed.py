@@ -15,6 +15,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     """All methods and modes by one pair of ranks, most of whose time is that of starting."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = str(WORKER.parents[1])  # benchmarks has the sizes of tiny models
     run = subprocess.run(
         [*command, str(WORKER), str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=200
     )

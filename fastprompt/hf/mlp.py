@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import activations
 
 from ..ops.gated_activation.api import GatedActivation
+from .masks import packed_rows_run
 from .structure import has_own_forward
 
 
@@ -47,7 +48,9 @@ def _forward(self, *args, **kwargs):
     gate, up = gate_proj(*args), up_proj(*args)
     if gate.dtype != up.dtype or gate.shape != up.shape:
         return down_proj(activation(gate) * up)
-    return down_proj(GatedActivation.apply(gate, up, _known(activation)))
+    if packed_rows_run():  # kernels round otherwise than the model's own operations
+        activation = _known(activation)
+    return down_proj(GatedActivation.apply(gate, up, activation))
 
 
 # What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.

@@ -233,11 +233,8 @@ class Sequences:
     def tensors(self) -> list[torch.Tensor]:
         """``starts``, ``lengths`` and what may be None, as an empty vector: what crosses an operator."""
         empty, (starts, lengths) = self.starts.new_empty(0), (self.starts, self.lengths)
-        of_prefixes, of_cache = (
-            (self.prefix_ids, self.prefix_lens, self.gaps),
-            (self.queries, self.key_starts, self.pages),
-        )
-        optional = *of_prefixes, *of_cache, self.chains
+        of_cache = self.queries, self.key_starts, self.pages
+        optional = self.prefix_ids, self.prefix_lens, self.gaps, *of_cache, self.chains
         return [starts, lengths, *(empty if t is None else t for t in optional)]
 
     @classmethod

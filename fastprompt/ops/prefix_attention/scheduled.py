@@ -123,8 +123,9 @@ def _of_sequences(seq: Sequences) -> torch.Tensor:
 
 def _sequences_of(schedule: torch.Tensor) -> Sequences:
     """The inverse of :func:`_of_sequences`."""
-    packed, rows, *sizes = schedule[:11].tolist()
-    return Sequences.from_tensors("packed" if packed else "padded", rows, schedule[11:].split(sizes))
+    packed, rows, *sizes = schedule[:7].tolist()
+    parts, nothing = schedule[7:].split(sizes), schedule.new_empty(0)  # neither a cache nor chains
+    return Sequences.from_tensors("packed" if packed else "padded", rows, [*parts, *[nothing] * 4])
 
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
