@@ -19,7 +19,7 @@ METHODS = {
     ),
     "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
-STEPS = 5
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
