@@ -186,3 +186,15 @@ def is_packed(model, inputs):
     before = fastprompt.stats(model).packed
     model(**inputs)
     return fastprompt.stats(model).packed > before
+
+
+def assert_checkpoints_change_nothing(reentrant):
+    """A step of an accelerated model whose layers run a second time is the step without: their kernels run again."""
+    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
+    expected, gradients, _ = step(model, inputs)
+    model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss, again, _ = step(model, inputs)
+    assert torch.equal(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient)

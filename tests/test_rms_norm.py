@@ -8,7 +8,7 @@ import torch
 from budget import assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import batch, peft_model, step
+from parity import assert_checkpoints_change_nothing, batch, peft_model, step
 from tiny_models import build
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -206,14 +206,7 @@ def test_a_norm_with_a_forward_of_its_own_is_left_alone():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_run_the_same_norm_again(reentrant):
-    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
-    expected, gradients, _ = step(model, inputs)
-    model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    loss, again, _ = step(model, inputs)
-    assert torch.equal(loss, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(again[name], gradient)
+    assert_checkpoints_change_nothing(reentrant)
 
 
 def test_checkpoints_of_others_run_the_norm_of_the_class():
