@@ -111,6 +111,18 @@ def test_left_padding_and_evaluation():
         torch.testing.assert_close(compiled.eval()(**inputs).logits, eager.eval()(**inputs).logits)
 
 
+def test_the_last_layer_runs_uncompiled_on_labelled_rows():
+    eager, compiled, counter = pair("llama")
+    rows = []
+    hook = compiled.base_model.model.layers[-1].mlp.register_forward_hook(lambda *a: rows.append(a[1][0].shape[-2]))
+    assert_same(eager, compiled, batch("right", "last"))
+    assert rows == [4]
+    hook.remove()
+    for labels in ("all", "last"):
+        assert_same(eager, compiled, batch("right", labels))
+    assert counter.frame_count <= 2
+
+
 def test_a_whole_model_is_compiled_twice_at_most():
     eager, compiled = (fastprompt.accelerate(peft_model("llama", num_hidden_layers=2)) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")

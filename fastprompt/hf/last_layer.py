@@ -7,6 +7,9 @@ rows. The layer's output has zeros in the rows that nobody wants.
 
 That the rest of a layer treats each row alone is what running packed rows rests on already. How the states reach the
 attention is looked at in every call: they are the layer's input, or what one of its parts made of it.
+
+A layer that ``layer.compile()`` has compiled runs uncompiled on these rows: its graph, of all rows, would cost more
+than it saves.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,16 +65,12 @@ class LastLayer:
         return LastLayer(lists[0], layer, attentions[0])
 
     def is_plain(self, backbone: nn.Module) -> bool:
-        """Does it still run the forward of its class, uncompiled, and nobody but itself runs it a second time?"""
+        """Does it still run the forward of its class, and nobody but itself runs it a second time?"""
         if torch.compiler.is_compiling() or not any(layer is self.layer for layer in self.layers):
             return False
         if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
             return False
-        return not any(
-            (has_own_forward(module) and not is_patched(module))
-            or getattr(module, "_compiled_call_impl", None) is not None
-            for module in (self.layer, self.attention)
-        )
+        return not any(has_own_forward(x) and not is_patched(x) for x in (self.layer, self.attention))
 
     @contextmanager
     def on_rows(self, keep: torch.Tensor) -> Iterator[None]:
@@ -85,15 +84,18 @@ class LastLayer:
 
 
 @contextmanager
-def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).pop("forward", None)
-    module.forward = forward
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While the block runs, a call of the module runs ``forward``, whatever ``compile`` made of its own."""
+    attributes = vars(module)
+    before: dict[str, Any] = {
+        name: attributes.pop(name) for name in ("forward", "_compiled_call_impl") if name in attributes
+    }
+    attributes["forward"] = forward
     try:
         yield
     finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+        del attributes["forward"]
+        attributes.update(before)
 
 
 def _run_layer(last, keep, states, *args, **kwargs):
