@@ -366,6 +366,16 @@ def test_in_cross_attention_a_query_meets_the_keys_of_its_sequence(batch, length
     check_key_items(made, gpu.backward_items(made, **sizes, dq=False, dkv=True, dprefix=False)[0])
 
 
+def test_a_window_that_ends_in_the_prefix_leaves_later_queries_fewer_parts():
+    """The second tile of queries reads the second half of the prefix alone, and starts inside of a sequence."""
+    seq, room = Sequences.decode([1, 7], queries=[1, 7]), 7
+    sequences = list(described(seq, room))
+    table, lengths = torch.tensor(sequences).view(-1, 6)[:, [1, 2, 3, 5]], seq.prefix_lengths(room)
+    cache = gpu.Cache(block_of(seq), seq.host.queries, seq.host.key_starts, seq.host.pages)
+    made = gpu.make_batch(table, lengths, causal=True, window=9, cache=cache)
+    check_decode_items(made, [(s, j) for s in sequences for j in range(s[2])], 7, 4)
+
+
 def check_decode_items(made, queries, rows, split):
     """Every query meets every key that it sees of its prefix and of its own once, in parts numbered from 0."""
     items, parts = gpu.decode_items(made, rows=rows, prefix_split=split, own_split=split)

@@ -218,12 +218,13 @@ def decode_items(batch, *, rows, prefix_split, own_split):
     k1 = np.minimum(k0 + prefix_split, p1[tile])
     shared = _table(q0[tile], q1[tile], k0, k1, prefix[tile], number)
 
-    before = np.repeat(of_tile, q1 - q0)  # parts of each query
-    begins = np.flatnonzero(np.diff(batch.spans[0], prepend=-1))  # the first query of each sequence
+    before = np.repeat(of_tile, q1 - q0)  # parts of each query; with a window, fewer of those further on
+    run_begins = np.diff([batch.spans[0], before], prepend=-1).any(0)  # of one sequence and with as many parts before
+    begins = np.flatnonzero(run_begins)
     ends = np.append(begins[1:], batch.queries)[: len(begins)]
-    sequence, number = _repeat(-(-(ends - begins) // rows))
-    q0 = begins[sequence] + number * rows
-    q1 = np.minimum(q0 + rows, ends[sequence])
+    run, number = _repeat(-(-(ends - begins) // rows))
+    q0 = begins[run] + number * rows
+    q1 = np.minimum(q0 + rows, ends[run])
     low, high = batch.low[q0], batch.high[q1 - 1]
     splits = -(-(high - low) // own_split)
     tile, number = _repeat(splits)
