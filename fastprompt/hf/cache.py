@@ -30,7 +30,7 @@ class RecordingCache(DynamicCache):
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Keys of an indexer ``[1, R, width]``; none of them is given back, for an indexer of packed rows scores none."""
+        """Keys of an indexer ``[1, R, width]``; none of them is given back: on packed rows it has none to score."""
         self._recorded.indexer_keys.append((layer_idx, indexer_key_states[0]))
         return indexer_key_states[:, :0]
 
