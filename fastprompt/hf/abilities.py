@@ -110,8 +110,9 @@ class Probe:
     def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
         has_indexer = key_limit(self.backbone) is not None
-        reason = why_never_packed(self.base, self.backbone, sees_distances(self.backbone), has_indexer)
-        reason = reason or why_not_indexed(self.backbone) or why_no_padding(searching_part(self.base))
+        reason = why_not_indexed(self.backbone)
+        reason = reason or why_never_packed(self.base, self.backbone, sees_distances(self.backbone), has_indexer)
+        reason = reason or why_no_padding(searching_part(self.base))
         if reason is None:
             with evaluation_mode(self.base):
                 self.expected = Expectations.of(self.base, self.backbone, self.is_lm)
