@@ -17,7 +17,7 @@ from fastprompt.hf.masks import UnsupportedAttention
 from fastprompt.layout import CannotPack
 
 TOPK = 13  # the keys that are chosen: those of P virtual tokens and eight of text
-ABOVE = f"an indexer chooses {TOPK} of the keys that a row sees, and a row of the batch sees more"
+ABOVE = f"an indexer chooses {TOPK} keys, and a row of the batch sees more"
 SHARED = dict(indexer_types=["full", "shared"])  # a layer that takes another's choice
 FAMILIES = {
     "deepseek_v32": {},

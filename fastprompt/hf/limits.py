@@ -8,7 +8,7 @@ from .request import Request
 def why_too_long(found: Abilities, request: Request, plan: RowPlan) -> str | None:
     """The reason why a planned batch has to take the padded path, by how long it is; None: there is none."""
     if found.key_limit is not None and _most_keys(plan, request.prefix_length) > found.key_limit:
-        return f"an indexer chooses {found.key_limit} of the keys that a row sees, and a row of the batch sees more"
+        return f"an indexer chooses {found.key_limit} keys, and a row of the batch sees more"
     if request.cu_seqlens is not None:
         return None
     if found.rope_limit is not None:
