@@ -133,8 +133,9 @@ def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:
         for kind in ("keys", "values"):
             if getattr(holder, kind, None) is not None:
                 found[layer, kind, 0] = getattr(holder, kind)
-        if getattr(holder, "indexer_keys", None) is not None:
-            found[layer, "indexer_keys", 0] = holder.indexer_keys[:, None]
+        of_indexer = getattr(holder, "indexer_keys", None)
+        if of_indexer is not None:
+            found[layer, "indexer_keys", 0] = of_indexer[:, None]
         for kind in ("conv_states", "recurrent_states"):
             states = getattr(holder, kind, {})
             found.update({(layer, kind, index): x for index, x in states.items() if x is not None})
