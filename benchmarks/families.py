@@ -29,8 +29,10 @@ COMMON = (
     "gemma3n_text gemma4_text gpt2 gpt_neox gpt_oss phi phi3 olmo2 olmo3 granite granitemoehybrid falcon falcon_h1 "
     "starcoder2 cohere2 glm4 deepseek_v3 llama4_text"
 ).split()
-# Configs that run otherwise than their family's default: Falcon's first models, the E models of Gemma 4.
+# Configs that run otherwise than their family's default: an indexer that chooses fewer keys than the longest row sees,
+# Falcon's first models, the E models of Gemma 4.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "deepseek_v32": dict(index_topk=32),
     "falcon": dict(alibi=True),
     "gemma4_text": dict(hidden_size_per_layer_input=4),
 }

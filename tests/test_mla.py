@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from parity import P, assert_identical, assert_same_steps, batch, peft_model, step
+from parity import P, assert_same_steps, batch, peft_model
 from tiny_models import VOCABULARY, drawn
 
 import fastprompt
@@ -17,7 +17,6 @@ _DENSE = dict(_COMMON, num_hidden_layers=2, num_key_value_heads=4, intermediate_
 _EXPERTS = dict(moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
 _GROUPS = dict(_EXPERTS, n_group=1, topk_group=1)
 _LATENT = dict(kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12)
-_INDEX = dict(index_topk=64, index_n_heads=2, index_head_dim=16)
 
 LATENT = {
     "deepseek_v2": (hf.DeepseekV2ForCausalLM, hf.DeepseekV2Config(**_DENSE, **_LATENT, **_EXPERTS)),
@@ -39,10 +38,6 @@ MIMO = (
         **{**_DENSE, **_EXPERTS, "num_key_value_heads": 2}, head_dim=24, v_head_dim=12, sliding_window=6
     ),
 )
-INDEXED = {
-    "deepseek_v32": (hf.DeepseekV32ForCausalLM, hf.DeepseekV32Config(**_DENSE, **_LATENT, **_GROUPS, **_INDEX)),
-    "glm_moe_dsa": (hf.GlmMoeDsaForCausalLM, hf.GlmMoeDsaConfig(**_DENSE, **_LATENT, **_GROUPS, **_INDEX)),
-}
 FAMILIES = {**LATENT, "mimo_v2_flash": MIMO}
 
 
@@ -77,16 +72,6 @@ def test_a_cache_is_that_of_the_model(name):
             assert x.shape == y.shape
             seen = real[:, -y.shape[2] :]
             torch.testing.assert_close(x.transpose(1, 2)[seen], y.transpose(1, 2)[seen], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", INDEXED)
-def test_an_indexer_is_left_to_peft(name):
-    """It chooses the keys that a query sees: never packed, whatever its ``index_topk``."""
-    model, inputs = peft_model(name, base=base(INDEXED[name])), batch("right")
-    plain = step(model, inputs)
-    with pytest.warns(UserWarning, match="layers of type indexed_attention"):
-        fastprompt.accelerate(model)
-    assert_identical(plain, step(model, inputs))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mimo_v2_flash"])

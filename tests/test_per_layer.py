@@ -136,3 +136,23 @@ def test_generation():
     bank = PromptBank(base().eval())
     bank.add("prompt", fastprompt.compile_prompt(model))
     assert torch.equal(bank.generate(ids, prompts=["prompt"] * B, **options), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sliding_window=6)])
+@torch.no_grad()
+def test_a_padded_batch_is_generated_as_rows_alone(changes):
+    """Without ``adapter_names`` it is PEFT's elsewhere, which raises here; what neither can do is refused by name."""
+    model, options = peft_model(None, base=base(**changes)).eval(), dict(max_new_tokens=3, do_sample=False)
+    inputs = {padding: batch(padding) for padding in ("left", "mixed")}
+    with pytest.raises((RuntimeError, IndexError)):
+        model.generate(input_ids=inputs["left"]["input_ids"], **options)
+    fastprompt.accelerate(model, heads="peft" if changes else "text")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastprompt")
+        for given in inputs.values():
+            ids, mask = given["input_ids"], given["attention_mask"]
+            got = model.generate(input_ids=ids, attention_mask=mask, **options)
+            alone = [model.generate(input_ids=x[real.bool()][None], **options)[0, -3:] for x, real in zip(ids, mask)]
+            assert torch.equal(got, torch.cat([ids, torch.stack(alone)], 1))
+    with pytest.raises(NotImplementedError, match="PEFT does not generate behind a prompt from a Gemma4ForCausalLM"):
+        model.generate(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1), **options)

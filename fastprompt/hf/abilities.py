@@ -18,7 +18,7 @@ from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
-from .known_attention import sees_distances
+from .known_attention import key_limit, sees_distances, why_not_indexed
 from .last_layer import LastLayer
 from .masks import UnsupportedAttention
 from .per_layer import searching_part, why_no_padding
@@ -52,6 +52,8 @@ class Abilities:
             reads them all.
         rope_limit: the width from which on rotary frequencies depend on the padding; None: they never do.
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
+        key_limit: the number of keys up to which a row sees all that its mask shows, and an indexer chooses none of
+            them; None: there is no indexer.
         last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
         has_window: does a layer count positions in attention: through a sliding window, ALiBi or T5's bias?
     """
@@ -76,6 +78,7 @@ class Abilities:
     pooled_column: int | None = None
     rope_limit: int | None = None
     row_limit: int | None = None
+    key_limit: int | None = None
     last_layer: LastLayer | None = None
     has_window: bool = False
 
@@ -106,7 +109,9 @@ class Probe:
     @torch.no_grad()
     def expect(self) -> str | None:
         """Ask the untouched model; the reason why it can never be packed, or None."""
-        reason = why_never_packed(self.base, self.backbone, sees_distances(self.backbone))
+        has_indexer = key_limit(self.backbone) is not None
+        reason = why_not_indexed(self.backbone)
+        reason = reason or why_never_packed(self.base, self.backbone, sees_distances(self.backbone), has_indexer)
         reason = reason or why_no_padding(searching_part(self.base))
         if reason is None:
             with evaluation_mode(self.base):
@@ -129,6 +134,7 @@ class Probe:
                 cache_name=self.expected.cache_name,
                 rope_limit=rope_limit(self.backbone),
                 row_limit=row_limit(self.backbone),
+                key_limit=key_limit(self.backbone),
                 has_window=self._has_window or sees_distances(self.backbone),
             )
             if not self.is_lm:
@@ -302,7 +308,7 @@ def same_cache(expected: Expectations, got: dict, theirs: dict, mask: torch.Tens
         ours = got[key]
         if ours.shape != other.shape:
             return False
-        if key[1] in ("keys", "values"):  # at padding nobody reads them
+        if key[1] in ("keys", "values", "indexer_keys"):  # at padding nobody reads them
             real = mask[:, -other.shape[2] :]
             ours, other = ours.transpose(1, 2)[real], other.transpose(1, 2)[real]
         if expected.difference(ours.flatten(1), other.flatten(1), None) is not None:

@@ -213,8 +213,11 @@ def _run(
     s_aux=None,
     alibi_slopes=None,
     position_bias=None,
+    indices=None,
     **other,
 ):
+    if indices is not None and indices.numel():  # of none, an indexer was asked about no keys (indexers.py)
+        raise UnsupportedAttention(f"{type(module).__name__} attends to the keys that an indexer chose")
     unknown = sorted(name for name, x in other.items() if name not in WITHOUT_EFFECT and x is not None)
     if not isinstance(position_bias, PositionBias | None):
         raise UnsupportedAttention(f"{type(module).__name__} adds a bias of its own to each pair of rows")

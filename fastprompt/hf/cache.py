@@ -29,6 +29,11 @@ class RecordingCache(DynamicCache):
         self._recorded.keys_values.append((layer_idx, key_states[0], value_states[0]))
         return key_states, value_states
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Keys of an indexer ``[1, R, width]``; none of them is given back: on packed rows it has none to score."""
+        self._recorded.indexer_keys.append((layer_idx, indexer_key_states[0]))
+        return indexer_key_states[:, :0]
+
 
 class PackedCache(DynamicCache):
     """A ``DynamicCache`` of ``[B, Hkv, W, Dh]`` keys and values, and states ``[B, ...]``, that are put together when
@@ -68,6 +73,8 @@ class PackedCache(DynamicCache):
                 if index < own:
                     learned = shared.layers[index] if shared.layers else None
                     self._layers[index].update(*_padded(plan, packed, learned, prompt_ids))
+            for index, keys in recorded.indexer_keys:
+                self._layers[index].update_indexer(plan.unpack(keys))
             for key, state in _final_states(plan, recorded).items():
                 layer = self._layers[key.layer]
                 update = layer.update_conv_state if key.kind == "conv" else layer.update_recurrent_state
@@ -120,12 +127,15 @@ class PairCache(EncoderDecoderCache):
 
 
 def content(cache: Cache) -> dict[tuple[int, str, int], torch.Tensor]:
-    """All tensors of a cache: by layer, kind and number."""
+    """All tensors of a cache: by layer, kind and number. The keys of an indexer are of one head."""
     found = {}
     for layer, holder in enumerate(cache.layers):
         for kind in ("keys", "values"):
             if getattr(holder, kind, None) is not None:
                 found[layer, kind, 0] = getattr(holder, kind)
+        of_indexer = getattr(holder, "indexer_keys", None)
+        if of_indexer is not None:
+            found[layer, "indexer_keys", 0] = of_indexer[:, None]
         for kind in ("conv_states", "recurrent_states"):
             states = getattr(holder, kind, {})
             found.update({(layer, kind, index): x for index, x in states.items() if x is not None})

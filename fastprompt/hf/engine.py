@@ -19,6 +19,7 @@ from .encoder_decoder import PairRunner, planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
 from .left_out import needs_labels_alone, whole_logits
+from .limits import why_too_long
 from .pair_probe import PairExpectations, PairProbe
 from .request import Embed, Request
 from .runner import Inputs, gathered, unpacked
@@ -139,7 +140,9 @@ class Engine:
         if request.target is not None:
             return planned_pairs(request, request.target)
         plan = self.laid_out(request, needs_labels_alone(self, request, noise.draws))
-        reason = None if request.cu_seqlens is not None else self._why_not_planned(request, plan)
+        reason = why_too_long(self.abilities, request, plan)
+        if reason is None and request.cu_seqlens is None:
+            reason = self._why_not_planned(request, plan)
         if reason is not None:
             raise CannotPack(reason)
         return plan
@@ -326,12 +329,6 @@ class Engine:
     def _why_not_planned(self, request, plan):
         """As :meth:`_why_not`, for what only the plan shows."""
         found, padding = self.abilities, plan.grid < 0
-        if found.rope_limit is not None:
-            width = plan.grid.shape[1] + request.prefix_length
-            if width >= found.rope_limit and bool(padding[:, -1].all()):
-                return "its rotary frequencies depend on the width of the batch, and the last column is padding"
-        if found.row_limit is not None and len(plan.source) >= found.row_limit:
-            return f"attention depends on a row's place from row {found.row_limit} on, and the batch has more rows"
         if request.shared is not None and request.has_ids and found.position_offset:
             if bool((~padding & (request.tokens == self._padding_id)).any()):
                 return "the model counts positions by token ids, and a real token has that of padding"

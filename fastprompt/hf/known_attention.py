@@ -1,5 +1,6 @@
 """What attention modules compute that do not ask transformers' attention interface: by the methods that are known."""
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention import attend
+from .indexers import ATTENTION, INDEXERS, attend_to_all, choose_of_none
 from .masks import PackedMask, UnsupportedAttention
 from .structure import is_relative_attention
 
@@ -241,6 +244,12 @@ KNOWN = {
     "XGLMAttention.forward": Known(
         f"{_OF_BART} device dtype embed_dim finfo float16 float32 full max min shape to", _bart
     ),
+    **{name: Known(uses, attend_to_all) for name, uses in ATTENTION.items()},
+    **{name: Known(uses, choose_of_none) for name, uses in INDEXERS.items()},
+}
+# What stands around a method that torch, or transformers for an old name of an argument, has decorated.
+_DECORATIONS = {
+    decorate(lambda new: new).__code__ for decorate in (torch.no_grad(), deprecate_kwarg("old", "0", new_name="new"))
 }
 
 
@@ -255,7 +264,8 @@ def known_method(method: Any) -> Known | None:
     if known is None or not isinstance(method, types.FunctionType):
         return None
     in_transformers = method.__module__.startswith("transformers.models.")
-    return known if in_transformers and set(method.__code__.co_names) == set(known.uses.split()) else None
+    code = inspect.unwrap(method, stop=lambda function: function.__code__ not in _DECORATIONS).__code__
+    return known if in_transformers and set(code.co_names) == set(known.uses.split()) else None
 
 
 def sees_distances(model: nn.Module) -> bool:
@@ -264,5 +274,27 @@ def sees_distances(model: nn.Module) -> bool:
 
 
 def _adds_alibi(module):
+    return _is_known(module, _bloom) or _is_known(module, _mpt)
+
+
+def key_limit(model: nn.Module) -> int | None:
+    """The fewest keys that an indexer of a known kind chooses; None: there is no such indexer."""
+    modules: list[Any] = list(model.modules())
+    return min((module.index_topk for module in modules if _is_known(module, choose_of_none)), default=None)
+
+
+def why_not_indexed(model: nn.Module) -> str | None:
+    """The first module that chooses keys, or attends to those that are chosen, in a way that is not known; or None."""
+    modules: list[Any] = list(model.modules())
+    unknown = [module for module in modules if hasattr(module, "index_topk") and not _is_known(module, choose_of_none)]
+    asking = [module for module in modules if hasattr(module, "indexer")]
+    if any(module.indexer is not None for module in asking):
+        unknown += [module for module in asking if not _is_known(module, attend_to_all)]
+    if not unknown:
+        return None
+    return f"{type(unknown[0]).__name__} attends to keys that are chosen in a way that is not known"
+
+
+def _is_known(module, as_what):
     known = known_method(type(module).forward)
-    return known is not None and known.ours in (_bloom, _mpt)
+    return known is not None and known.ours is as_what

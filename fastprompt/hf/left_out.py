@@ -15,14 +15,18 @@ def needs_labels_alone(engine: Any, request: Request, draws: bool) -> bool:
     """May rows be left out on which the loss does not depend? ``draws``: does the model draw random numbers?
 
     Not once somebody has read the logits of such a step, which costs a second forward pass; nor where that would not be
-    the same pass: where random numbers are drawn, where positions or a row's place depend on the rows that there are,
-    where a hook counts calls.
+    the same pass: where random numbers are drawn, where positions, a row's place or the keys that it sees depend on the
+    rows that there are, where a hook counts calls.
     """
     found, backbone = engine.abilities, engine.runner.backbone
     if request.wants_logits or request.loss is not None or not found.causal or engine.logits_are_read:
         return False
     if found.rope_limit is not None or found.row_limit is not None or found.position_offset:
         return False
+    if found.key_limit is not None:
+        width = request.num_virtual_tokens + request.prefix_length + request.tokens.shape[1]
+        if width > found.key_limit:
+            return False
     return not (backbone._forward_hooks or backbone._forward_pre_hooks or draws)
 
 

@@ -56,12 +56,14 @@ class PackedMask:
         return self
 
     def __getitem__(self, index: Any) -> "PackedMask":
-        """All of it: Gemma 4 takes the last rows of its mask for layers without keys of their own, or all of them.
+        """All of it: Gemma 4 takes the last rows of its mask for layers without keys of their own, or all of them, and
+        DeepSeek V3.2 the one head that a mask has.
 
         Raises:
             UnsupportedAttention: some of it is wanted.
         """
-        if any(part not in (slice(None), slice(0, None)) for part in index):
+        whole = (slice(None), slice(0, None))
+        if any(part not in whole and (place, part) != (1, 0) for place, part in enumerate(index)):
             raise UnsupportedAttention(f"it takes {index} of its mask")
         return self
 

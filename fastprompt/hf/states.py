@@ -33,10 +33,12 @@ class Recorded:
     Attributes:
         keys_values: the index of a layer, and what its attention updated the cache with: keys and values
             ``[Hkv, R, Dh]``, or latents of which it makes them.
+        indexer_keys: the index of a layer with an indexer, and the keys ``[R, width]`` that it scores.
         mixers: for each layer with a state what ran it (a ``Mixer``), and the states that the N prompts left.
     """
 
     keys_values: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    indexer_keys: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     mixers: list[tuple[Any, States]] = field(default_factory=list)
 
 

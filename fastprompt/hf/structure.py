@@ -18,6 +18,8 @@ _PACKS = {"full_attention", "sliding_attention", "attention", "moe", "mlp", "den
 _KNOWN_ELSEWHERE = {"chunked_attention"}
 # Packed if the state that they keep is one of those below.
 _WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"}
+# Packed while no row sees more keys than an indexer chooses (indexers.py).
+_INDEXED = {"indexed_attention"}
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 # What a layer calls to read and write a state, so that it can be given another one.
 _STATE_METHODS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"}
@@ -36,16 +38,19 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def why_never_packed(base: PreTrainedModel, backbone: nn.Module, by_distance: bool = False) -> str | None:
+def why_never_packed(
+    base: PreTrainedModel, backbone: nn.Module, by_distance: bool = False, has_indexer: bool = False
+) -> str | None:
     """The reason why rows of this model cannot be packed, as far as its parts tell; None if they do not.
 
-    ``by_distance``: does attention see where tokens stand by their distance alone?
+    ``by_distance``: does attention see where tokens stand by their distance alone? ``has_indexer``: do indexers that
+    are known choose the keys of some layers?
     """
     name = type(backbone).__name__
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
-    known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set())
+    known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set()) | (_INDEXED if has_indexer else set())
     counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
     if counts:
         return f"{name} takes no position_ids"

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftType
 
 from ..hf.cache_names import CACHE_NAMES
+from ..hf.per_layer import searching_part
 from .adapter import is_prefix
 from .prompts import prompt_of_adapter
 
@@ -16,6 +17,7 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
 
     What cannot be done so takes PEFT's own, and one warning says why; and so, without one, does a padded batch without
     ``adapter_names``: PEFT's forward counts the padding between prompt and text as positions, in training (GRPO) too.
+    Where PEFT's own raises, behind prompts of Gemma 4's E models, each row of such a batch gives what it gives alone.
 
     Args:
         model: the model.
@@ -23,6 +25,7 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: ``adapter_names`` that cannot be honoured.
+        NotImplementedError: what cannot be done so, where PEFT's own raises.
     """
     original = state.original(model, "generate")
     names = kwargs.get("adapter_names")
@@ -34,6 +37,11 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     except (ValueError, TypeError, NotImplementedError) as reason:
         if names is not None:
             raise ValueError(f"adapter_names needs compiled prompts, but {reason}") from None
+        if not model._adapters_disabled and _peft_raises(model):
+            raise NotImplementedError(
+                f"PEFT does not generate behind a prompt from a {type(model.base_model).__name__}, which looks "
+                f"embeddings up by token id in every layer, nor does fastprompt: {reason}"
+            ) from None
         state.tell(f"fastprompt runs PEFT's own generate: {reason}")
         return original(*args, **kwargs)
     return run()
@@ -41,10 +49,19 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _is_left_to_peft(model, state, given):
     """Is a call without ``adapter_names`` one that PEFT's own generate is meant for? Not a second turn."""
-    if state.heads != "text" or model._adapters_disabled:
+    if model._adapters_disabled:
+        return True
+    if _peft_raises(model):
+        return False
+    if state.heads != "text":
         return True
     mask, goes_on = given.get("attention_mask"), any(given.get(name) is not None for name in CACHE_NAMES)
     return mask is not None and not goes_on and not bool(torch.as_tensor(mask).all())
+
+
+def _peft_raises(model):
+    """Does PEFT hand the base model embeddings whose token ids it searches for, and finds none of a prompt?"""
+    return not is_prefix(model.active_peft_config) and searching_part(model.base_model) is not None
 
 
 def _prepared(model, state, args, kwargs):
