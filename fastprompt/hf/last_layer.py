@@ -20,7 +20,7 @@ from torch import nn
 
 from .checkpointing import without_checkpoints
 from .masks import UnsupportedAttention
-from .rotary import is_patched
+from .rotary import ROTARY
 from .structure import has_own_forward, keeps_state
 
 # What projects queries alone, and the output, where attention modules have it.
@@ -68,7 +68,7 @@ class LastLayer:
         if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
             return False
         return not any(
-            (has_own_forward(module) and not is_patched(module))
+            (has_own_forward(module) and not ROTARY.is_on(module))
             or getattr(module, "_compiled_call_impl", None) is not None
             for module in (self.layer, self.attention)
         )
