@@ -24,7 +24,7 @@ class ModulePatch:
     forward: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        # What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
+        # What pickle looks up in a module when it loads it: the forward of its class, so that it comes back unpatched.
         self.forward.__name__ = "forward"
 
     def apply(self, model: nn.Module) -> None:
