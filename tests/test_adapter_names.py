@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from parity import TASKS, B, batch, known_names, peft_model
+from parity import TASKS, B, P, batch, known_names, peft_model
+from peft import PromptTuningConfig
 from test_heads import build as build_with_head
 
 import fastprompt
@@ -100,6 +101,14 @@ def test_wrong_names_are_named(names, message):
     model = fastprompt.accelerate(with_adapters("prompt_tuning"))
     with pytest.raises(ValueError, match="adapter_names must " + ("have " if "entry" in message else "be ") + message):
         model(**batch("right"), adapter_names=names)
+
+
+def test_adapters_unlike_the_active_one_are_refused():
+    """Whose length is that of the prompts in front of the batch."""
+    model = with_adapters("prompt_tuning")
+    model.add_adapter("longer", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + 2))
+    with pytest.raises(ValueError, match=r"of the active one's method and length, .* got \['longer'\] where 'default'"):
+        fastprompt.accelerate(model)(**batch("right"), adapter_names=["longer"] * B)
 
 
 def test_what_cannot_be_packed_is_an_error():

@@ -17,7 +17,6 @@ from test_heads import build as build_with_head
 from test_heads import inputs_for
 from test_parity import PACKED
 from tiny_models import build
-from torch.utils import _pytree as pytree
 
 import fastprompt
 from fastprompt.layout import plan_padded_input
@@ -236,6 +235,17 @@ def test_a_wrong_number_of_tasks_is_reported_by_its_name(count):
         model(**inputs)
 
 
+def test_tasks_that_do_not_exist_are_named():
+    model = fastprompt.accelerate(peft_model("llama", "multitask"))
+    for ids, error, message in (
+        ([0, 3, 1, 2], ValueError, r"task_ids must lie in \[0, 3\), got values from 0 to 3"),
+        ([-7, 0, 1, 2], ValueError, r"task_ids must lie in \[0, 3\), got values from -7 to 2"),
+        ([0.0, 1.0, 1.0, 2.0], TypeError, "task_ids must have one of the dtypes .* got torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            model(**batch("right"), task_ids=torch.tensor(ids))
+
+
 def test_prompt_ids_may_be_a_list_and_must_be_integers():
     bank = torch.randn(2, P, 48)
     model, inputs = fastprompt.SoftPromptModel(build("llama"), fastprompt.PromptTuning(P, 48, 2, bank)), batch("right")
@@ -295,41 +305,6 @@ def test_padded_logits_are_made_once():
     with Sizes():
         unpacked = plan.unpack(rows)
     assert len(made) == 1 and not unpacked[plan.grid < 0].any()
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor on another device than the CPU's: operators take no tensors of both, and ``to`` brings a copy."""
-
-    @staticmethod
-    def __new__(cls, content):
-        new = torch.Tensor._make_wrapper_subclass(
-            cls, content.shape, strides=content.stride(), dtype=content.dtype, device="meta"
-        )
-        new.content = content
-        return new
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        flat, structure = pytree.tree_flatten((args, kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.dim() and not isinstance(x, cls) for x in flat):
-            raise RuntimeError(f"{function} expects all tensors on the same device")
-        brought = torch.device("cpu") in flat
-        flat = [x.content if isinstance(x, cls) else x for x in flat]
-        args, kwargs = pytree.tree_unflatten(flat, structure)
-        if kwargs.get("device") == torch.device("meta"):
-            kwargs["device"] = torch.device("cpu")
-        out = function(*args, **kwargs)
-        return out if brought else pytree.tree_map_only(torch.Tensor, cls, out)
-
-
-@pytest.mark.parametrize("names", [["labels"], ["attention_mask"], ["labels", "attention_mask"]], ids=str)
-def test_labels_and_masks_on_another_device(names, packed):
-    model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right")
-    expected = model(**inputs).loss
-    moved = {name: Elsewhere(inputs[name]) for name in names}
-    with pytest.raises(RuntimeError, match="same device"):
-        moved[names[0]] == inputs[names[0]]  # noqa: B015
-    assert torch.equal(model(**inputs | moved).loss, expected)
 
 
 def test_an_adapter_that_is_added_behind_a_copy(packed):

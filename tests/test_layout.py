@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_plans import packed, padded, result_of
+from row_plans import flat, packed, padded, result_of
 
 from fastprompt import native
 from fastprompt.layout import CannotPack, plan_packed_input, plan_padded_input
@@ -161,6 +161,19 @@ def test_virtual_tokens_inside_a_template(layout):
     expected = [0, -1, 2, -2, -3, 5, -4, 7]
     assert plan.source.tolist() == (expected if layout == "padded" else expected[:-1])
     assert plan.position_ids.tolist()[:7] == [0, 1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_prompts_that_a_sequence_has_are_numbered(layout):
+    """Ids may be any then, and are what they are numbered by in ascending order."""
+    options = dict(attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]), layout=layout)
+    dense = plan_padded_input(4, 3, 2, prompt_ids=torch.tensor([2, 1, 2, 0]), **options)
+    ids = torch.tensor([1 << 40, 7, 1 << 40, -3])
+    plan = plan_padded_input(4, 3, 2, prompt_ids=ids, only_used_prompts=True, **options)
+    assert (plan.prompts, dense.prompts) == ((-3, 7, 1 << 40), (0, 1, 2))
+    assert plan.prompt_ids == dense.prompt_ids == (2, 1, 2, 0)
+    found, expected = flat(plan), flat(dense)
+    assert found.pop("prompts") != expected.pop("prompts") and found == expected
 
 
 def test_token_ids_replace_positions():

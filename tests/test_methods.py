@@ -117,6 +117,11 @@ KV = torch.zeros(L, 2, P, HEADS, DH)
         ),
         (
             ValueError,
+            lambda: distillation_loss(*[torch.ones(2, 3)] * 3, torch.ones(2, 3, device="meta")),
+            "teacher_hidden must be on cpu like student_hidden, got meta",
+        ),
+        (
+            ValueError,
             lambda: distillation_loss(*[torch.ones(2, 3)] * 4, temperature=0),
             "temperature must be above 0, got 0",
         ),

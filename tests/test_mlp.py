@@ -17,8 +17,7 @@ from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaMLP
 
 import fastprompt
-from fastprompt.hf import mlp as gated
-from fastprompt.hf.mlp import patch_gated_mlps, unpatch_gated_mlps
+from fastprompt.hf.mlp import GATED_MLPS
 
 
 def kept_bytes(model, inputs):
@@ -222,10 +221,6 @@ LEFT_ALONE = {
 }
 
 
-def is_patched(module):
-    return getattr(vars(module).get("forward"), "__func__", None) is gated._forward
-
-
 @pytest.mark.parametrize("name", PATCHED)
 def test_a_plain_gated_mlp_is_patched_and_gives_the_same(name):
     torch.manual_seed(0)
@@ -233,15 +228,15 @@ def test_a_plain_gated_mlp_is_patched_and_gives_the_same(name):
     results = []
     for patched in (False, True):
         if patched:
-            patch_gated_mlps(mlp)
-        assert is_patched(mlp) == patched
+            GATED_MLPS.apply(mlp)
+        assert GATED_MLPS.is_on(mlp) == patched
         leaf = x.clone().requires_grad_()
         output = mlp(leaf)
         output.sum().backward()
         results.append((output.detach(), leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
-    unpatch_gated_mlps(mlp)
+    GATED_MLPS.undo(mlp)
     assert "forward" not in vars(mlp)
 
 
@@ -249,16 +244,16 @@ def test_a_plain_gated_mlp_is_patched_and_gives_the_same(name):
 def test_any_other_mlp_is_left_alone(name):
     mlp = LEFT_ALONE[name]()
     for mode in (True, False):
-        patch_gated_mlps(mlp.train(mode))
-        assert not is_patched(mlp)
+        GATED_MLPS.apply(mlp.train(mode))
+        assert not GATED_MLPS.is_on(mlp)
 
 
 def test_layers_of_one_class_are_looked_at_one_by_one():
     base = build("llama")
     base.model.layers[1].mlp.act_fn = WithDropout()
     base.model.layers[2].mlp.act_fn = nn.GELU()
-    patch_gated_mlps(base)
-    assert [is_patched(layer.mlp) for layer in base.model.layers] == [True, False, True]
+    GATED_MLPS.apply(base)
+    assert [GATED_MLPS.is_on(layer.mlp) for layer in base.model.layers] == [True, False, True]
 
 
 def test_sparsity_by_layer_is_left_alone():
@@ -270,19 +265,19 @@ def test_sparsity_by_layer_is_left_alone():
         layer_types=["full_attention"] * 2,
     )
     base = hf.AutoModelForCausalLM.from_config(config)
-    patch_gated_mlps(base)
-    assert not any(is_patched(module) for module in base.modules())
+    GATED_MLPS.apply(base)
+    assert not any(GATED_MLPS.is_on(module) for module in base.modules())
 
 
 def test_what_changes_after_the_patch_is_seen(monkeypatch):
     mlp, x = Plain(), torch.randn(2, 6)
-    patch_gated_mlps(mlp)
+    GATED_MLPS.apply(mlp)
     seen = []
     mlp.act_fn.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     mlp(x).sum().backward()
     assert seen == [True]  # once, as part of the graph
     mlp.act_fn = WithDropout()
-    assert (mlp.act_fn(mlp.gate_proj(x)) == 0).any() and is_patched(mlp)
+    assert (mlp.act_fn(mlp.gate_proj(x)) == 0).any() and GATED_MLPS.is_on(mlp)
     torch.manual_seed(3)
     dropped = mlp(x)
     torch.manual_seed(3)
@@ -295,17 +290,17 @@ def test_projections_of_two_dtypes_are_multiplied_as_before():
     mlp, x = Plain(), torch.randn(2, 6)
     mlp.gate_proj.register_forward_hook(lambda module, inputs, output: output.bfloat16())
     plain = mlp(x)
-    patch_gated_mlps(mlp)
-    assert is_patched(mlp) and torch.equal(mlp(x), plain)
+    GATED_MLPS.apply(mlp)
+    assert GATED_MLPS.is_on(mlp) and torch.equal(mlp(x), plain)
 
 
 def test_a_pickled_mlp_comes_back_unpatched():
     mlp, x = Plain(), torch.randn(2, 6)
-    patch_gated_mlps(mlp)
+    GATED_MLPS.apply(mlp)
     loaded = pickle.loads(pickle.dumps(mlp))
-    assert not is_patched(loaded) and torch.equal(loaded(x), mlp(x))
-    patch_gated_mlps(loaded)
-    assert is_patched(loaded)
+    assert not GATED_MLPS.is_on(loaded) and torch.equal(loaded(x), mlp(x))
+    GATED_MLPS.apply(loaded)
+    assert GATED_MLPS.is_on(loaded)
 
 
 def test_dropout_in_a_model_s_mlps_stays():

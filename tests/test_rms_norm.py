@@ -20,8 +20,8 @@ import fastprompt
 from benchmarks.budget import Budget
 from fastprompt import rms_norm
 from fastprompt.backends import available
-from fastprompt.hf import norms
 from fastprompt.hf.masks import PackedRows, running
+from fastprompt.hf.norms import NORMS
 from fastprompt.layout import plan_padded_input
 
 BACKENDS = [name for name, problem in available("rms_norm").items() if problem is None]
@@ -147,10 +147,6 @@ def test_errors_name_the_argument(arguments, error, message):
 # The norms of models.
 
 
-def is_patched(module):
-    return getattr(vars(module).get("forward"), "__func__", None) is norms._forward
-
-
 def packed_rows():
     return running(PackedRows(plan_padded_input(2, 3, 1)))
 
@@ -174,8 +170,8 @@ def test_llama_s_norm_gives_the_same(dtype):
     norm, (x, weight, grad) = LlamaRMSNorm(37).to(dtype), inputs(dtype=dtype)
     norm.weight.data.copy_(weight)
     plain = results(lambda x, _: norm(x) + 0 * _.sum(), x, weight, grad)
-    norms.patch_norms(norm)
-    assert is_patched(norm)
+    NORMS.apply(norm)
+    assert NORMS.is_on(norm)
     assert torch.equal(norm(x), LlamaRMSNorm.forward(norm, x))  # no packed rows
     rtol = 1e-5 if dtype == torch.float32 else 2e-2
     with packed_rows():
@@ -186,22 +182,22 @@ def test_llama_s_norm_gives_the_same(dtype):
         assert torch.equal(norm(x.half()), LlamaRMSNorm.forward(norm, x.half()))  # another dtype than the weight's
     for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         torch.testing.assert_close(twin(x), norm(x))
-    norms.unpatch_norms(norm)
+    NORMS.undo(norm)
     assert "forward" not in vars(norm)
 
 
 @pytest.mark.parametrize("kind", [Scaled, Cubed, GemmaRMSNorm, nn.LayerNorm])
 def test_any_other_norm_is_left_alone(kind):
     norm = kind(8)
-    norms.patch_norms(norm)
-    assert not is_patched(norm)
+    NORMS.apply(norm)
+    assert not NORMS.is_on(norm)
 
 
 def test_a_norm_with_a_forward_of_its_own_is_left_alone():
     norm = LlamaRMSNorm(8)
     norm.forward = lambda x: x
-    norms.patch_norms(norm)
-    assert not is_patched(norm)
+    NORMS.apply(norm)
+    assert not NORMS.is_on(norm)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -224,6 +220,6 @@ def test_checkpoints_of_others_run_the_norm_of_the_class():
 def test_accelerate_patches_and_restore_gives_back():
     base = build("llama")
     model = fastprompt.accelerate(peft_model(None, base=base))
-    assert all(is_patched(module) for module in base.modules() if isinstance(module, LlamaRMSNorm))
+    assert all(NORMS.is_on(module) for module in base.modules() if isinstance(module, LlamaRMSNorm))
     fastprompt.restore(model)
-    assert not any(is_patched(module) for module in base.modules())
+    assert not any(NORMS.is_on(module) for module in base.modules())

@@ -126,12 +126,12 @@ def attentions(model):
 @pytest.mark.parametrize("labels", ["all", "last"])
 def test_a_step_is_that_of_the_model_s_own_function(labels, monkeypatch):
     model, inputs = fastprompt.accelerate(peft_model("llama")), batch("right", labels)
-    assert all(patch.is_patched(module) for module in attentions(model))
+    assert all(patch.ROTARY.is_on(module) for module in attentions(model))
     calls = []
     monkeypatch.setattr(patch.Rotary, "apply", lambda *args, apply=patch.Rotary.apply: calls.append(1) or apply(*args))
     loss, gradients, _ = step(model, inputs)
     assert len(calls) >= 2 * len(attentions(model))
-    patch.unpatch_rotary(model)
+    patch.ROTARY.undo(model)
     calls.clear()
     expected, exact, _ = step(model, inputs)
     assert not calls
@@ -149,15 +149,15 @@ def test_accelerate_patches_and_restore_gives_back():
     for twin in (attention, copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
         assert torch.equal(twin(x, tuple(tables))[0], expected)
     fastprompt.restore(model)
-    assert not any(patch.is_patched(module) for module in base.modules())
+    assert not any(patch.ROTARY.is_on(module) for module in base.modules())
 
 
 def test_what_turns_otherwise_is_left_alone(monkeypatch):
     config = build("llama").config
     attention = llama.LlamaAttention(config, 0)
     attention.forward = lambda *args: None
-    patch.patch_rotary(attention)
-    assert not patch.is_patched(attention)
+    patch.ROTARY.apply(attention)
+    assert not patch.ROTARY.is_on(attention)
     assert not patch._turns_as_llama(CohereAttention.forward)  # its halves are every other number
     assert patch._turns_as_llama(llama.LlamaAttention.forward)
     monkeypatch.setattr(llama, "rotate_half", lambda x: -x)

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from parity import METHODS, batch, peft_model, trained
+from parity import METHODS, TASKS, B, P, batch, peft_model, trained
 from tiny_hybrids import build_hybrid
+from tiny_models import build
 from tiny_pairs import build_pair
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ from fastprompt.hf.masks import PackedRows
 from fastprompt.hf.shared_state import SharedState
 from fastprompt.layout import branches, plan_packed_input, plan_padded_input
 from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule, scheduled_attention
-from fastprompt.peft.call import Call
 from fastprompt.peft.state import state_of
 
 LENGTHS = torch.Generator().manual_seed(0)
@@ -152,6 +152,7 @@ class Reads(TorchDispatchMode):
     """Counts what waits for a device to tell a value, or how many there are."""
 
     OPERATORS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "equal", "masked_select", "is_nonzero"}
+    INDEXING = {"index", "index_put", "index_put_"}
 
     def __init__(self):
         super().__init__()
@@ -159,35 +160,80 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.count += operator._opname in self.OPERATORS
+        if operator._opname in self.INDEXING:
+            self.count += any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
-def test_the_host_reads_one_copy_a_step(method):
+def soft_model(kind):
+    sizes = (P, 48) if kind is fastprompt.PromptTuning else (P, 3, 2, 8)
+    return fastprompt.SoftPromptModel(build("llama"), kind(*sizes, num_prompts=5), pad_rows_to=16)
+
+
+def with_adapters(method):
+    model = peft_model("llama", method)
+    model.add_adapter("second", model.peft_config["default"])
+    return fastprompt.accelerate(model, pad_rows_to=16)
+
+
+def cpt_model():
+    model = fastprompt.accelerate(peft_model("llama", "cpt"), pad_rows_to=16)
+    model.peft_config["default"].opt_weighted_loss_type = "decay"
+    encoder = model.prompt_encoder["default"]
+    lengths = encoder.get_epsilon()  # of the config: reads tensors, but those that are on the host on any device
+    encoder.get_epsilon = lambda: lengths
+    return model
+
+
+# name -> a model, and what its batches have row by row
+FRONTS = {
+    **{
+        method: (lambda method=method: fastprompt.accelerate(peft_model("llama", method), pad_rows_to=16), {})
+        for method in ("prompt_tuning", "prefix")
+    },
+    "multitask": (lambda: with_adapters("multitask"), {"task_ids": TASKS}),
+    "adapters": (
+        lambda: with_adapters("multitask"),
+        {"task_ids": TASKS, "adapter_names": ["second", "default", "second", "second"]},
+    ),
+    "cpt": (cpt_model, {"input_type_mask": torch.tensor([4, 4, 8, 8, 1, 2, 12, 12, 12]).repeat(B, 1)}),
+    "prompts": (lambda: soft_model(fastprompt.PromptTuning), {"prompt_ids": torch.tensor([4, 0, 4, 1])}),
+    "prefixes": (lambda: soft_model(fastprompt.PrefixTuning), {"prompt_ids": torch.tensor([4, 0, 4, 1])}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastprompt. adapter_names gives every row")
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_host_reads_one_copy_a_step(front):
     """The plan's. Behind it tensors have no values (they are fake), and the step, backward included, asks for none."""
-    model = fastprompt.accelerate(peft_model("llama", method), pad_rows_to=16).train()
-    inputs = batch("left", labelled="part", common=2)
-    to_host = []
+    make, of_rows = FRONTS[front]
+    model, inputs = make().train(), batch("left", labelled="part", common=2) | of_rows
+    to_host, ran = [], []
 
     def move(tensors, device):
         to_host.append(device)
         return tensors
 
-    with Reads() as reads, mock.patch.object(branches, "move", move):
-        call = Call(model, state_of(model), inputs)
+    planned = mock.patch.object(Engine, "run", lambda *arguments: ran.append(arguments))
+    with Reads() as reads, mock.patch.object(branches, "move", move), planned:
+        model(**inputs)
     assert len(to_host) == 1 and reads.count == 0
 
-    engine, plan = state_of(model).engine, call.plan
-    with mock.patch("fastprompt.hf.runner.is_compiled", lambda model: True):
-        engine.run(call.request, plan, call._embed)  # so the plan's sequences know their schedule
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            of_plan = {field.name: getattr(plan, field.name) for field in fields(plan)}
-            changed = {name: fake.from_tensor(x) for name, x in of_plan.items() if isinstance(x, torch.Tensor)}
-            request = replace(call.request, tokens=fake.from_tensor(call.request.tokens))
-            with mock.patch.object(torch.ops.fastprompt, "prefix_attention", None):  # which would read sequences
-                loss = engine.run(request, replace(plan, **changed), call._embed).loss
-                trainable = [p for p in model.parameters() if p.requires_grad]
-                gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+    engine, request, plan, embed = ran[0]
+    engine.runner.compiled = [engine.runner.backbone]
+    engine.run(request, plan, embed)  # so the plan's sequences know their schedule
+    with reads:  # of the encoder, which may write into itself
+        prompts = None if request.prompts is None else request.prompts()
+    assert reads.count == 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        of_plan = {field.name: getattr(plan, field.name) for field in fields(plan)}
+        changed = {name: fake.from_tensor(x) for name, x in of_plan.items() if isinstance(x, torch.Tensor)}
+        made = None if prompts is None else lambda: prompts
+        request = replace(request, tokens=fake.from_tensor(request.tokens), prompts=made)
+        with mock.patch.object(torch.ops.fastprompt, "prefix_attention", None):  # which would read sequences
+            loss = engine.run(request, replace(plan, **changed), embed).loss
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
     assert any(gradient is not None for gradient in gradients)
 
 

@@ -257,7 +257,7 @@ class Probe:
         try:
             with expected.arithmetic():
                 plan, _ = self._packed(found, "right", recorded)
-                got = content(PackedCache(plan, recorded, None, None, self.base.config))
+                got = content(PackedCache(plan, recorded, None, self.base.config))
         except Exception:  # attention modules without the index of their layer
             return False
         return same_cache(expected, got, content(expected.cache), expected.sample.real(expected.sample.masks["right"]))

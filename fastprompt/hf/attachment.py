@@ -16,16 +16,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .masks import UnsupportedAttention
-from .mlp import patch_gated_mlps, unpatch_gated_mlps
-from .norms import patch_norms, unpatch_norms
+from .mlp import GATED_MLPS
+from .norms import NORMS
 from .own_attention import patch_own_attention, unpatch_own_attention
-from .positions import patch_relative_attention, unpatch_relative_attention
-from .recurrent import patch_mixers, unpatch_mixers
-from .rotary import patch_rotary, unpatch_rotary
+from .positions import RELATIVE_ATTENTION
+from .recurrent import MIXERS
+from .rotary import ROTARY
 
 _RECORD = "_fastprompt_attachment"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
 _OURS = {before: name for name, before in IMPLEMENTATIONS.items()}
+_FOR_PACKED_ROWS = (GATED_MLPS, NORMS, MIXERS, RELATIVE_ATTENTION, ROTARY)
 
 
 class _Record:
@@ -88,11 +89,8 @@ def attach_again(model: PreTrainedModel) -> None:
     _switch(model)
     patch_own_attention(model)
     if any(record.users.values()):
-        patch_gated_mlps(model)
-        patch_norms(model)
-        patch_mixers(model)
-        patch_relative_attention(model)
-        patch_rotary(model)
+        for patch in _FOR_PACKED_ROWS:
+            patch.apply(model)
     record.complete = True
 
 
@@ -134,11 +132,8 @@ def suspended(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _unpatch(model):
-    unpatch_gated_mlps(model)
-    unpatch_norms(model)
-    unpatch_rotary(model)
-    unpatch_mixers(model)
-    unpatch_relative_attention(model)
+    for patch in _FOR_PACKED_ROWS:
+        patch.undo(model)
 
 
 def refuse_replicas(*args: Any) -> NoReturn:

@@ -47,32 +47,24 @@ class PackedCache(DynamicCache):
         plan: the batch's RowPlan.
         recorded: what the layers left.
         shared: the learned keys and values in front, or None.
-        prompt_ids: ``[B]``, which of them each row has; None: the first.
         config: the model's config.
     """
 
     _pending = None
 
-    def __init__(
-        self,
-        plan: RowPlan,
-        recorded: Recorded,
-        shared: SharedState | None,
-        prompt_ids: torch.Tensor | None,
-        config: PreTrainedConfig,
-    ) -> None:
+    def __init__(self, plan: RowPlan, recorded: Recorded, shared: SharedState | None, config: PreTrainedConfig) -> None:
         super().__init__(config=text_config(config))
-        self._pending = plan, recorded, shared or SharedState(), prompt_ids, layers_with_own_keys(config)
+        self._pending = plan, recorded, shared or SharedState(), layers_with_own_keys(config)
 
     @property
     def layers(self) -> list[Any]:
         if self._pending is not None:
-            plan, recorded, shared, prompt_ids, own = self._pending
+            plan, recorded, shared, own = self._pending
             self._pending = None
             for index, *packed in recorded.keys_values:
                 if index < own:
                     learned = shared.layers[index] if shared.layers else None
-                    self._layers[index].update(*_padded(plan, packed, learned, prompt_ids))
+                    self._layers[index].update(*_padded(plan, packed, learned))
             for index, keys in recorded.indexer_keys:
                 self._layers[index].update_indexer(plan.unpack(keys))
             for key, state in _final_states(plan, recorded).items():
@@ -106,10 +98,10 @@ class PairRecorder:
         parts = (RecordingCache(recorded, self.config) for recorded in (self.own, self.of_sources))
         return EncoderDecoderCache(*parts)
 
-    def cache(self, plan: PairPlan, shared: SharedState | None, prompt_ids: torch.Tensor | None) -> "PairCache":
+    def cache(self, plan: PairPlan, shared: SharedState | None) -> "PairCache":
         """The cache that the model's own forward would return; arguments as of :class:`PackedCache`."""
-        own = PackedCache(plan.target, self.own, shared, prompt_ids, self.config)
-        of_sources = PackedCache(plan.source, self.of_sources, None, None, self.config)
+        own = PackedCache(plan.target, self.own, shared, self.config)
+        of_sources = PackedCache(plan.source, self.of_sources, None, self.config)
         return PairCache(own, of_sources, [index for index, *_ in self.of_sources.keys_values])
 
 
@@ -155,11 +147,10 @@ def _final_states(plan, recorded):
     return final
 
 
-def _padded(plan, packed, learned, prompt_ids):
+def _padded(plan, packed, learned):
     """``[Hkv, R, Dh]`` keys and values -> ``[B, Hkv, Q + W, Dh]``, the learned ones in front."""
     padded = [plan.unpack(x.transpose(0, 1)).transpose(1, 2) for x in packed]
     if learned is None:
         return padded
-    batch = len(plan.grid)
-    ids = torch.zeros(batch, dtype=torch.int64, device=plan.grid.device) if prompt_ids is None else prompt_ids
+    ids = torch.tensor(plan.prompt_ids, dtype=torch.int64, device=plan.grid.device)
     return [torch.cat([front.to(x)[ids].transpose(1, 2), x], 2) for front, x in zip(learned, padded)]

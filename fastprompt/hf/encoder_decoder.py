@@ -47,6 +47,15 @@ class PairRunner:
         """The part whose states the head reads."""
         return self.decoder.backbone
 
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """See Runner."""
+        return self.decoder.compiled
+
+    @compiled.setter
+    def compiled(self, parts: list[nn.Module]) -> None:
+        self.encoder.compiled = self.decoder.compiled = parts
+
     @torch.compiler.disable
     def run(
         self,
@@ -94,7 +103,7 @@ class PairRunner:
             loss, logits, padded = self._step(request, plan, states, encoded, found)
         cache: dict[str, Any] = {}
         if recorder is not None:
-            cache[found.cache_name] = recorder.cache(plan, request.shared, request.prompt_ids)
+            cache[found.cache_name] = recorder.cache(plan, request.shared)
         return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=padded, **cache)
 
     def head(
@@ -192,6 +201,7 @@ def planned_pairs(request: Request, target: Target) -> PairPlan:
         request.num_virtual_tokens,
         attention_mask=request.attention_mask,
         prompt_ids=request.prompt_ids,
+        only_used_prompts=True,
         layout="packed",
         device=request.tokens.device,
     )
@@ -202,6 +212,7 @@ def planned_pairs(request: Request, target: Target) -> PairPlan:
         attention_mask=target.attention_mask,
         labels=request.labels,
         prompt_ids=request.prompt_ids,
+        only_used_prompts=True,
         prefix_length=request.prefix_length,
         up_to_last_label=not request.wants_logits,
     )

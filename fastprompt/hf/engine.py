@@ -26,7 +26,7 @@ from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import is_encoder_decoder, randomness
+from .structure import is_encoder_decoder, survey
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -133,13 +133,14 @@ class Engine:
     def _planned(self, request):
         if self.refusal is not None:
             raise CannotPack(self.refusal)
-        noise = randomness(self.base if self.is_lm else self.runner.backbone)
-        reason = self._why_not(request, noise.otherwise)
+        now = survey(self.base if self.is_lm else self.runner.backbone)
+        self.runner.compiled = now.compiled
+        reason = self._why_not(request, now.otherwise)
         if reason is not None:
             raise CannotPack(reason)
         if request.target is not None:
             return planned_pairs(request, request.target)
-        plan = self.laid_out(request, needs_labels_alone(self, request, noise.draws))
+        plan = self.laid_out(request, needs_labels_alone(self, request, now.draws))
         reason = why_too_long(self.abilities, request, plan)
         if reason is None and request.cu_seqlens is None:
             reason = self._why_not_planned(request, plan)
@@ -155,19 +156,18 @@ class Engine:
     def _laid_out(self, request, to_last_label):
         like_tokens = {"labels": request.labels, "virtual_tokens": request.virtual_tokens}
         like_tokens["token_ids"] = request.tokens if self._may_share(request) else None
-        device = request.tokens.device
         options: dict[str, Any] = dict(
-            prompt_ids=_on(device, request.prompt_ids),
+            prompt_ids=request.prompt_ids,
+            only_used_prompts=True,
             prefix_length=request.prefix_length,
             layout=self.abilities.layout,
             to_last_label=to_last_label,
             pad_rows_to=self.pad_rows_to,
             node_cost=self.node_cost,
+            device=request.tokens.device,
         )
         if request.cu_seqlens is not None:
-            flat: dict[str, Any] = {
-                name: None if x is None else _on(device, x).reshape(-1) for name, x in like_tokens.items()
-            }
+            flat: dict[str, Any] = {name: None if x is None else x.reshape(-1) for name, x in like_tokens.items()}
             plan = plan_packed_input(request.cu_seqlens, request.num_virtual_tokens, **flat, **options)
             return self._flattened(request, plan) if request.flat else plan
         batch, width = request.tokens.shape[:2]
@@ -175,10 +175,9 @@ class Engine:
             batch,
             width,
             request.num_virtual_tokens,
-            attention_mask=_on(device, request.attention_mask),
+            attention_mask=request.attention_mask,
             share_padded=not self.abilities.has_window,
-            device=device,
-            **{name: _on(device, x) for name, x in like_tokens.items()},
+            **like_tokens,
             **options,
         )
 
@@ -290,7 +289,7 @@ class Engine:
                 return reason_of(self.base, error)
 
     def _why_not(self, request, drawn_otherwise):
-        """The reason why this call has to take the padded path, or None; see ``randomness`` for the second argument."""
+        """The reason why this call has to take the padded path, or None; see ``Survey`` for the second argument."""
         found, mask = self.abilities, request.attention_mask
         if drawn_otherwise is not None:
             return f"{drawn_otherwise} is at work in the base model; call .eval() on it"
@@ -380,7 +379,7 @@ class Engine:
         return bool(getattr(backbone.config, "use_cache", False) if asked is None else asked)
 
     def _cache(self, request, plan, recorded):
-        return PackedCache(plan, recorded, request.shared, request.prompt_ids, self.base.config)
+        return PackedCache(plan, recorded, request.shared, self.base.config)
 
     def rows(self, request: Request, plan: RowPlan, embed: Embed) -> torch.Tensor:
         """What the model is given: ``[R, D]`` embeddings, or ``[R]`` token ids where it may look them up itself."""
@@ -388,8 +387,3 @@ class Engine:
             return plan.token_ids(request.tokens)
         prompt = None if request.prompts is None else request.prompts()
         return self.runner.rows(plan, prompt, embed(request.tokens))
-
-
-def _on(device, x):
-    """A tensor on ``device``, where the batch is; anything else as it is."""
-    return x.to(device) if isinstance(x, torch.Tensor) else x

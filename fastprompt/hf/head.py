@@ -72,6 +72,7 @@ class LanguageHead:
             )
             if not request.each_label:
                 items = request.num_items_in_batch
+                items = items.to(loss.device) if isinstance(items, torch.Tensor) else items
                 loss = loss / (len(labels) if items is None else items)
             vocabulary, dtype = len(head.weight), hidden.dtype
         else:
@@ -94,7 +95,7 @@ class LanguageHead:
     def loss_of_logits(self, request: Request, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
         """The loss of the labelled rows' logits ``[M, V]``."""
         if request.loss is not None:
-            return request.loss(logits)
+            return request.loss(plan, logits)
         labels = _labelled(plan)[1].to(logits.device)
         if request.each_label:
             return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -217,11 +218,12 @@ def _labelled(plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 def label_rows_of(request: Request, plan: RowPlan) -> torch.Tensor:
     """The rows whose logits the loss of a request is taken from."""
-    return _labelled(plan)[0] if request.loss is None else request.loss.rows(plan)
+    if request.loss is None:
+        return _labelled(plan)[0]
+    rows, places = request.loss.rows(plan)
+    return rows[places]
 
 
 def each_once(request: Request, plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """These rows, each once and in order, and which of them each label is predicted by."""
-    if request.loss is None and plan.predicting is not None and plan.places is not None:
-        return plan.predicting, plan.places
-    return label_rows_of(request, plan).unique(return_inverse=True)
+    """These rows, each once, and which of them each label is predicted by."""
+    return plan.predicting_once if request.loss is None else request.loss.rows(plan)

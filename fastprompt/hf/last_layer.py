@@ -23,7 +23,7 @@ from torch import nn
 
 from .checkpointing import without_checkpoints
 from .masks import UnsupportedAttention
-from .rotary import is_patched
+from .rotary import ROTARY
 from .structure import has_own_forward, keeps_state
 
 # What projects queries alone, and the output, where attention modules have it.
@@ -70,7 +70,7 @@ class LastLayer:
             return False
         if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
             return False
-        return not any(has_own_forward(x) and not is_patched(x) for x in (self.layer, self.attention))
+        return not any(has_own_forward(x) and not ROTARY.is_on(x) for x in (self.layer, self.attention))
 
     @contextmanager
     def on_rows(self, keep: torch.Tensor) -> Iterator[None]:

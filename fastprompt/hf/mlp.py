@@ -18,25 +18,13 @@ from transformers import activations
 
 from ..ops.gated_activation.api import GatedActivation
 from .masks import packed_rows_run
-from .structure import has_own_forward
+from .module_patch import ModulePatch
 
 
-def patch_gated_mlps(model: nn.Module) -> None:
-    """Let the model's plain gated MLPs save fewer tensors; :func:`unpatch_gated_mlps` undoes it.
-
-    Modules with a forward of their own are left alone, and so are those whose class computes anything else (dropout,
-    clamps, sparsity) or whose activation may (in place, parameters, hooks, not elementwise, of an unknown class).
-    """
-    for module in model.modules():
-        if not has_own_forward(module) and _parts(module) is not None:
-            module.forward = types.MethodType(_forward, module)
-
-
-def unpatch_gated_mlps(model: nn.Module) -> None:
-    """Undo :func:`patch_gated_mlps`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            del module.forward
+def _gated_mlps(model):
+    """Not those whose class computes anything else (dropout, clamps, sparsity) or whose activation may (in place,
+    parameters, hooks, not elementwise, of an unknown class)."""
+    return [module for module in model.modules() if _parts(module) is not None]
 
 
 def _forward(self, *args, **kwargs):
@@ -53,8 +41,7 @@ def _forward(self, *args, **kwargs):
     return down_proj(GatedActivation.apply(gate, up, activation))
 
 
-# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
-_forward.__name__ = "forward"
+GATED_MLPS = ModulePatch(_gated_mlps, _forward)
 
 
 def _parts(module):

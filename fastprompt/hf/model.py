@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..layout import IGNORE, CannotPack, plan_padded_input
 from ..methods import MultitaskPromptTuning, PrefixTuning
-from .arguments import Method, check_method, checked_prompt_ids
+from .arguments import Method, check_call, check_chosen, check_method, checked_prompt_ids
 from .attachment import refuse_replicas
 from .cache_names import CACHE_NAMES, cache_argument
 from .compiled_prompts import CompiledPrompts, prompt_of_method
@@ -20,15 +20,13 @@ from .engine import Engine
 from .masks import UnsupportedAttention
 from .padded_generation import generate_behind_prefix, generate_from_embeddings
 from .per_layer import per_layer_inputs, searching_part
-from .request import Request, target_of
+from .request import Request, beside, target_of
 from .shared_state import SharedState
 from .structure import is_encoder_decoder
 from .trained_state import is_head, keep_what_trains
 
 # What the forward of an encoder-decoder may be given besides, on packed rows.
 _OF_TARGETS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "use_cache"}
-# What the forward of another head than a language model's may be given besides.
-_OF_HEADS = {"token_type_ids", "start_positions", "end_positions"}
 
 
 class SoftPromptModel(nn.Module):
@@ -142,22 +140,18 @@ class SoftPromptModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        prompt_ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
-        self._check(virtual_tokens, cu_seqlens, attention_mask, options)
-        if cu_seqlens is None and attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape {list(tokens.shape[:2])}, got {list(attention_mask.shape)}"
-            )
         is_lm = self._engine.is_lm
-        prompt, shared, ids = self._prompts(prompt_ids)
+        check_call(self.base, self.method, is_lm, tokens, attention_mask, virtual_tokens, cu_seqlens, options)
+        of_rows = dict(attention_mask=attention_mask, labels=labels, virtual_tokens=virtual_tokens)
+        options = beside(tokens, dict(options, **of_rows, prompt_ids=checked_prompt_ids(prompt_ids)))
+        attention_mask, labels, virtual_tokens, ids = (options.pop(name) for name in (*of_rows, "prompt_ids"))
         if num_items_in_batch is not None and not is_lm:
             options["num_items_in_batch"] = num_items_in_batch
         request = Request(
             tokens=tokens,
             num_virtual_tokens=0 if self._is_prefix else self.method.num_virtual_tokens,
-            prompts=None if prompt is None else lambda: prompt,
             prompt_ids=ids,
-            shared=shared,
+            shared=self._prompts((0,))[1] if self._is_prefix else None,
             attention_mask=attention_mask,
             target=target_of(self.base, options),
             labels=labels if is_lm else None,
@@ -181,9 +175,10 @@ class SoftPromptModel(nn.Module):
             self._fell_back(str(reason))
             return self._padded(request, labels, options)
         try:
+            chosen = self._behind_prompts(request, plan)
             if is_lm:
-                return self._engine.run(request, plan, self._embed)
-            return self._with_head(request, plan, labels, dict(options))
+                return self._engine.run(chosen, plan, self._embed)
+            return self._with_head(chosen, plan, labels, dict(options))
         except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
             if cu_seqlens is not None:
                 raise
@@ -209,8 +204,10 @@ class SoftPromptModel(nn.Module):
             CannotPack: Prefix-Tuning with a model that cannot run rows behind learned keys and values.
             ValueError, TypeError, NotImplementedError: an option that cannot be done behind a prompt.
         """
-        ids = checked_prompt_ids(prompt_ids, self.method.num_prompts)
+        ids = checked_prompt_ids(prompt_ids)
         keys = [0] * len(input_ids) if ids is None else ids.tolist()
+        check_chosen(sorted(keys), self.method.num_prompts)
+        attention_mask = None if attention_mask is None else attention_mask.to(input_ids.device)
         try:
             if is_encoder_decoder(self.base):
                 raise NotImplementedError("an encoder-decoder's prompt stands in front of its encoder's text")
@@ -218,7 +215,7 @@ class SoftPromptModel(nn.Module):
             if not self._is_prefix and not mixed.takes_prompts:
                 raise NotImplementedError(f"a {type(self.base).__name__} looks more up by token id than embeddings")
         except NotImplementedError:
-            return self._generate_padded(input_ids, attention_mask, ids, options)
+            return self._generate_padded(input_ids, attention_mask, keys, options)
         if any(options.get(name) is not None for name in CACHE_NAMES):
             return mixed.generate(None, input_ids, attention_mask, **options)
         rows = self._compiled.states(
@@ -230,10 +227,11 @@ class SoftPromptModel(nn.Module):
         )
         return mixed.generate(rows, input_ids, attention_mask, prompts=keys, **options)
 
-    def _generate_padded(self, input_ids, attention_mask, prompt_ids, options):
+    def _generate_padded(self, input_ids, attention_mask, keys, options):
         """For models whose cache cannot start with a compiled prompt."""
-        prompt, shared, ids = self._prompts(prompt_ids)
-        ids = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device) if ids is None else ids
+        used = sorted(set(keys))
+        prompt, shared = self._prompts(used)
+        ids = torch.tensor([used.index(key) for key in keys], dtype=torch.int64, device=input_ids.device)
         if self._is_prefix:
             if (reason := self._engine.refusal or self._prefix_reason) is not None:
                 raise CannotPack(f"generation behind a prefix needs the attention interface, but {reason}")
@@ -256,38 +254,29 @@ class SoftPromptModel(nn.Module):
         """See ``PreTrainedModel``."""
         self.base.gradient_checkpointing_disable()
 
-    def _check(self, virtual_tokens, cu_seqlens, attention_mask, options):
-        if self._is_prefix and virtual_tokens is not None:
-            raise ValueError("virtual_tokens must be None with Prefix-Tuning, which puts nothing among the tokens")
-        if cu_seqlens is not None and attention_mask is not None:
-            raise ValueError("attention_mask must be None with cu_seqlens, which say where sequences end")
-        pairs = is_encoder_decoder(self.base)
-        known = set(options) if pairs else set() if self._engine.is_lm else _OF_HEADS
-        if pairs or not self._engine.is_lm:
-            for name, value in (("cu_seqlens", cu_seqlens), ("virtual_tokens", virtual_tokens)):
-                if value is not None:
-                    raise ValueError(f"{name} must be None for a {type(self.base).__name__}, which is no causal LM")
-        if unknown := sorted(set(options) - known):
-            raise TypeError(f"forward got unknown arguments {unknown}")
-
     def _embed(self, tokens):
         """Token ids -> their embeddings; embeddings as they are."""
         return tokens if tokens.is_floating_point() else self.base.get_input_embeddings()(tokens)
 
-    def _prompts(self, prompt_ids):
-        """A batch's prompts ``[N * P, D]`` or shared state (None for the other), and its ids among them or None."""
-        method, used, ids = self.method, None, None
-        if prompt_ids is not None:
-            used, ids = prompt_ids.to(next(method.parameters()).device).unique(return_inverse=True)
-        if self._is_prefix:
-            prefix = method()[:, :, :1] if used is None else method()[:, :, used]
-            return None, SharedState.of_tensor(prefix, self.config, method.layers), ids
+    @torch.compiler.disable  # a graph for each set of prompts would be one too many
+    def _behind_prompts(self, request, plan):
+        """A request with the prompts that its plan says its rows have; it was planned with the first prefix."""
+        check_chosen(plan.prompts, self.method.num_prompts)
+        if self._is_prefix and plan.prompts == (0,):
+            return request
+        prompt, shared = self._prompts(plan.prompts)
+        return replace(request, prompts=None if prompt is None else lambda: prompt, shared=shared)
+
+    def _prompts(self, used):
+        """The prompts ``[N * P, D]`` of these ids, which ascend, or their shared state; the other is None."""
+        method, index = self.method, torch.tensor(used, dtype=torch.int64, device=next(self.method.parameters()).device)
         if isinstance(method, MultitaskPromptTuning):
-            used = torch.zeros(1, dtype=torch.int64, device=method.shared.device) if used is None else used
-            return method(used), None, ids
-        if used is None:
-            return method()[: method.num_virtual_tokens], None, None
-        return method().unflatten(0, (method.num_prompts, -1))[used].flatten(0, 1), None, ids
+            return method(index), None
+        if used and used[-1] - used[0] == len(used) - 1:  # read where they lie
+            index = slice(used[0], used[-1] + 1)
+        if self._is_prefix:
+            return None, SharedState.of_tensor(method()[:, :, index], self.config, method.layers)
+        return method().unflatten(0, (method.num_prompts, -1))[index].flatten(0, 1), None
 
     def _with_head(self, request, plan, labels, options):
         """The model's own forward with its head on the hidden states of the text."""
@@ -315,26 +304,28 @@ class SoftPromptModel(nn.Module):
 
     def _padded(self, request, labels, options):
         """The model's own forward on ``[B, P + S]`` rows, for what cannot be packed."""
-        if request.target is not None:
-            return self._padded_pairs(request, labels, options)
-        tokens, mask, shared = request.tokens, request.attention_mask, request.shared
+        tokens, mask = request.tokens, request.attention_mask
         batch, width = tokens.shape[:2]
         plan = plan_padded_input(
             batch,
             width,
             request.num_virtual_tokens,
             prompt_ids=request.prompt_ids,
+            only_used_prompts=True,
             virtual_tokens=request.virtual_tokens,
             layout="padded",
             device=tokens.device,
         )
+        request = self._behind_prompts(request, plan)
+        ids = torch.tensor(plan.prompt_ids, dtype=torch.int64, device=tokens.device)
+        if request.target is not None:
+            return self._padded_pairs(request, ids, labels, options)
+        shared = request.shared
         front = plan.grid.shape[1] - width
         inputs = {"return_dict": True}
         if mask is not None:
             inputs["attention_mask"] = torch.cat([mask.new_ones(batch, front + request.prefix_length), mask], 1)
         if shared is not None:
-            ids = request.prompt_ids
-            ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if ids is None else ids
             inputs.update(cache_argument(self.base.forward, shared.to_cache(ids, self.config, self.base.dtype)))
             if self._engine.numbers_columns:  # not all models do so behind a cache (Bamba)
                 first = request.prefix_length
@@ -363,12 +354,11 @@ class SoftPromptModel(nn.Module):
         with self._engine.runner.padded_backbone(plan):
             return self.base(**inputs, **options)
 
-    def _padded_pairs(self, request, labels, options):
+    def _padded_pairs(self, request, ids, labels, options):
         """The forward of an encoder-decoder on padded rows."""
-        embeds, ids = self._embed(request.tokens), request.prompt_ids
+        embeds = self._embed(request.tokens)
         batch, length = len(embeds), request.num_virtual_tokens
-        prompt = request.prompts().unflatten(0, (-1, length)).to(embeds.dtype)
-        prompt = prompt.expand(batch, -1, -1) if ids is None else prompt[ids]
+        prompt = request.prompts().unflatten(0, (-1, length)).to(embeds.dtype)[ids]
         mask = request.attention_mask
         mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
         if request.num_items_in_batch is not None:
@@ -385,10 +375,10 @@ class SoftPromptModel(nn.Module):
         """None if the method's prefix can run packed, else why not."""
 
         def padded(input_ids, attention_mask):
-            shared = self._prompts(None)[1]
+            shared = self._prompts((0,))[1]
             return self._padded(Request(input_ids, 0, shared=shared, attention_mask=attention_mask), None, {})
 
-        return self._engine.why_not_prefix(lambda: self._prompts(None)[1], "prefix", padded)
+        return self._engine.why_not_prefix(lambda: self._prompts((0,))[1], "prefix", padded)
 
     def _fell_back(self, reason):
         self._engine.stats.count_padded(reason)

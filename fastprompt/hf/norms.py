@@ -6,7 +6,6 @@ otherwise, so that packed rows alone run through it: what else a model is called
 """
 
 import functools
-import types
 
 import torch
 from torch import nn
@@ -15,24 +14,12 @@ from ..backends import implementation
 from ..ops.rms_norm import reference
 from ..ops.rms_norm.api import RMSNorm
 from .masks import packed_rows_run
-from .structure import computes_the_same, has_own_forward
+from .module_patch import ModulePatch
+from .structure import computes_the_same
 
 
-def patch_norms(model: nn.Module) -> None:
-    """Let the model's norms pass over their rows once, on devices with a kernel; :func:`unpatch_norms` undoes it.
-
-    Modules with a forward of their own are left alone, and so are those whose class computes anything else.
-    """
-    for module in model.modules():
-        if not has_own_forward(module) and _is_llama_s(type(module).forward):
-            module.forward = types.MethodType(_forward, module)
-
-
-def unpatch_norms(model: nn.Module) -> None:
-    """Undo :func:`patch_norms`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            del module.forward
+def _norms(model):
+    return [module for module in model.modules() if _is_llama_s(type(module).forward)]
 
 
 def _forward(self, *args, **kwargs):
@@ -43,8 +30,8 @@ def _forward(self, *args, **kwargs):
     return RMSNorm.apply(args[0], self.weight, float(self.variance_epsilon))
 
 
-# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
-_forward.__name__ = "forward"
+# On devices with a kernel.
+NORMS = ModulePatch(_norms, _forward)
 
 
 def _has_kernel(module, states):

@@ -1,14 +1,13 @@
 """T5's relative positions on packed rows: a bias by distance, and no tensor over all pairs of rows."""
 
-import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .masks import PackedMask, UnsupportedAttention
-from .structure import RELATIVE, has_own_forward, is_relative_attention
+from .module_patch import ModulePatch
+from .structure import RELATIVE, is_relative_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,22 +30,8 @@ class PositionBias:
         return None if self.table is None else self.table.to(queries.device, dtype)
 
 
-def patch_relative_attention(model: nn.Module) -> None:
-    """Let T5's attention add its bias by distance on packed rows; :func:`unpatch_relative_attention` undoes it.
-
-    Its own forward runs, but for the two places where it makes a tensor of all pairs of rows: of distances, and of
-    zeros where it has no bias. Modules with a forward of their own are left alone.
-    """
-    for module in model.modules():
-        if is_relative_attention(module) and not has_own_forward(module):
-            module.forward = types.MethodType(_forward, module)
-
-
-def unpatch_relative_attention(model: nn.Module) -> None:
-    """Undo :func:`patch_relative_attention`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            del module.forward
+def _relative_attention(model):
+    return [module for module in model.modules() if is_relative_attention(module)]
 
 
 def _forward(self, *args, **kwargs):
@@ -63,8 +48,9 @@ def _forward(self, *args, **kwargs):
         own.update(before)
 
 
-# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
-_forward.__name__ = "forward"
+# T5's attention adds its bias by distance on packed rows. Its own forward runs, but for the two places where it makes a
+# tensor of all pairs of rows: of distances, and of zeros where it has no bias.
+RELATIVE_ATTENTION = ModulePatch(_relative_attention, _forward)
 
 
 def _bias(module):

@@ -22,8 +22,9 @@ from ..layout import Bucket, RecurrentSchedule, recurrent_schedule
 from ..ops import prompt_concat
 from .attention import WITHOUT_EFFECT
 from .masks import PackedRows, UnsupportedAttention, active
+from .module_patch import ModulePatch
 from .states import ForkedStates, States, gathered_states
-from .structure import has_own_forward, keeps_state, outermost
+from .structure import keeps_state, outermost
 
 _CACHES = ("cache_params", "past_key_values", "cache")
 _MASKS = ("attention_mask", "conv_mask")
@@ -36,23 +37,6 @@ def mixers(model: nn.Module) -> list[nn.Module]:
     return outermost(model, keeps_state)
 
 
-def patch_mixers(model: nn.Module) -> None:
-    """Let the model's mixers run packed rows; :func:`unpatch_mixers` undoes it.
-
-    Modules with a forward of their own are left alone: what that computes is not known.
-    """
-    for module in mixers(model):
-        if not has_own_forward(module):
-            module.forward = types.MethodType(_forward, module)
-
-
-def unpatch_mixers(model: nn.Module) -> None:
-    """Undo :func:`patch_mixers`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            del module.forward
-
-
 def _forward(self, *args, **kwargs):
     batch = active()
     if not isinstance(batch, PackedRows):
@@ -60,8 +44,7 @@ def _forward(self, *args, **kwargs):
     return _run_packed(self, batch, args, kwargs)
 
 
-# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
-_forward.__name__ = "forward"
+MIXERS = ModulePatch(mixers, _forward)
 
 
 @torch.compiler.disable

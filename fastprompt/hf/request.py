@@ -15,10 +15,11 @@ from .structure import is_encoder_decoder
 class Loss(Protocol):
     """A loss of the logits of some rows."""
 
-    def rows(self, plan: RowPlan) -> torch.Tensor:
-        """``[M]`` int64, the plan's rows whose logits it reads."""
+    def rows(self, plan: RowPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plan's rows whose logits it reads, each once, and ``[M]`` int64, which of them each of its labels is
+        predicted by."""
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, plan: RowPlan, logits: torch.Tensor) -> torch.Tensor:
         """A scalar, of ``[M, V]`` logits."""
 
 
@@ -46,12 +47,15 @@ class Target:
 class Request:
     """One call of a model behind a soft prompt. The fronts make it; the engine alone decides how it is run.
 
+    All tensors are on the device of the tokens; see :func:`beside`.
+
     Attributes:
         tokens: ``[B, S]`` token ids or ``[B, S, D]`` embeddings; with ``cu_seqlens`` a sequence of T in place of B x S.
         num_virtual_tokens: P at the input; 0 behind learned keys and values.
-        prompts: gives the distinct prompts of the batch, ``[N * P, D]``; called once, if the batch is run. None: no
-            prompt at the input.
-        prompt_ids: ``[B]`` int64, dense: which of the N each row has, at the input or in ``shared``; None: the first.
+        prompts: gives the distinct prompts of the batch, ``[N * P, D]``, those of ``RowPlan.prompts``; called once, if
+            the batch is run. None: no prompt at the input.
+        prompt_ids: ``[B]`` int64, the prompt of each row, at the input or in ``shared``; the N are the distinct ones,
+            ascending. None: the first for all.
         shared: learned keys and values in front of the batch, or None.
         attention_mask: ``[B, S]`` or None.
         target: what an encoder-decoder's decoder is given; ``tokens`` are the encoder's then. None for other models.
@@ -117,6 +121,14 @@ class Request:
 def tokens_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     """The embeddings or token ids among the arguments of a model's forward; None if there are neither."""
     return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
+def beside(tokens: torch.Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward with all tensors where the tokens are, if there are any: labels, masks, ids of
+    tasks and what else comes row by row may have been left on the host, or on another device."""
+    if tokens is None:
+        return dict(given)
+    return {name: x.to(tokens.device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
 
 
 def target_of(base: nn.Module, options: dict[str, Any]) -> Target | None:

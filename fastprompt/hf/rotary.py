@@ -12,36 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..backends import implementation
 from ..ops.rotary import reference
 from ..ops.rotary.api import Rotary
 from .masks import packed_rows_run
-from .structure import computes_the_same, has_own_forward
+from .module_patch import ModulePatch
+from .structure import computes_the_same
 
 
-def patch_rotary(model: nn.Module) -> None:
-    """Let the model's attention turn queries and keys in one pass, on devices with a kernel; :func:`unpatch_rotary`
-    undoes it.
-
-    Modules with a forward of their own are left alone, and so are those that turn them in any other way.
-    """
-    for module in model.modules():
-        if not has_own_forward(module) and _turns_as_llama(type(module).forward):
-            module.forward = types.MethodType(_forward, module)
-
-
-def unpatch_rotary(model: nn.Module) -> None:
-    """Undo :func:`patch_rotary`."""
-    for module in model.modules():
-        if is_patched(module):
-            del module.forward
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Is its forward the one of :func:`patch_rotary`, which is that of its class but for rotary embeddings?"""
-    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+def _attentions(model):
+    return [module for module in model.modules() if _turns_as_llama(type(module).forward)]
 
 
 def _forward(self, *args, **kwargs):
@@ -52,8 +33,8 @@ def _forward(self, *args, **kwargs):
     return forward(self, *args, **kwargs)
 
 
-# What pickle looks up in the module when it loads it: the forward of its class, so that it comes back unpatched.
-_forward.__name__ = "forward"
+# On devices with a kernel. It is the forward of an attention's class but for rotary embeddings.
+ROTARY = ModulePatch(_attentions, _forward)
 
 
 def _turns_as_llama(forward):

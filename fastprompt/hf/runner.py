@@ -26,7 +26,7 @@ from .per_layer import per_layer_inputs, searching_part
 from .recurrent import mixers
 from .shared_state import SharedState
 from .states import Recorded
-from .structure import is_compiled, position_embeddings, tell_positions
+from .structure import position_embeddings, survey, tell_positions
 
 # What the backbone is given, [R, ...] each, or a function that makes it from what it is called with.
 Inputs = dict[str, torch.Tensor] | Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -48,6 +48,7 @@ class Runner:
         last_layer: the last layer, if it can run on chosen rows.
         has_window: has it asked for the mask of a sliding window so far?
         shapes: of its calls of attention so far, which schedules for compiled layers depend on.
+        compiled: the parts of the model that torch.compile runs; the engine looks for them in every call.
     """
 
     base: nn.Module
@@ -68,6 +69,7 @@ class Runner:
         self._own_attention = own_attention(self.backbone)
         self.mixers = mixers(self.backbone)
         self.searching = searching_part(self.base)
+        self.compiled = survey(self.backbone).compiled
 
     def rows(self, plan: RowPlan, prompt: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
         """``[R, D]`` input rows of a plan.
@@ -296,8 +298,9 @@ class Runner:
 
     def _dtype_if_compiled(self, rows):
         """The dtype in which attention of compiled layers runs on rows; None if there are no such layers."""
-        if not (torch.compiler.is_compiling() or is_compiled(self.backbone)):
-            return None
+        if not torch.compiler.is_compiling():
+            if not self.compiled or set(self.compiled).isdisjoint(self.backbone.modules()):
+                return None
         device = rows.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)

@@ -146,43 +146,48 @@ def names_used(kind: type) -> set[str]:
 _WHOLE_FEATURES = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 
 
-class Randomness(NamedTuple):
-    """What a model draws at random as it stands.
+class Survey(NamedTuple):
+    """What a model's modules are at the moment.
 
     Attributes:
         draws: does it draw random numbers?
         otherwise: the first part that packed rows would draw from another distribution, or None.
+        compiled: the parts that torch.compile runs.
     """
 
     draws: bool
     otherwise: str | None
+    compiled: list[nn.Module]
 
 
-def randomness(model: Any) -> Randomness:
-    """Whether a model draws random numbers, and what packed rows would draw from another distribution.
+def survey(model: Any) -> Survey:
+    """What a model draws at random, and what of it is compiled: in one walk over its modules, once in every call, for
+    adapters may be added, modes changed and layers compiled at any time.
 
-    Dropout of single numbers is none of the latter: every row of a batch sees a prompt, and text it shares with others,
-    whose numbers are dropped with the same probability as in the padded forward, and its own tokens draw their own
-    mask. So the loss and the gradient of each row have the distribution they have there; rows that share a prompt share
-    its mask.
-
-    Looked for in every call, in one walk over the modules: adapters may be added and modes changed at any time.
+    Dropout of single numbers is not drawn otherwise by packed rows: every row of a batch sees a prompt, and text it
+    shares with others, whose numbers are dropped with the same probability as in the padded forward, and its own tokens
+    draw their own mask. So the loss and the gradient of each row have the distribution they have there; rows that share
+    a prompt share its mask.
     """
     config = getattr(model, "config", None)
     draws = config is not None and model.training and any(_is_dropout(*item) for item in vars(config).items())
+    otherwise, compiled = None, []
     for part in model.modules():
+        own = vars(part)
+        if own.get("_compiled_call_impl") is not None or "_orig_mod" in part._modules:
+            compiled.append(part)
         if not part.training:
             continue
         if isinstance(part, _DropoutNd) and part.p > 0:
-            if isinstance(part, _WHOLE_FEATURES):
-                return Randomness(True, f"{type(part).__name__}, which drops a feature of a whole row,")
             draws = True
-        for name, value in vars(part).items():
+            if isinstance(part, _WHOLE_FEATURES):
+                otherwise = otherwise or f"{type(part).__name__}, which drops a feature of a whole row,"
+        for name, value in own.items():
             if type(value) in (int, float) and value > 0:
                 if "jitter" in name:
-                    return Randomness(True, f"{type(part).__name__}.{name} = {value}")
+                    draws, otherwise = True, otherwise or f"{type(part).__name__}.{name} = {value}"
                 draws = draws or _is_dropout(name, value)
-    return Randomness(draws, None)
+    return Survey(draws, otherwise, compiled)
 
 
 def _is_dropout(name, value):
@@ -236,13 +241,6 @@ def has_own_forward(module: nn.Module) -> bool:
     """Has this one module another forward than its class? A pickle writes down that of the class."""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Does torch.compile run a part of a model?"""
-    return any(
-        vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules for part in model.modules()
-    )
 
 
 def computes_the_same(function: Any, other: types.FunctionType) -> bool:

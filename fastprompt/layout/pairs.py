@@ -31,6 +31,11 @@ class PairPlan:
         return sources if sources.gaps is None else replace(sources, gaps=None)
 
     @property
+    def prompts(self) -> tuple[int, ...]:
+        """See RowPlan; those of sources and targets are the same."""
+        return self.source.prompts
+
+    @property
     def counts(self) -> tuple[int, int]:
         """How many rows it has, and how many the padded batch."""
         source, target = self.source.counts, self.target.counts
@@ -45,6 +50,7 @@ def plan_pairs(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
+    only_used_prompts: bool = False,
     prefix_length: int = 0,
     up_to_last_label: bool = False,
     backend: str = "auto",
@@ -57,7 +63,7 @@ def plan_pairs(
         num_virtual_tokens: P, of prompts in front of the targets.
         attention_mask: ``[B, T]``, nonzero where a target's token is real; None: everywhere.
         labels: ``[B, T]`` int64, what each of these columns predicts, -100 to ignore.
-        prompt_ids, prefix_length, backend: see :func:`plan_padded_input`.
+        prompt_ids, only_used_prompts, prefix_length, backend: see :func:`plan_padded_input`.
         up_to_last_label: leave out what stands behind the last label of a row. In a causal decoder no label sees it.
 
     Raises:
@@ -67,8 +73,10 @@ def plan_pairs(
     batch, device = len(source.grid), source.grid.device
     if labels is not None:
         check_tensor("labels", labels, [batch, width], dtypes=INTS)
+        labels = labels.to(device)
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, [batch, width])
+        attention_mask = attention_mask.to(device)
     real = attention_mask
     if up_to_last_label and labels is not None:
         wanted = labels != IGNORE
@@ -81,6 +89,7 @@ def plan_pairs(
         num_virtual_tokens,
         attention_mask=real,
         prompt_ids=prompt_ids,
+        only_used_prompts=only_used_prompts,
         prefix_length=prefix_length,
         layout="packed",
         device=device,

@@ -37,6 +37,7 @@ def plan_padded_input(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
+    only_used_prompts: bool = False,
     virtual_tokens: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     common: torch.Tensor | None = None,
@@ -57,6 +58,8 @@ def plan_padded_input(
         attention_mask: ``[B, S]``, nonzero where a token is real; None: everywhere. Left, right and mixed padding.
         labels: ``[B, S]`` int64, not shifted, -100 to ignore.
         prompt_ids: ``[B]`` int64, the prompt of each sequence; None: prompt 0. Ids are dense: N is the largest + 1.
+        only_used_prompts: ids may be any, and the N prompts are those that a sequence has, ascending; the plan says
+            which these are. So nobody has to wait for a device that would know how many there are.
         virtual_tokens: ``[B, S]`` int64, j >= 0 where virtual token j of the sequence's prompt stands (P-Tuning
             templates), -1 elsewhere. The prompt then stands where the template says and not in front.
         token_ids: ``[B, S]`` int64; if given, the ``shared`` layout finds the tokens (and virtual tokens) that
@@ -72,7 +75,8 @@ def plan_padded_input(
             A window would count that padding to what is in front wrong.
         to_last_label: leave out what no label depends on: the tokens from the last label of a sequence on, all of a
             sequence without labels. The layout "shared" only; a batch without any labels keeps its tokens.
-        device: where the plan lives; by default that of the mask or labels.
+        device: where the plan lives, and where all that is given is brought; by default that of the first of the mask,
+            labels and the others that is given, or else the CPU.
         backend: "auto", "reference" (plain PyTorch), "cpu" (the C++ library) or "triton". "auto" takes "triton" on a
             GPU and "cpu" on a CPU, if they are there.
 
@@ -82,11 +86,11 @@ def plan_padded_input(
         RuntimeError: a backend that was asked for and cannot run.
     """
     given = (attention_mask, labels, prompt_ids, virtual_tokens, token_ids)
-    device = next((t.device for t in given if t is not None), torch.device(device or "cpu"))
+    device = _device(device, given, torch.device("cpu"))
     real = None
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, [batch, width])
-        real = (attention_mask != 0).reshape(-1)
+        real = (attention_mask.to(device) != 0).reshape(-1)
     shape = [batch, width]
     cells_of = cells.Batch(
         batch,
@@ -95,15 +99,17 @@ def plan_padded_input(
         starts=None,
         lengths=None,
         real=real,
-        labels=_flat("labels", labels, shape),
-        virtual=_flat("virtual_tokens", virtual_tokens, shape),
-        token_ids=_flat("token_ids", token_ids, shape),
+        labels=_flat("labels", labels, shape, device),
+        virtual=_flat("virtual_tokens", virtual_tokens, shape, device),
+        token_ids=_flat("token_ids", token_ids, shape, device),
         prompts=_prompts(prompt_ids, batch, device),
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, share_padded, to_last_label, pad_rows_to, backend)
+    return _plan(
+        cells_of, layout, common, node_cost, share_padded, to_last_label, pad_rows_to, only_used_prompts, backend
+    )
 
 
 def plan_packed_input(
@@ -112,6 +118,7 @@ def plan_packed_input(
     *,
     labels: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
+    only_used_prompts: bool = False,
     virtual_tokens: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     common: torch.Tensor | None = None,
@@ -120,6 +127,7 @@ def plan_packed_input(
     node_cost: int | None = NODE_COST,
     to_last_label: bool = False,
     pad_rows_to: int | None = None,
+    device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> RowPlan:
     """Plan a batch that comes packed: T tokens in a row, sequence b from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
@@ -127,8 +135,9 @@ def plan_packed_input(
     Args:
         cu_seqlens: ``[B + 1]`` int, a tensor, an array or a list.
         labels, virtual_tokens, token_ids: ``[T]``; otherwise as in :func:`plan_padded_input`.
-        num_virtual_tokens, prompt_ids, common, prefix_length, layout, node_cost, to_last_label, pad_rows_to,
-            backend: as there. There is no layout "padded".
+        num_virtual_tokens, prompt_ids, only_used_prompts, common, prefix_length, layout, node_cost, to_last_label,
+            pad_rows_to, backend: as there. There is no layout "padded".
+        device: as there, but that of cu_seqlens in place of the CPU.
 
     Raises:
         CannotPack, ValueError, TypeError, RuntimeError: as there.
@@ -136,9 +145,8 @@ def plan_packed_input(
     if layout == "padded":
         raise ValueError("layout must be 'shared' or 'packed' for packed input, got 'padded'")
     seq = Sequences.packed(cu_seqlens)
-    given = (labels, prompt_ids, virtual_tokens, token_ids)
-    seq = seq.to(next((t.device for t in given if t is not None), seq.starts.device))
-    batch, device = len(seq.starts), seq.starts.device
+    device = _device(device, (labels, prompt_ids, virtual_tokens, token_ids), seq.starts.device)
+    seq, batch = seq.to(device), len(seq.starts)
     shape = [seq.rows]
     cells_of = cells.Batch(
         batch,
@@ -147,29 +155,37 @@ def plan_packed_input(
         starts=seq.starts,
         lengths=seq.lengths,
         real=None,
-        labels=_flat("labels", labels, shape),
-        virtual=_flat("virtual_tokens", virtual_tokens, shape),
-        token_ids=_flat("token_ids", token_ids, shape),
+        labels=_flat("labels", labels, shape, device),
+        virtual=_flat("virtual_tokens", virtual_tokens, shape, device),
+        token_ids=_flat("token_ids", token_ids, shape, device),
         prompts=_prompts(prompt_ids, batch, device),
         prompt_length=_length("num_virtual_tokens", num_virtual_tokens),
         prefix_length=_length("prefix_length", prefix_length),
     )
     common = _told(common, token_ids, batch, device)
-    return _plan(cells_of, layout, common, node_cost, True, to_last_label, pad_rows_to, backend)
+    return _plan(cells_of, layout, common, node_cost, True, to_last_label, pad_rows_to, only_used_prompts, backend)
 
 
-def _flat(name: str, value: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
+def _device(
+    asked: torch.device | str | None, given: tuple[torch.Tensor | None, ...], otherwise: torch.device
+) -> torch.device:
+    if asked is not None:
+        return torch.device(asked)
+    return next((t.device for t in given if isinstance(t, torch.Tensor)), otherwise)
+
+
+def _flat(name: str, value: torch.Tensor | None, shape: list[int], device: torch.device) -> torch.Tensor | None:
     if value is None:
         return None
     check_tensor(name, value, shape, dtypes=INTS)
-    return value.reshape(-1)
+    return value.to(device).reshape(-1).contiguous()
 
 
 def _prompts(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor | None:
     if ids is None:
         return None
     check_tensor("prompt_ids", ids, [batch], dtypes=INTS)
-    return ids.to(device, torch.int64)
+    return ids.to(device, torch.int64).contiguous()
 
 
 def _told(
@@ -197,6 +213,7 @@ def _plan(
     share_padded: bool,
     to_last_label: bool,
     pad_rows_to: int | None,
+    only_used_prompts: bool,
     backend: str,
 ) -> RowPlan:
     rows_of: dict[str, Any] = {"shared": _shared_rows, "packed": _packed_rows, "padded": _padded_rows}
@@ -211,7 +228,12 @@ def _plan(
     on_device = implementation("row_plan", backend, batch.device.type)
     known = on_host(batch, on_device.measure(batch), common, node_cost is not None)
     stats = Stats(*known.measured)
-    if batch.prompts is not None and stats.prompt.min(initial=0) < 0:
+    if only_used_prompts and batch.prompts is not None:
+        prompts, numbers = np.unique(stats.prompt, return_inverse=True)
+        stats = stats._replace(prompt=numbers)
+    else:
+        prompts = np.arange(1 if batch.prompts is None else stats.prompt.max(initial=-1) + 1)
+    if stats.prompt.min(initial=0) < 0:
         raise ValueError(f"prompt_ids must be at least 0, got {stats.prompt.min()}")
     if layout != "padded":
         if stats.holes.any():
@@ -225,7 +247,7 @@ def _plan(
     if to_last_label:
         stats = stats._replace(length=(stats.needed - stats.first).clip(0, stats.length))
     stats = stats._replace(first=np.where(stats.length > 0, stats.first, 0))
-    options: tuple = (known.tokens, node_cost, share_padded) if layout == "shared" else ()
+    options: tuple = (len(prompts), known.tokens, node_cost, share_padded) if layout == "shared" else ()
     rows, entries, sequences, tree, folded = rows_of[layout](batch, stats, *options)
     if layout != "padded" and stats.behind_padding.any():
         raise CannotPack("a label follows a padding token and would be predicted by it; label padding with -100")
@@ -249,7 +271,8 @@ def _plan(
     if known.labels is not None:
         rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
         once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once)
+    of_prompts = tuple(prompts.tolist()), tuple(stats.prompt.tolist())
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, *of_prompts, to_last_label, *once)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
@@ -258,11 +281,15 @@ _Rows = tuple[int, dict[str, np.ndarray], Sequences | None, Tree, Fold | None]
 
 
 def _shared_rows(
-    batch: cells.Batch, stats: Stats, tokens: Tokens | Told | None, node_cost: int | None, share_padded: bool
+    batch: cells.Batch,
+    stats: Stats,
+    count: int,
+    tokens: Tokens | Told | None,
+    node_cost: int | None,
+    share_padded: bool,
 ) -> _Rows:
     """For each prompt its P rows and what its sequences have in common, then groups of them, then all other tokens."""
     front, prompt = batch.front, stats.prompt
-    count = 1 if batch.prompts is None else int(prompt.max(initial=-1)) + 1
     some = stats.length > 0  # sequences without a token have no say
     common = np.full(count, batch.width)
     np.minimum.at(common, prompt[some], stats.agree[some])

@@ -24,6 +24,8 @@ class RowPlan:
         label_rows: ``[M]`` int64, the rows that predict a label, in batch order (a row may predict several: the last
             prompt row predicts the first token of every sequence). None without labels.
         labels: ``[M]`` int64, what they predict: already shifted.
+        prompts: the ids of the N prompts, as the caller gave them, ascending; ``(0,)`` without ids.
+        prompt_ids: ``[B]``, which of the N each sequence has.
         predicting: the rows of ``label_rows``, each once, in order; None: they were not looked for.
         places: ``[M]`` int64, which of them predicts each label.
         to_last_label: are tokens left out that no label depends on?
@@ -38,6 +40,8 @@ class RowPlan:
     grid: torch.Tensor
     label_rows: torch.Tensor | None
     labels: torch.Tensor | None
+    prompts: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
     to_last_label: bool = False
     predicting: torch.Tensor | None = None
     places: torch.Tensor | None = None
@@ -47,6 +51,13 @@ class RowPlan:
     def counts(self) -> tuple[int, int]:
         """How many rows it has, and how many the padded batch."""
         return len(self.source), self.grid.numel()
+
+    @property
+    def predicting_once(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``predicting`` and ``places`` of a batch that has labels. ValueError: the plan was made without."""
+        if self.predicting is None or self.places is None:
+            raise ValueError("the plan was made without labels")
+        return self.predicting, self.places
 
     def token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``source`` with token ids in place of token positions: for gathering from the embedding table directly."""

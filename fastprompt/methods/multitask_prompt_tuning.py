@@ -145,7 +145,7 @@ def distillation_loss(
     pairs = ("logits", "V", student_logits, teacher_logits), ("hidden", "D", student_hidden, teacher_hidden)
     for name, width, student, teacher in pairs:
         check_tensor(f"student_{name}", student, ["M", width], dtypes=FLOATS)
-        check_tensor(f"teacher_{name}", teacher, student.shape, dtypes=FLOATS)
+        check_tensor(f"teacher_{name}", teacher, student.shape, dtypes=FLOATS, like=(f"student_{name}", student))
         if student.numel() == 0:
             raise ValueError(f"student_{name} must hold at least one row, got shape {list(student.shape)}")
     if not temperature > 0:

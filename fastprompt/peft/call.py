@@ -24,6 +24,7 @@ from ..hf.request import Request, tokens_of
 from ..hf.shared_state import SharedState
 from ..layout import CannotPack
 from .adapter import is_prefix, rows_in_front
+from .chosen import ChosenPrompts
 from .cpt import CPTLoss
 from .encoder import fast_encoder
 from .samples import OF_SAMPLES, TOLD, cu_seqlens_of
@@ -112,20 +113,20 @@ class Call:
         if self.tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
         self.cu_seqlens = self._samples() if is_lm else None
-        self._find_tasks()
-        self._find_adapters()
+        self._find_prompts()
         labels = given.get("labels")
+        loss = self._loss(labels) if is_lm else None
         self.request = Request(
             tokens=self.tokens,
             num_virtual_tokens=self.length,
             prompts=self._prompts if self.length else None,
-            prompt_ids=self.prompt_ids,
+            prompt_ids=self.chosen.ids,
             shared=self._shared() if self.is_prefix else None,
             attention_mask=given.get("attention_mask") if self.cu_seqlens is None else None,
             cu_seqlens=self.cu_seqlens,
             flat=self.cu_seqlens is not None,
-            labels=labels if is_lm else None,
-            loss=self._loss(labels) if is_lm else None,
+            labels=(labels if loss is None else loss.labels) if is_lm else None,
+            loss=loss,
             num_items_in_batch=given.get("num_items_in_batch"),
             training=model.training,
             use_cache=given.get("use_cache") if self.cu_seqlens is None else False,
@@ -136,7 +137,7 @@ class Call:
             finds_last_by_id=self.is_prefix and given.get("input_ids") is not None,
             rows_differ=given.get("token_type_ids") is not None and not self.direct,
         )
-        self.plan = self.engine.plan(self.request)
+        self.plan = self._planned()
 
     def _unknown_arguments(self):
         given = self.given
@@ -155,8 +156,8 @@ class Call:
             if not self.length and given.get("position_ids") is not None:
                 raise CannotPack("position_ids given")
             return None
-        if not self.direct and given.get("task_ids") is not None:
-            raise CannotPack("packed samples of several tasks, run by the model's own forward")
+        if not self.direct and any(given.get(name) is not None for name in ("task_ids", "adapter_names")):
+            raise CannotPack("packed samples behind several prompts, run by the model's own forward")
         if self.config.peft_type == PeftType.CPT and not self.disabled:
             raise CannotPack("packed samples, and CPT has labels of its own for each token of a row")
         mask = given.get("attention_mask")
@@ -166,51 +167,28 @@ class Call:
             self.state.tell(TOLD)
         return starts
 
-    @property
-    def _num_samples(self):
-        return len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+    def _find_prompts(self):
+        """Which prompt each row has."""
+        rows = len(self.tokens) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        names, task_ids = self.given.get("adapter_names"), self.given.get("task_ids")
+        self.chosen = ChosenPrompts.of(self.model, names, task_ids, rows, self.tokens.device)
+        self.parts = self.chosen.parts(())
+        if names is not None:
+            self.state.tell("fastprompt: adapter_names gives every row the prompt of its own adapter; PEFT ignores it")
 
-    def _find_tasks(self):
-        """The distinct tasks of the batch, and which of them each row has; None where the adapter has no tasks."""
-        self.task_ids, self.prompt_ids = self.given.get("task_ids"), None
-        if self.config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or self.task_ids is None:
-            return
-        batch, ids = self._num_samples, self.task_ids.reshape(-1)
-        if len(ids) not in (1, batch):
-            raise ValueError(
-                f"task_ids must have one entry for each of the {batch} rows or one for all, got {len(ids)}"
-            )
-        self.task_ids, self.prompt_ids = ids.expand(batch).unique(return_inverse=True)
-
-    def _find_adapters(self):
-        """The distinct adapters of the batch, where ``adapter_names`` names each row's own; else the active one."""
-        model, names = self.model, self.given.get("adapter_names")
-        self.adapters, self._used = [model.active_adapter], None
-        if names is None:
-            return
-        rows = self._num_samples
-        if len(names) != rows:
-            raise ValueError(f"adapter_names must have one entry for each of the {rows} rows, got {len(names)}")
-        if unknown := sorted(set(names) - set(model.peft_config)):
-            raise ValueError(f"adapter_names must be of {sorted(model.peft_config)}, got {unknown}")
-        self.adapters = sorted(set(names))
-        kinds = {(model.peft_config[x].peft_type, model.peft_config[x].num_virtual_tokens) for x in self.adapters}
-        if len(kinds) > 1 or self.config.peft_type == PeftType.CPT:
-            raise ValueError(f"adapter_names must be adapters of one method and length, not CPT, got {self.adapters}")
-        self.state.tell("fastprompt: adapter_names gives every row the prompt of its own adapter; PEFT ignores it")
-        ids = torch.tensor([self.adapters.index(name) for name in names], device=self.tokens.device)
-        if self.prompt_ids is None:
-            self.prompt_ids = ids
-        else:  # of the tasks of each adapter, one adapter after the other, those that the rows have
-            self._used, self.prompt_ids = (ids * len(self.task_ids) + self.prompt_ids).unique(return_inverse=True)
+    def _planned(self):
+        """The plan of the request, which says which prompts there are."""
+        plan = self.engine.plan(self.request)
+        self.parts = self.chosen.parts(plan.prompts)
+        return plan
 
     def _of_each_adapter(self, get):
-        """``get()`` with each adapter of the batch active in turn."""
+        """``get(tasks)`` with each adapter of the batch active in turn, and its tasks, None if it has none."""
         active, results = self.model.active_adapter, []
         try:
-            for name in self.adapters:
+            for name, tasks in self.parts:
                 self.model.active_adapter = name
-                results.append(get())
+                results.append(get(tasks))
         finally:
             self.model.active_adapter = active
         return results
@@ -219,6 +197,8 @@ class Call:
         """CPT's own loss; None: the model's."""
         if self.config.peft_type != PeftType.CPT or self.disabled or labels is None:
             return None
+        if self.given.get("fused_lm_head"):
+            raise CannotPack("CPT has a loss of its own, and a fused head another one")
         # PEFT takes the weights from the adapter of this name, whichever is active.
         decay = self.model.peft_config.get("default", self.config)
         return CPTLoss(self.config, decay, labels, self.given.get("input_type_mask"))
@@ -230,13 +210,11 @@ class Call:
     def _distinct_prompts(self):
         """``[N, P, D]``."""
 
-        def of_active():
+        def of_active(tasks):
             with self._encoder():
-                number = 1 if self.task_ids is None else len(self.task_ids)
-                return self.model.get_prompt(batch_size=number, task_ids=self.task_ids)  # [n, P, D]
+                return self.model.get_prompt(batch_size=1 if tasks is None else len(tasks), task_ids=tasks)  # [n, P, D]
 
-        prompts = torch.cat(self._of_each_adapter(of_active))
-        return prompts if self._used is None else prompts[self._used]
+        return torch.cat(self._of_each_adapter(of_active))
 
     @cached_property
     def _cache(self):
@@ -249,8 +227,8 @@ class Call:
             return first
         return first.with_tensors(map(torch.cat, zip(first.tensors(), *(x.tensors() for x in others))))
 
-    def _shared_of_active(self):
-        cache = self._cache if len(self.adapters) == 1 else self.model.get_prompt(batch_size=1)
+    def _shared_of_active(self, tasks):
+        cache = self._cache if len(self.chosen.adapters) == 1 else self.model.get_prompt(batch_size=1)
         return shared_of_prefix(self.model, self.state, cache, self.state_of)
 
     @staticmethod
@@ -284,7 +262,8 @@ class Call:
                 cache = self._cache
                 self.model.__dict__["get_prompt"] = lambda *args, **kwargs: cache
             elif self.given.get("adapter_names") is not None:
-                prompts = self._prompts().unflatten(0, (-1, self.length))[self.prompt_ids]
+                prompts = self._distinct_prompts()
+                prompts = prompts[list(self.plan.prompt_ids)]
                 self.model.__dict__["get_prompt"] = lambda *args, **kwargs: prompts
             with self.engine.packed_backbone(self.request, self.plan, self._packed), self._encoder():
                 yield
@@ -299,14 +278,13 @@ class Call:
         if unknown:
             raise CannotPack(f"{', '.join(sorted(unknown))} given")
         source = self.plan.source
-        batch, width = self.tokens.shape[:2]
+        width = self.tokens.shape[1]
         front = self.request.num_virtual_tokens
         row, column = source // width, front + source % width
         if front:
-            number = 1 if self.prompt_ids is None else int(self.prompt_ids.max()) + 1
-            row_of = torch.zeros(number, dtype=torch.int64, device=source.device)
-            if self.prompt_ids is not None:  # a row of the batch in front of which each prompt stands
-                row_of[self.prompt_ids] = torch.arange(batch, device=source.device)
+            # The first row of the batch in front of which each prompt stands.
+            firsts = {prompt: index for index, prompt in reversed(list(enumerate(self.plan.prompt_ids)))}
+            row_of = torch.tensor([firsts.get(i, 0) for i in range(len(self.plan.prompts))], device=source.device)
             virtual = -1 - source  # of all prompts, where it is not negative
             row = torch.where(virtual < 0, row, row_of[virtual.clamp(min=0) // front])
             column = torch.where(virtual < 0, column, virtual % front)

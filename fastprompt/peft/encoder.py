@@ -1,14 +1,17 @@
-"""PEFT's PromptEncoder, P-Tuning's, on prompt_lstm, with its output kept while nothing trains."""
+"""PEFT's PromptEncoder, P-Tuning's, on prompt_lstm, with its output kept while nothing trains; and CPT's without
+waiting for a device."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from peft import PromptEncoder
+from peft import CPTEmbedding, PromptEncoder
 from torch import nn
 
 from ..methods.cached import CachedOutput
 from ..ops import prompt_lstm
+from .cpt import projected
 
 _KINDS = (nn.Embedding, nn.LSTM, nn.Sequential, nn.Linear, nn.ReLU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -19,16 +22,22 @@ def fast_encoder(encoder: nn.Module, outputs: MutableMapping[nn.Module, CachedOu
     """Calls of ``encoder``, a prompt encoder of PEFT's, run faster inside of this block.
 
     A plain nn.LSTM without hooks runs on :func:`prompt_lstm`; all other modules are called as always. Where all of them
-    are plain and nothing trains, what the encoder gave is kept in ``outputs``.
+    are plain and nothing trains, what the encoder gave is kept in ``outputs``. CPT's finds its projection by
+    :func:`projected`.
     """
-    if type(encoder) is not PromptEncoder or "forward" in vars(encoder) or torch.compiler.is_compiling():
+    faster: dict[type, tuple[str, Callable[..., Any]]] = {
+        PromptEncoder: ("forward", lambda indices: _forward(encoder, indices, outputs)),
+        CPTEmbedding: ("get_projection", lambda: projected(encoder)),
+    }
+    name, method = faster.get(type(encoder), ("", None))
+    if method is None or name in vars(encoder) or torch.compiler.is_compiling():
         yield
         return
-    encoder.__dict__["forward"] = lambda indices: _forward(encoder, indices, outputs)
+    encoder.__dict__[name] = method
     try:
         yield
     finally:
-        del encoder.forward
+        del encoder.__dict__[name]
 
 
 def _forward(encoder, indices, outputs):

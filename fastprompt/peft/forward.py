@@ -12,6 +12,7 @@ from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftMod
 from ..hf.checkpointing import without_checkpoints
 from ..hf.masks import UnsupportedAttention
 from ..hf.per_layer import behind_prompt, told_ids
+from ..hf.request import beside, tokens_of
 from ..layout import CannotPack
 from .adapter import is_prefix, rows_in_front
 from .call import PACKED_CLASSES, Call
@@ -62,10 +63,10 @@ def _understood(model, state, original, front, args, kwargs):
 
 
 def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+    """The arguments of a call by name, its tensors on the device of its tokens."""
     given = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
     given.update(given.pop("kwargs", {}))
-    return given
+    return beside(tokens_of(given), given)
 
 
 def _packed_or_padded(model, state, original, given, reading):

@@ -8,6 +8,7 @@ from peft import PeftModel, PeftModelForCausalLM, PeftType
 
 from ..hf.cache_names import CACHE_NAMES
 from ..hf.per_layer import searching_part
+from ..hf.request import beside, tokens_of
 from .adapter import is_prefix
 from .prompts import prompt_of_adapter
 
@@ -28,6 +29,7 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
         NotImplementedError: what cannot be done so, where PEFT's own raises.
     """
     original = state.original(model, "generate")
+    kwargs = beside(tokens_of(kwargs), kwargs)
     names = kwargs.get("adapter_names")
     prompts = isinstance(model, PeftModelForCausalLM) and model.active_peft_config.is_prompt_learning
     if not prompts or (names is None and _is_left_to_peft(model, state, kwargs)):

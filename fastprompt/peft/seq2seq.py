@@ -57,13 +57,12 @@ class PairCall(Call):
         if cache_in(given) is not None:
             raise CannotPack("a cache is given")
         self.tokens = cast(torch.Tensor, tokens_of(given))
-        self._find_tasks()
-        self._find_adapters()
+        self._find_prompts()
         self.request = Request(
             tokens=self.tokens,
             num_virtual_tokens=self.length,
             prompts=(lambda: self._prompts_of_both[:, : self.length].flatten(0, 1)) if self.length else None,
-            prompt_ids=self.prompt_ids,
+            prompt_ids=self.chosen.ids,
             shared=self._shared() if self.is_prefix else None,
             attention_mask=given.get("attention_mask"),
             target=self._target(),
@@ -72,7 +71,7 @@ class PairCall(Call):
             training=model.training,
             use_cache=given.get("use_cache"),
         )
-        self.plan = self.engine.plan(self.request)
+        self.plan = self._planned()
 
     def _target(self):
         """What the decoder is given, as PEFT's forward would hand it on."""

@@ -105,7 +105,8 @@ class AdapterStack:
         except UnsupportedAttention as reason:
             raise CannotPack(str(reason)) from None
         # Labels come in the order of the batch. Behind learned keys and values nothing predicts a row's first token.
-        owner = owners.repeat_interleave((labels[:, 1 if prefix else 0 :] != IGNORE).sum(1))
+        counts = (labels[:, 1 if prefix else 0 :] != IGNORE).sum(1)
+        owner = owners.repeat_interleave(counts, output_size=len(output.loss))
         mine = owner == torch.arange(len(encoded), device=device)[:, None]  # [n, M]
         # A product, and no scatter: it adds up in the same order every time.
         return (mine / mine.sum(1, keepdim=True)) @ output.loss.float()

@@ -54,6 +54,13 @@ def test_what_is_shared_is_written_once():
     assert plan["source"] == [-1, -2, -3, 0, 1, -4, -5, -6, -7, -8, -9, 8, 9, 2, 3, 14, 18]
 
 
+def test_strided_tensors():
+    ints = torch.tensor([5, 1, 5, 0, 6, 1, 5, 2, 5, 0, 7, 3])
+    options = dict(labels=ints[::2], token_ids=ints[::2], prompt_ids=ints[1::4])
+    plans = [result_of(plan_packed_input, [0, 2, 4, 6], 2, **options, backend=x) for x in ("triton", "reference")]
+    assert plans[0] == plans[1]
+
+
 def test_a_batch_without_sequences():
     check(plan_packed_input, [0], 3, labels=torch.empty(0, dtype=torch.int64))
     check(
