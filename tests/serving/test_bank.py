@@ -235,8 +235,21 @@ def test_classification_by_verbaliser(base):
 
 def test_wrong_completions_are_refused(base):
     bank, (ids, mask) = bank_of(base), texts()
-    for completions in ([], [[]], [[1], []], [[[1]], [[2]]]):
-        with pytest.raises(ValueError, match="completions must be token ids, at least one each"):
+    wrong = [
+        [],
+        [[]],
+        [[1], []],
+        [[[1]], [[2]]],
+        None,
+        [1, 2],
+        [[-1]],
+        [[2, 10**6]],
+        [[True]],
+        ["ab"],
+        torch.ones(1, 2),
+    ]
+    for completions in wrong:
+        with pytest.raises(ValueError, match="completions must be lists of token ids from 0 to 96, at least one each"):
             bank.logprobs(ids, mask, completions=completions)
 
 

@@ -100,7 +100,14 @@ def test_beams(bank, returned):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1), dict(min_length=WIDTH + 3)]
+    "options",
+    [
+        dict(repetition_penalty=3.0),
+        dict(no_repeat_ngram_size=1),
+        dict(encoder_repetition_penalty=9.0),
+        dict(encoder_no_repeat_ngram_size=1),
+        dict(min_length=WIDTH + 3),
+    ],
 )
 def test_processors_see_the_text(bank, options):
     """Nothing of what stands in front of it is taken for text: a padding id is not penalised."""
