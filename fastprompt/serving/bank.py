@@ -193,7 +193,8 @@ class PromptBank:
             ``[B, K]`` fp32 log-probabilities, summed over the tokens of a completion; or a list of ``[K_b]``.
         """
         names = self._names(prompts, len(input_ids))
-        vocabulary = len(self.base.get_input_embeddings().weight)
+        table: Any = self.base.get_input_embeddings()
+        vocabulary = len(table.weight)
         alike = _are_completions(completions, vocabulary)
         rows: Any = [completions] * len(input_ids) if alike else completions
         given = isinstance(rows, Sequence) and len(rows) == len(input_ids)
