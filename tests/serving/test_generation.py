@@ -99,10 +99,9 @@ def test_beams(bank, returned):
         assert torch.equal(sequences[row * returned : (row + 1) * returned, WIDTH:], expected), row
 
 
-PENALTIES = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
-
-
-@pytest.mark.parametrize("options", [*({x: 9.0 if "pen" in x else 1} for x in PENALTIES), dict(min_length=WIDTH + 3)])
+@pytest.mark.parametrize(
+    "options", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1), dict(min_length=WIDTH + 3)]
+)
 def test_processors_see_the_text(bank, options):
     """Nothing of what stands in front of it is taken for text: a padding id is not penalised."""
     ids, mask = texts()
