@@ -56,6 +56,12 @@ def compile_adapters(
             )
     targets = [target for folder in adapter for target in _targets(folder, task)]
     files = _files(targets, output, "" if format == "peft" else _SUFFIX)
+    for path in files:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise InputError(
+                "output", f"expected a path below folders, got {str(path)!r} below the file {str(above)!r}"
+            )
     loaded = load_base(**bases[adapter[0]])
     of, written = fingerprint(loaded), []
     for (folder, method, index, _), path in zip(targets, files):
@@ -74,6 +80,8 @@ def compile_adapters(
                 result.save(path)
         except (ValueError, NotImplementedError) as error:
             raise InputError("adapter", f"{folder!r}: {error}") from None
+        except OSError as error:
+            raise InputError("output", f"{str(path)!r} cannot be written: {error.strerror or error}") from None
         size = {"output": str(path), "method": result.method, "length": result.length, "bytes": result.nbytes}
         written.append(size | {"fingerprint": of})
     return written
@@ -124,6 +132,8 @@ def _files(targets, output, suffix):
     if suffix and output.endswith(suffix):
         if len(targets) > 1:
             raise InputError("output", f"expected a folder for {len(targets)} prompts, got the file {output!r}")
+        if Path(output).is_dir():
+            raise InputError("output", f"expected a file that ends in {suffix}, got the folder {output!r}")
         return [Path(output)]
     if Path(output).is_file():
         raise InputError("output", f"expected a folder, or a file that ends in {_SUFFIX}, got the file {output!r}")

@@ -195,7 +195,7 @@ def test_options_of_eval_and_generate(files, capsys, no_model, command, name, va
 @pytest.mark.parametrize(
     "name, value",
     [("max-new-tokens", "0"), ("max-new-tokens", "x"), ("temperature", "nan"), ("temperature", "inf"),
-     ("temperature", "-1"), ("seed", "x"), ("task", "x")],
+     ("temperature", "-1"), ("seed", "x"), ("seed", "-1"), ("seed", str(2**32)), ("task", "x")],
 )  # fmt: skip
 def test_options_of_generate(files, capsys, name, value):
     fails(capsys, ["generate", "--adapter", str(files / "out"), "--prompt", "Word:", f"--{name}", value], name)

@@ -175,3 +175,55 @@ def test_dropout_of_lora_runs_packed():
     losses = torch.stack([model(**inputs).loss.detach() for _ in range(3)])
     assert losses.isfinite().all() and losses.unique().numel() == 3
     assert fastprompt.stats(model).padded == {}
+
+
+# Adapters that add to the loss, or that are for some tokens of a row.
+SEEING_ROWS = {
+    "AdaLoraModel has a forward of its own": (peft.AdaLoraConfig, dict(total_step=9, init_r=4, target_r=2)),
+    "an activated LoRA is for the tokens": (peft.LoraConfig, dict(r=4, alora_invocation_tokens=[3])),
+}
+
+
+def loss_of(model, inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model(**inputs).loss
+
+
+@pytest.mark.parametrize("message", SEEING_ROWS)
+def test_adapters_that_see_rows_get_them(message):
+    (kind, options), inputs = SEEING_ROWS[message], batch()
+    torch.manual_seed(1)
+    model = peft.get_peft_model(build("llama"), kind(task_type="CAUSAL_LM", target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    expected = loss_of(model, inputs)
+    fastprompt.share_prefixes(model.get_base_model())  # inside of what it belongs to
+    torch.testing.assert_close(loss_of(model, inputs), expected, rtol=1e-5, atol=0)
+    fastprompt.restore(model.get_base_model())
+    with pytest.warns(UserWarning, match=message):
+        torch.testing.assert_close(fastprompt.share_prefixes(model)(**inputs).loss, expected, rtol=1e-5, atol=0)
+
+
+def test_rows_of_several_adapters():
+    model, inputs = lora(), dict(batch(), use_cache=False, adapter_names=["default", "__base__"] * 4)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        fastprompt.share_prefixes(model.get_base_model())
+        with pytest.warns(UserWarning, match="a hook changes what Linear is given"):
+            torch.testing.assert_close(model(**inputs).logits, expected)
+        fastprompt.restore(model.get_base_model())
+        with pytest.warns(UserWarning, match="adapter_names given"):
+            torch.testing.assert_close(fastprompt.share_prefixes(model)(**inputs).logits, expected)
+
+
+def test_one_row_that_is_not_several_samples():
+    model, ids = build("gpt2"), torch.arange(3, 10)[None]
+    positions = [[0, 1, 2, 3, 6, 7, 8], [2, 3, 4, 5, 2, 3, 4], [3, 4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2]]
+    calls = [dict(input_ids=ids, labels=ids, position_ids=torch.tensor([p]), use_cache=False) for p in positions]
+    expected = [model(**inputs).loss for inputs in calls]
+    fastprompt.share_prefixes(model)
+    for inputs, loss in zip(calls, expected):
+        torch.testing.assert_close(loss_of(model, inputs), loss, rtol=1e-5, atol=0)

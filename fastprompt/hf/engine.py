@@ -313,7 +313,7 @@ class Engine:
                 return "without token ids, the model does not count the prefix in its positions"
             if mask is not None and bool((mask[:, :1] == 0).any()):
                 return "the model counts positions by token ids, and padding on the left is not counted"
-        if request.shared is not None and request.has_ids and found.needs_ids and not self._looks_up_ids():
+        if request.shared is not None and request.has_ids and found.needs_ids and not self.looks_up_ids():
             return "the model looks more up by token id than embeddings, and a hook changes these"
         if request.labels is not None and request.loss is None:
             own = found.why_not_loss_of_logits(request.num_items_in_batch)
@@ -357,9 +357,9 @@ class Engine:
     def _may_share(self, request):
         """Is a token the same row wherever it stands at the beginning of a sequence?"""
         everywhere = request.shared is None or request.shared.everywhere
-        return request.has_ids and everywhere and not request.rows_differ and self._looks_up_ids()
+        return request.has_ids and everywhere and not request.rows_differ and self.looks_up_ids()
 
-    def _looks_up_ids(self):
+    def looks_up_ids(self) -> bool:
         """Are two tokens of the same id the same row? Not if a hook of the embedding module may change one of them."""
         hooks = self.base.get_input_embeddings()._forward_hooks.values()
         return all(getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in hooks)
@@ -383,7 +383,7 @@ class Engine:
 
     def rows(self, request: Request, plan: RowPlan, embed: Embed) -> torch.Tensor:
         """What the model is given: ``[R, D]`` embeddings, or ``[R]`` token ids where it may look them up itself."""
-        if request.prompts is None and request.has_ids and self._looks_up_ids():
+        if request.prompts is None and request.has_ids and self.looks_up_ids():
             return plan.token_ids(request.tokens)
         prompt = None if request.prompts is None else request.prompts()
         return self.runner.rows(plan, prompt, embed(request.tokens))

@@ -118,6 +118,13 @@ class GenerationOptions:
         return self["repetition_penalty"] not in (None, 1, 1.0)
 
     @property
+    def counts_tokens(self) -> bool:
+        """Does an option look at which tokens a text has, wherever they stand?"""
+        of_input = self["encoder_repetition_penalty"] not in (None, 1, 1.0)
+        ngrams = (self[name] for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"))
+        return self.penalises_repetition or of_input or 1 in ngrams
+
+    @property
     def reads_input_apart(self) -> str | None:
         """An option that looks at the input ids apart from the text so far, or None."""
         return self._first_of(_READ_INPUT)

@@ -16,10 +16,11 @@ from .abilities import Abilities, loss_of_logits
 from .later import later
 from .request import Request
 from .runner import Runner, gathered
+from .snapshot import Snapshot
 from .structure import is_plain_linear
 
-# What logits are computed of when they are read, and how.
-Whole = tuple[Sequence[torch.Tensor], Callable[..., torch.Tensor]]
+# What logits are computed of when they are read, how, and by which model.
+Whole = tuple[Sequence[torch.Tensor], Callable[..., torch.Tensor], Snapshot]
 
 # Labelled rows up to which the loss is left to the model: logits so few are small, and its roundings are its own.
 ROWS = 256
@@ -45,8 +46,7 @@ class LanguageHead:
 
         Args:
             request, plan, rows: what was asked, its plan, and the rows.
-            whole: what the logits are computed of, and how, if the plan leaves rows out; then the last layer runs on
-                labelled rows alone, too.
+            whole: see :data:`Whole`, if the plan leaves rows out; then the last layer runs on labelled rows alone, too.
         """
         if torch.compiler.is_compiling():  # what is behind the layers runs as it is: hooks would break the graph
             return self._of_states(request, plan, rows, self.runner.states(plan, rows, request.shared), whole)
@@ -85,7 +85,8 @@ class LanguageHead:
     def _logits_later(self, plan, states, vocabulary, dtype, whole):
         """The logits ``[B, W, vocabulary]`` of a step, computed when they are read."""
         if whole is not None:
-            return logits_later(plan, *whole, vocabulary, dtype, states.last_hidden_state.device)
+            sources, compute, model = whole
+            return logits_later(plan, sources, compute, vocabulary, dtype, states.last_hidden_state.device, model)
 
         def logits_of(hidden):
             return self.runner.head(states, hidden).logits[0]
@@ -140,25 +141,6 @@ class LanguageHead:
         return output
 
 
-def _version(x):
-    return None if x.is_inference() else x._version
-
-
-def unchanged(
-    base: PreTrainedModel, sources: Sequence[torch.Tensor], part: nn.Module | None = None
-) -> Callable[[], None]:
-    """A function that raises RuntimeError if ``sources`` or weights, of a part of the model or all, were written to."""
-    now = [(x, _version(x)) for x in (*sources, *(part or base).parameters())]
-
-    def check():
-        changed = [x for x, version in now if _version(x) != version]
-        if changed:
-            what = "head" if changed[0] is base.get_output_embeddings().weight else "model"
-            raise RuntimeError(f"the {what} has changed since the step whose logits are read; read them before")
-
-    return check
-
-
 def logits_later(
     plan: RowPlan,
     sources: Sequence[torch.Tensor],
@@ -166,16 +148,19 @@ def logits_later(
     vocabulary: int,
     dtype: torch.dtype,
     device: torch.device,
+    model: Snapshot,
 ) -> torch.Tensor:
-    """Logits ``[B, W, vocabulary]`` of a plan, ``compute(*sources)`` when they are read, under the autocast of now."""
+    """Logits ``[B, W, vocabulary]`` of a plan, ``compute(*sources)`` when they are read, by ``model`` as it is now and
+    under the autocast of now."""
     kind = device.type
     autocast: dict[str, Any] = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 
     def compute_as_now(*sources):
-        with torch.autocast(kind, **autocast):
+        with model.again(), torch.autocast(kind, **autocast):
             return compute(*sources)
 
-    return later(sources, compute_as_now, torch.Size((*plan.grid.shape, vocabulary)), dtype, device)
+    shape = torch.Size((*plan.grid.shape, vocabulary))
+    return later(sources, compute_as_now, shape, dtype, device, trains=model.trains)
 
 
 def logits_of_states(
@@ -195,13 +180,12 @@ def logits_of_states(
         logits_of: ``[R, D]`` -> ``[R, vocabulary]``.
         vocabulary, dtype: what is known of them before.
     """
-    check = unchanged(base, [], base.get_output_embeddings())
 
     def compute(hidden):
-        check()
         return plan.unpack(logits_of(hidden[0]))
 
-    return logits_later(plan, [states], compute, vocabulary, dtype, states.device)
+    head = Snapshot(base, part=base.get_output_embeddings())
+    return logits_later(plan, [states], compute, vocabulary, dtype, states.device, head)
 
 
 def _if_few(wanted: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:

@@ -36,12 +36,15 @@ class LastLayer:
     """The last layer of a backbone.
 
     Attributes:
-        layers: the list that it ends.
+        parent, name: the module that holds the list of layers which it ends, and what it is called there.
+        layers: those layers, in order.
         layer: the decoder layer, which takes hidden states ``[1, R, D]`` first.
         attention: its attention, a direct child.
     """
 
-    layers: nn.ModuleList
+    parent: nn.Module
+    name: str
+    layers: tuple[nn.Module, ...]
     layer: nn.Module
     attention: nn.Module
 
@@ -54,19 +57,24 @@ class LastLayer:
                 hook = module.register_forward_pre_hook(lambda module, args: called.append(module))
                 hooks.callback(hook.remove)
             run()
-        lists = [x for x in backbone.modules() if isinstance(x, nn.ModuleList) and any(y in called for y in x)]
+        lists = [
+            (x, name) for x in backbone.modules() for name, y in x.named_children() if isinstance(y, nn.ModuleList)
+        ]
+        lists = [(x, name) for x, name in lists if any(layer in called for layer in getattr(x, name))]
         if not lists:
             return None
-        in_order = [module for module in called if any(module is layer for layer in lists[0])]
+        parent, name = lists[0]
+        layers = tuple(getattr(parent, name))
+        in_order = [module for module in called if module in layers]
         layer = in_order[-1]
         attentions = [x for x in layer.children() if hasattr(x, "layer_idx") and called.count(x) == 1]
         if len(attentions) != 1 or in_order.count(layer) != 1 or any(map(keeps_state, layer.modules())):
             return None
-        return LastLayer(lists[0], layer, attentions[0])
+        return LastLayer(parent, name, layers, layer, attentions[0])
 
     def is_plain(self, backbone: nn.Module) -> bool:
-        """Does it still run the forward of its class, and nobody but itself runs it a second time?"""
-        if torch.compiler.is_compiling() or not any(layer is self.layer for layer in self.layers):
+        """Is it still the last, runs the forward of its class, and does nobody but itself run it a second time?"""
+        if torch.compiler.is_compiling() or tuple(getattr(self.parent, self.name, ())) != self.layers:
             return False
         if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
             return False

@@ -207,7 +207,7 @@ class Mixed:
         options = asked.for_generate(input_ids.shape[1])
         options.update(cache_argument(self.base.forward, cache))
         ids, last = text.ids, text.ids[:, -1:]
-        if asked.penalises_repetition or asked["no_repeat_ngram_size"] == 1:
+        if asked.counts_tokens:
             # Padding is no text, nor does the mask begin where the ids do, by which transformers would tell.
             first = ids.gather(1, text.mask.argmax(1, keepdim=True))
             ids = torch.where(text.mask.bool(), ids, first)

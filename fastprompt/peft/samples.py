@@ -42,8 +42,11 @@ def cu_seqlens_of(given: dict[str, Any]) -> torch.Tensor | None:
         starts = starts.reshape(-1).cpu()
         if int(starts[0]) != 0 or int(starts[-1]) != length or bool((starts.diff() < 0).any()):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {length} tokens, got {starts.tolist()}")
-    elif positions is not None and positions.shape[-1] == length:
-        begins = (positions.reshape(-1).diff() != 1).nonzero().flatten().cpu() + 1
+    elif positions is not None and positions.numel() == length:
+        positions = positions.reshape(-1).cpu()
+        begins = (positions.diff() != 1).nonzero().flatten() + 1
+        if bool((positions[begins] != positions[0]).any()):  # they leave some out, and do not start again
+            return None
         starts = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), length)])
     return None if starts is None or len(starts) == 2 else starts
 

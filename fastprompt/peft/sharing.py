@@ -1,14 +1,17 @@
 """share_prefixes(model): text that groups of rows begin with is run once, in models without a soft prompt."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..hf.cache_names import cache_in
 from ..hf.masks import UnsupportedAttention, active
 from ..hf.request import Request, tokens_of
-from ..layout import CannotPack
+from ..layout import IGNORE, CannotPack
 from .call import as_asked, says_something
 from .forward import by_name
 from .samples import OF_SAMPLES, cu_seqlens_of
@@ -28,6 +31,8 @@ _UNDERSTOOD = {
 # What has a value for each token, and would have to be packed, too.
 _OF_TOKENS = {"token_type_ids", "position_ids", "cache_position"}
 _WHAT_LAYERS_RETURN = {"output_attentions", "output_hidden_states", "output_router_logits"}
+# What tells adapters of PEFT which rows, and which of their tokens, they are for.
+_OF_ADAPTERS = {"adapter_names", "alora_offsets", "task_ids"}
 
 
 def share_prefixes(model: nn.Module, *, pad_rows_to: int | None = None) -> nn.Module:
@@ -119,11 +124,13 @@ class _Call:
         cu_seqlens = cu_seqlens_of(given)
         said = {name for name, value in given.items() if says_something(value)}
         said -= OF_SAMPLES if cu_seqlens is not None else set()
-        if told := sorted(said & (_OF_TOKENS | _WHAT_LAYERS_RETURN)):
+        if told := sorted(said & (_OF_TOKENS | _OF_ADAPTERS | _WHAT_LAYERS_RETURN)):
             raise CannotPack(f"{', '.join(told)} given")
+        if (reason := _why_adapters_see_rows(model)) is not None:
+            raise CannotPack(reason)
+        if (reason := _why_not_samples(given, cu_seqlens)) is not None:
+            raise CannotPack(reason)
         mask = given.get("attention_mask")
-        if cu_seqlens is not None and mask is not None and not bool(mask.all()):
-            raise CannotPack("a packed batch with an attention mask")
         self.direct = not said - _UNDERSTOOD and (self.fused or not self._has_own_loss(model))
         self.request = Request(
             tokens=tokens,
@@ -165,3 +172,32 @@ class _Call:
 
     def _embed(self, tokens):
         return tokens if tokens.is_floating_point() else self.state.base.get_input_embeddings()(tokens)
+
+
+def _why_not_samples(given, cu_seqlens):
+    """Why samples that came packed into one row are not what the model takes them for; None: they are, or there are
+    none."""
+    if cu_seqlens is None:
+        return None
+    mask, positions, labels = (given.get(name) for name in ("attention_mask", "position_ids", "labels"))
+    if mask is not None and not bool(mask.all()):
+        return "a packed batch with an attention mask"
+    if positions is not None and int(positions.min()):
+        return "the positions of packed samples do not begin with 0"
+    starts = cu_seqlens[1:-1]
+    if labels is not None and bool((labels.reshape(-1)[starts.to(labels.device)] != IGNORE).any()):
+        return "the first token of a packed sample has a label, which the last one of another sample predicts"
+    return None
+
+
+def _why_adapters_see_rows(model):
+    """Why an adapter may treat the rows of a batch in different ways, or adds to the loss; None: none does."""
+    if not isinstance(model, PeftModel):  # it may stand inside of one, which tells layers by hooks
+        told = next((x for x in model.modules() if x is not model and x._forward_pre_hooks_with_kwargs), None)
+        return None if told is None else f"a hook changes what {type(told).__name__} is given"
+    tuner: Any = model.base_model
+    if type(tuner).forward is not BaseTuner.forward:
+        return f"{type(tuner).__name__} has a forward of its own"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+        return "an activated LoRA is for the tokens from its invocation on"
+    return None

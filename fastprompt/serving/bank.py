@@ -7,6 +7,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +193,15 @@ class PromptBank:
             ``[B, K]`` fp32 log-probabilities, summed over the tokens of a completion; or a list of ``[K_b]``.
         """
         names = self._names(prompts, len(input_ids))
-        alike = bool(completions) and all(isinstance(tokens[0], int) for tokens in completions if len(tokens))
+        table: Any = self.base.get_input_embeddings()
+        vocabulary = len(table.weight)
+        alike = _are_completions(completions, vocabulary)
         rows: Any = [completions] * len(input_ids) if alike else completions
-        if len(rows) != len(input_ids) or not all(len(row) and all(len(x) for x in row) for row in rows):
+        given = isinstance(rows, Sequence) and len(rows) == len(input_ids)
+        if not given or not all(_are_completions(row, vocabulary) for row in rows):
             raise ValueError(
-                f"completions must be token ids, at least one each, for all or for each of the {len(input_ids)} rows"
+                f"completions must be lists of token ids from 0 to {vocabulary - 1}, at least one each, for all or for "
+                f"each of the {len(input_ids)} rows"
             )
         found = logprobs(self._mixed, self._states(names), input_ids, attention_mask, rows)
         return torch.stack(found) if alike else found
@@ -264,3 +269,13 @@ class PromptBank:
             entry.file = file
         entry.compiled = replace(entry.compiled, state=PromptState(entry.compiled.length))
         entry.in_memory = False
+
+
+def _are_completions(given: Any, vocabulary: int) -> bool:
+    """Are they one or more lists of one or more token ids?"""
+
+    def is_id(token):
+        return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < vocabulary
+
+    lists = given if isinstance(given, Sequence) else []
+    return bool(lists) and all(isinstance(x, Sequence) and len(x) > 0 and all(map(is_id, x)) for x in lists)

@@ -107,6 +107,12 @@ class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, data: Any) -> Any:
+        """Clients send an answer back as they got it, ``refusal`` and all."""
+        return {name: x for name, x in data.items() if x is not None} if isinstance(data, dict) else data
+
     @property
     def text(self) -> str:
         """All of its parts."""

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _LARGEST_LR = 1000  # AdamW moves every number by about this much
+SEEDS = 2**32  # numpy takes no others
 
 # Fields that are None or at least 1.
 OPTIONAL_COUNTS = (
@@ -133,6 +134,7 @@ class TrainingConfig:
             self._expect(name, value is None or value >= 1, "at least 1")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("seed", self.seed < SEEDS, f"less than {SEEDS}")
         self._expect("data_seed", self.data_seed is None or self.data_seed >= 0, "at least 0")
         self._expect("lr", self.lr is None or 0 < self.lr <= _LARGEST_LR, f"more than 0 and at most {_LARGEST_LR}")
         self._expect("epochs", self.epochs is None or self.epochs > 0, "more than 0")

@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from ..peft.renamed_cache import right_generation
 from . import adapters
-from .config import TrainingConfig
+from .config import SEEDS, TrainingConfig
 from .encoding import encode_examples
 from .errors import InputError
 from .evaluation import evaluate
@@ -87,7 +87,11 @@ class TrainedAdapter:
             raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
         if not 0 <= temperature < math.inf:
             raise InputError("temperature", f"expected a finite number of at least 0, got {temperature}")
+        if not 0 <= seed < SEEDS:
+            raise InputError("seed", f"expected 0 to {SEEDS - 1}, got {seed}")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(adapters.device())
+        if not inputs["input_ids"].numel():
+            raise InputError("prompt", f"expected a text of at least one token, got {prompt!r}")
         if self.config.method == "multitask":
             inputs["task_ids"] = torch.tensor([self._task_id(task)], device=adapters.device())
         elif task is not None:

@@ -233,10 +233,33 @@ def test_classification_by_verbaliser(base):
     assert bank.classify(ids, mask, verbaliser=verbaliser, prompts=PROMPTS) == expected
 
 
+@pytest.mark.parametrize("options", [dict(encoder_repetition_penalty=9.0), dict(encoder_no_repeat_ngram_size=1)])
+def test_penalties_of_the_input_count_its_text_alone(base, options):
+    bank, (ids, mask) = bank_of(base), texts()
+    options |= dict(max_new_tokens=5, do_sample=False)
+    mixed = bank.generate(ids, mask, prompts=PROMPTS, **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = bank.generate(ids[row][mask[row].bool()][None], prompts=prompt, **options)
+        assert torch.equal(mixed[row, -5:], alone[0, -5:]), row
+
+
 def test_wrong_completions_are_refused(base):
     bank, (ids, mask) = bank_of(base), texts()
-    for completions in ([], [[]], [[1], []], [[[1]], [[2]]]):
-        with pytest.raises(ValueError, match="completions must be token ids, at least one each"):
+    wrong = [
+        [],
+        [[]],
+        [[1], []],
+        [[[1]], [[2]]],
+        None,
+        [1, 2],
+        [[-1]],
+        [[2, 10**6]],
+        [[True]],
+        ["ab"],
+        torch.ones(1, 2),
+    ]
+    for completions in wrong:
+        with pytest.raises(ValueError, match="completions must be lists of token ids from 0 to 96, at least one each"):
             bank.logprobs(ids, mask, completions=completions)
 
 

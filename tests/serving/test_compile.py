@@ -277,6 +277,8 @@ def test_the_command_writes_one_file_and_other_formats(adapters, tmp_path, capsy
 
 
 def test_wrong_arguments_of_the_command(adapters, tmp_path, capsys):
+    (adapters / "folder.safetensors").mkdir()
+    (adapters / "file").write_text("")
     for arguments, message in (
         (["--adapter", tmp_path, "--output", tmp_path], "argument --adapter:"),
         (
@@ -290,6 +292,9 @@ def test_wrong_arguments_of_the_command(adapters, tmp_path, capsys):
         ),
         (["--adapter", adapters / "learned", "--format", "embeds", "--output", tmp_path], "and has no embeddings"),
         (["--adapter", adapters / "plain", "--model", tmp_path / "no", "--output", tmp_path], "argument --model:"),
+        (["--adapter", adapters / "plain", "--output", adapters / "folder.safetensors"], "got the folder"),
+        (["--adapter", adapters / "plain", "--output", adapters / "file" / "o.safetensors"], "below the file"),
+        (["--adapter", adapters / "plain", "--output", adapters / "file" / "o"], "below the file"),
     ):
         status, written, error = command(capsys, *arguments)
         assert status == 2 and not written and message in error

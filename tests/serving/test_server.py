@@ -183,6 +183,8 @@ def test_conversations_go_through_the_template(served, client):
         expected, _ = served.expected("sql", "user: cat kind:")
         answer = client.post("/v1/chat/completions", json=body).json()
         assert answer["choices"][0]["message"]["content"] == expected
+        again = [*body["messages"], answer["choices"][0]["message"], *body["messages"]]
+        assert client.post("/v1/chat/completions", json={**body, "messages": again}).is_success
         events = streamed(client, "/v1/chat/completions", messages=body["messages"])
         assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
         parts = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
