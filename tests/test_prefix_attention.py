@@ -260,7 +260,7 @@ def test_opcheck(backend, with_prefix):
     q, k, v, prefix_k, prefix_v, sinks = tensors(
         seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True, value_dim=6
     )
-    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.0, backend)
+    options = (seq.flat, True, None, None, 0.5, 0.0, backend)
     arguments = (q, k, v, prefix_k, prefix_v, sinks, None, None, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
