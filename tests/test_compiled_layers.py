@@ -82,10 +82,10 @@ def test_direct_calls_of_any_shape_take_two_graphs():
 
     def layers(x, other, cache, seq, key_seq, decode):
         for options in (dict(alibi_slopes=slopes), dict(position_bias=table, window=3)):
-            x = prefix_attention(x, x, x, None, None, seq, **options)[0]
+            x = prefix_attention(x, x.cos(), x.sin(), None, None, seq, **options)[0]
         cross = dict(causal=False, key_seq=key_seq, dropout_p=0.5, dropout_seed=3)
-        x = prefix_attention(x, other, other, None, None, seq, **cross)[0]
-        return prefix_attention(x, cache, cache, None, None, decode)[0]
+        x = prefix_attention(x, other.cos(), other, None, None, seq, **cross)[0]
+        return prefix_attention(x, cache.cos(), cache, None, None, decode)[0]
 
     compiled = torch.compile(layers, fullgraph=True, backend=counter)
     for _ in range(20):
