@@ -223,6 +223,7 @@ def test_opcheck(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", ["given", "drawn"])
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break(backend, seed):
     seq, _, inputs, grad, _ = case(dtype=torch.float32)
     options = dict(backend=backend, dropout_p=0.5, dropout_seed=torch.tensor(4) if seed == "given" else None)

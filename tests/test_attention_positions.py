@@ -211,6 +211,7 @@ def test_opcheck(backend, feature):
 
 @pytest.mark.parametrize("feature", ["alibi", "bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break(backend, feature):
     seq, _, inputs, grad, biases = case(feature, dtype=torch.float32)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

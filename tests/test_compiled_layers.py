@@ -9,12 +9,7 @@ import fastprompt
 from fastprompt import Sequences, prefix_attention
 from fastprompt.peft.state import state_of
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def step(model, inputs):

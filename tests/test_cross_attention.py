@@ -174,6 +174,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break(backend):
     case = Cross(dtype=torch.float32)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

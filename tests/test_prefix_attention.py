@@ -326,6 +326,7 @@ def test_same_bits_from_run_to_run(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break():
     seq, described = layout([4, 6, 2], "packed", 1, 3, seed=0, mixed=False)
     inputs = tensors(seq.rows, 4, 2, 8, 1, 3, value_dim=5)
