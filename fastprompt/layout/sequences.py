@@ -273,7 +273,7 @@ class Sequences:
     @cached_property
     def host(self) -> HostSequences:
         """The same on the host."""
-        arrays = (None if x is None else x.numpy() for x in _parts(self.flat[_HEADER:], _header(self.flat)[2]))
+        arrays: Any = (None if x is None else x.numpy() for x in _parts(self.flat[_HEADER:], _header(self.flat)[2]))
         starts, lengths, prefix_ids, prefix_lens, gaps, queries, key_starts, pages, chains = arrays
         nothing = np.zeros(len(self.starts), np.int64)
         if queries is None:
@@ -331,7 +331,8 @@ def _header(flat: torch.Tensor) -> tuple[str, int, list[list[int]]]:
 
 def _parts(values: torch.Tensor, sizes: list[list[int]]) -> list[torch.Tensor | None]:
     """The tensors of sequences, None for those that are None, as views of what stands behind a header."""
-    parts, end = [], 0
+    parts: list[torch.Tensor | None] = []
+    end = 0
     for name, (n, m) in zip(_TENSORS, sizes):
         begin, end = end, end + max(n, 0) * m
         shape = (n, m) if name in ("pages", "chains") else (n,)

@@ -71,8 +71,8 @@ def make_schedule(
         A tensor whose shape depends on how many rows, prefixes and keys of a prefix there are, and not on the
         sequences, unless more of these are empty than there are rows.
     """
-    facts = dict(head_dim=shape.head_dim, value_dim=shape.value_dim)
-    backend: Any = implementation("prefix_attention", "auto", device.type, dtype, **facts)
+    of_device = "prefix_attention", "auto", device.type, dtype
+    backend: Any = implementation(*of_device, head_dim=shape.head_dim, value_dim=shape.value_dim)
     if hasattr(backend, "pack"):
         options = dict(causal=causal, window=window, prefixes=prefixes, room=room, key_seq=key_seq)
         packed = backend.pack(seq, shape, **options, element_size=dtype.itemsize, device=device)
