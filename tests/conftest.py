@@ -49,6 +49,14 @@ def _openblas_core():
 
 
 @pytest.fixture
+def fresh_graphs():
+    """torch.compile has no graphs of what other tests compiled: it takes a limited number for each function."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def every_isa():
     """A function that iterates over the instruction sets that there are, each in force for its turn."""
     from fastprompt import native

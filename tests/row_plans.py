@@ -12,11 +12,7 @@ def flat(plan):
     """Everything in a plan, tensors as lists."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     if plan.sequences is not None:
-        values["sequences"] = [
-            plan.sequences.kind,
-            plan.sequences.rows,
-            *(t.tolist() for t in plan.sequences.tensors()),
-        ]
+        values["sequences"] = plan.sequences.flat.tolist()
     return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
 
 

@@ -198,7 +198,7 @@ def test_no_rows(backend, lengths, feature):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, feature):
     seq, _, inputs, _, biases = case(feature, 2, 1, dtype=torch.float32, lengths=(3, 1, 4), sinks=True)
-    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.0, backend)
+    options = (seq.flat, True, None, None, 0.5, 0.0, backend)
     arguments = (*inputs, biases.get("position_bias"), biases.get("alibi_slopes"), None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
@@ -211,6 +211,7 @@ def test_opcheck(backend, feature):
 
 @pytest.mark.parametrize("feature", ["alibi", "bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break(backend, feature):
     seq, _, inputs, grad, biases = case(feature, dtype=torch.float32)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

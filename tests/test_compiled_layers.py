@@ -6,15 +6,10 @@ from parity import VOCABULARY, batch, peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastprompt
-from fastprompt import Sequences
+from fastprompt import Sequences, prefix_attention
 from fastprompt.peft.state import state_of
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def step(model, inputs):
@@ -62,12 +57,46 @@ def test_twenty_shapes_take_two_graphs():
 
 
 def test_nothing_is_read_from_the_device_inside_of_layers(monkeypatch):
-    eager, compiled, _ = pair("llama")
-    reads = []
-    monkeypatch.setattr(Sequences, "from_tensors", lambda *a: reads.append(a))
+    """Sequences are read when they are made: in a step of compiled layers as often as in one of others."""
+    models, reads = pair("llama")[:2], []
+    read = Sequences.__post_init__
+    monkeypatch.setattr(Sequences, "__post_init__", lambda seq: [read(seq), reads.append(seq)])
     for inputs in shapes(3):
-        assert_same(eager, compiled, inputs)
-    assert not reads
+        counts = []
+        for model in models:
+            reads.clear()
+            step(model, inputs)
+            counts.append(len(reads))
+        assert counts[0] == counts[1] > 0
+
+
+def test_direct_calls_of_any_shape_take_two_graphs():
+    """With whatever attention is asked for: distances, keys of other rows, dropout, a cache."""
+    counter, generator = CompileCounterWithBackend("aot_eager"), torch.Generator().manual_seed(0)
+    slopes, table = torch.tensor([0.5, 0.25]), torch.randn(2, 9, generator=generator)
+
+    def layers(x, other, cache, seq, key_seq, decode):
+        for options in (dict(alibi_slopes=slopes), dict(position_bias=table, window=3)):
+            x = prefix_attention(x, x.cos(), x.sin(), None, None, seq, **options)[0]
+        cross = dict(causal=False, key_seq=key_seq, dropout_p=0.5, dropout_seed=3)
+        x = prefix_attention(x, other.cos(), other, None, None, seq, **cross)[0]
+        return prefix_attention(x, cache.cos(), cache, None, None, decode)[0]
+
+    compiled = torch.compile(layers, fullgraph=True, backend=counter)
+    for _ in range(20):
+        batch = int(torch.randint(2, 7, (), generator=generator))
+        lengths, others = torch.randint(1, 6, (2, batch), generator=generator)
+        room = int(lengths.max()) + 1
+        sizes = (int(lengths.sum()), 2, 4), (int(others.sum()), 2, 4), (batch, 2, room, 4)
+        inputs = [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
+        of_rows, of_others = (Sequences.packed(torch.cat([n[:1] * 0, n.cumsum(0)])) for n in (lengths, others))
+        batch_of = of_rows, of_others, Sequences.decode(lengths, queries=lengths)
+        (expected, grads), (found, found_grads) = (
+            (out := run(*inputs, *batch_of), torch.autograd.grad(out.sin().sum(), inputs)) for run in (layers, compiled)
+        )
+        for x, y in zip([found, *found_grads], [expected, *grads], strict=True):
+            torch.testing.assert_close(x, y)
+    assert counter.frame_count == 2  # of the first shape, and of any
 
 
 @pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])

@@ -163,8 +163,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     case = Cross((3, 1, 4), (2, 0, 5), 2, 1, dtype=torch.float32, sinks=True)
-    sequences = [x for seq in (case.seq, case.key_seq) for x in (seq.tensors(), seq.kind, seq.rows)]
-    options = (*sequences, False, None, None, 0.5, 0.0, backend)
+    options = (torch.cat([case.seq.flat, case.key_seq.flat]), False, None, None, 0.5, 0.0, backend)
     arguments = (*case.inputs, None, None, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
@@ -175,6 +174,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break(backend):
     case = Cross(dtype=torch.float32)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

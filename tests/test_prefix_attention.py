@@ -260,7 +260,7 @@ def test_opcheck(backend, with_prefix):
     q, k, v, prefix_k, prefix_v, sinks = tensors(
         seq.rows, 2, 1, 4, 2 if with_prefix else 0, 3, torch.float32, sinks=True, value_dim=6
     )
-    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.0, backend)
+    options = (seq.flat, True, None, None, 0.5, 0.0, backend)
     arguments = (q, k, v, prefix_k, prefix_v, sinks, None, None, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)
@@ -326,6 +326,7 @@ def test_same_bits_from_run_to_run(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.usefixtures("fresh_graphs")
 def test_compiles_without_a_graph_break():
     seq, described = layout([4, 6, 2], "packed", 1, 3, seed=0, mixed=False)
     inputs = tensors(seq.rows, 4, 2, 8, 1, 3, value_dim=5)

@@ -290,7 +290,7 @@ def test_no_rows(lengths, prefixes):
 def test_opcheck():
     seq, _ = layout([3, 1, 4], "packed", 2, 3, seed=0, mixed=True)
     *arguments, sinks = tensors(seq.rows, 2, 1, 4, 2, 3, torch.float32, sinks=True, value_dim=6)
-    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.5, 0.0, "cpu")
+    options = (seq.flat, True, None, None, 0.5, 0.0, "cpu")
     arguments = (*arguments, sinks, None, None, None)
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, *options))
     out, lse = torch.ops.fastprompt.prefix_attention(*arguments, *options)

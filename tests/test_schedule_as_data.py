@@ -19,7 +19,8 @@ from fastprompt.hf.engine import Engine
 from fastprompt.hf.masks import PackedRows
 from fastprompt.hf.shared_state import SharedState
 from fastprompt.layout import branches, plan_packed_input, plan_padded_input
-from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule, scheduled_attention
+from fastprompt.ops.prefix_attention.api import scheduled_attention
+from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule
 from fastprompt.peft.state import state_of
 
 LENGTHS = torch.Generator().manual_seed(0)
@@ -98,25 +99,26 @@ def test_an_encoder_decoder_refuses_dead_rows():
 
 
 def tables(shared=None, prefix_length=0):
-    """The shapes of all tensors that attention of compiled layers is given, of twenty batches of 128 rows."""
+    """The shapes of all that attention of compiled layers is given of the sequences, of twenty batches of 128 rows."""
     found = []
     for _ in range(20):
-        lengths = torch.randint(1, 12, (9,), generator=LENGTHS)
+        count = int(torch.randint(4, 10, (), generator=LENGTHS))
+        lengths = torch.randint(1, 12, (count,), generator=LENGTHS)
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         options = dict(prefix_length=prefix_length, pad_rows_to=128)
         plan = plan_packed_input(bounds, 0 if shared else 5, **options)
         given = PackedRows(plan, True, shared, None, None, {Shape(4, 2, 16, 16)}, torch.float32)
-        schedules = {key: x.shape for key, x in given._schedules(None, True).items()}
-        found.append((plan.source.shape, None if given.shared.chains is None else given.shared.chains.shape, schedules))
+        schedules = given._packed(plan.sequences, None, True, given.shared).schedules
+        found.append((plan.source.shape, {key: x.shape for key, x in schedules.items()}))
     return found
 
 
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 @pytest.mark.parametrize("prefix", [False, True])
-def test_batches_of_as_many_rows_have_tables_of_one_shape(prefix):
+def test_batches_of_as_many_rows_have_schedules_of_one_shape(prefix):
     shared = SharedState.of_tensor(torch.zeros(2, 2, 5, 2, 16)) if prefix else None
     found = tables(shared, 5 if prefix else 0)
-    assert found[0][2] and all(x == found[0] for x in found)
+    assert found[0][1] and all(x == found[0] for x in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # float64: of backends that look at sequences
@@ -135,17 +137,6 @@ def test_the_operator_gives_what_prefix_attention_gives(dtype, options):
     torch.testing.assert_close(out, expected)
     for found, exact in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
         torch.testing.assert_close(found, exact)
-
-
-def test_opcheck():
-    seq, k, bank = Sequences.packed([0, 3, 5]), torch.randn(5, 1, 8), torch.randn(1, 2, 1, 8)
-    place = dict(prefixes=1, room=2, dtype=torch.float32, device=torch.device("cpu"))
-    schedule = make_schedule(seq, Shape.of(k, k, k), causal=True, window=None, **place)
-    inputs, options = (k, k, k, bank, bank, None, None, schedule), (True, None, None, 0.3, 0.0)
-    torch.library.opcheck(torch.ops.fastprompt.scheduled_attention.default, (*inputs, *options))
-    out, lse = torch.ops.fastprompt.scheduled_attention(*inputs, *options)
-    arguments = (out, *inputs, out, lse, *options, [True, True, True, True, False, False])
-    torch.library.opcheck(torch.ops.fastprompt.scheduled_attention_backward.default, arguments)
 
 
 class Reads(TorchDispatchMode):
@@ -230,7 +221,7 @@ def test_the_host_reads_one_copy_a_step(front):
         changed = {name: fake.from_tensor(x) for name, x in of_plan.items() if isinstance(x, torch.Tensor)}
         made = None if prompts is None else lambda: prompts
         request = replace(request, tokens=fake.from_tensor(request.tokens), prompts=made)
-        with mock.patch.object(torch.ops.fastprompt, "prefix_attention", None):  # which would read sequences
+        with mock.patch("fastprompt.hf.attention.prefix_attention", None):  # for shapes that are not known
             loss = engine.run(request, replace(plan, **changed), embed).loss
             trainable = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, trainable, allow_unused=True)

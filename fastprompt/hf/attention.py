@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..backends import is_eager
 from ..ops import prefix_attention
-from ..ops.prefix_attention.scheduled import Shape, scheduled_attention
+from ..ops.prefix_attention.api import scheduled_attention
+from ..ops.prefix_attention.scheduled import Shape
 from .cache_names import CACHE_NAMES
 from .masks import DenseMask, PackedMask, PackedRows, RefusedMask, UnsupportedAttention, active, make_mask
 from .positions import PositionBias
@@ -227,39 +228,31 @@ def _run(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         learned = learned and tuple(x.to(dtype) for x in learned)
-    batch, heads, width, head_dim = query.shape
+    batch, heads, width, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, heads, Dh]
-    sinks = None if s_aux is None else s_aux.to(q.dtype)
-    in_front = learned or (None, None)
-    if is_eager(q):
-        if mask.shapes is not None:
-            mask.shapes.add(Shape.of(q, k, v))
-    elif alibi_slopes is None and position_bias is None:
-        has_bank = learned is not None or mask.shared.chains is not None
-        schedule = mask.schedules.get((q.dtype, *Shape.of(q, k, v), has_bank))
-        if schedule is not None:
-            prefix_k, prefix_v = (mask.shared.bank(front, own) for front, own in zip(in_front, (k, v)))
-            scale = head_dim**-0.5 if scaling is None else scaling
-            options = dict(causal=mask.causal, window=mask.window, softcap=softcap, scale=scale, dropout_p=dropout)
-            out = scheduled_attention(q, k, v, prefix_k, prefix_v, schedule, sinks=sinks, **options)
-            return out.view(batch, width, heads, out.shape[-1])
-    seq = mask.seq.to(q.device)
-    out, _ = prefix_attention(
-        q,
-        k,
-        v,
-        *in_front,
-        seq,
+    bias = None if position_bias is None else position_bias.on(q)
+    options = dict(
         causal=mask.causal,
         window=mask.window,
         softcap=softcap,
-        sinks=sinks,
+        sinks=None if s_aux is None else s_aux.to(q.dtype),
         scale=scaling,
         alibi_slopes=alibi_slopes,
-        position_bias=None if position_bias is None else position_bias.on(q),
-        key_seq=None if mask.keys is None else mask.keys.to(q.device),
-        dropout_p=dropout,  # its seed is drawn here, so every layer has its own and checkpointing draws the same again
+        position_bias=bias,
+        dropout_p=dropout,  # its seed is drawn there, so every layer has its own and checkpointing draws the same again
     )
+    inputs = q, k, v, *(learned or (None, None))
+    seq, keys, schedule, shape = mask.seq, mask.keys, None, Shape.of(q, k, v, alibi_slopes, bias)
+    if is_eager(q):
+        seq, keys = seq.to(q.device), keys and keys.to(q.device)
+        if mask.shapes is not None:
+            mask.shapes.add(shape)
+    else:
+        schedule = mask.schedules.get((q.dtype, *shape, learned is not None))
+    if schedule is not None:
+        out = scheduled_attention(*inputs, schedule, **options)
+    else:
+        out, _ = prefix_attention(*inputs, seq, key_seq=keys, **options)
     return out.view(batch, width, heads, out.shape[-1])
 
 

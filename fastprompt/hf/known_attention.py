@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.deprecation import deprecate_kwarg
 
+from ..backends import is_eager
 from .attention import attend
 from .indexers import ATTENTION, INDEXERS, attend_to_all, choose_of_none
 from .masks import PackedMask, UnsupportedAttention
@@ -97,10 +98,11 @@ def _mpt(self, hidden_states, position_bias, past_key_values=None, cache=None, a
 
 def _with_alibi(original, self, query, key, value, mask, slopes, arguments):
     """Attention ``[B, S, H, Dv]`` with ``slopes()``, ``[H]``; behind a cache it is that of ``original``."""
-    of_batch = (
-        mask.seq.cached(("alibi", query.dtype, query.device), slopes) if isinstance(mask, PackedMask) else slopes()
-    )
-    return attend(original, True, self, query, key, value, mask, alibi_slopes=of_batch, **arguments)[0]
+    if isinstance(mask, PackedMask) and is_eager(query):
+        found = mask.seq.cached(("alibi", query.dtype, query.device), slopes)
+    else:
+        found = slopes()
+    return attend(original, True, self, query, key, value, mask, alibi_slopes=found, **arguments)[0]
 
 
 def _dense_alibi_of_tokens(module, query, key, value, mask, *, alibi_slopes, **arguments):
@@ -125,7 +127,10 @@ def _dense_alibi(module, query, key, value, seen, position, slopes, *, scaling, 
 def _without_gaps(mask):
     if not isinstance(mask, PackedMask) or mask.seq.gaps is None:
         return mask
-    return replace(mask, seq=mask.seq.cached(("without gaps",), lambda: replace(mask.seq, gaps=None)))
+    if mask.of_tokens is not None:
+        return mask.of_tokens
+    seq = mask.seq.cached(("without gaps",), lambda: replace(mask.seq, gaps=None))
+    return replace(mask, seq=seq, schedules={})  # which count them
 
 
 def _of_module(self, name):

@@ -7,7 +7,7 @@ through the layers, gradient checkpointing included, to the attention function, 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class PackedMask:
         shapes: of the calls of attention, which are written down here for the schedules of batches to come; or None.
         schedules: for compiled layers, by the dtype and shape of a call and whether anything stands in front.
         keys: the rows that are keys, where they are others than those of the queries: those of the sequences' sources.
+        of_tokens: the same without gaps, for compiled layers that count tokens alone; None where it is not needed.
     """
 
     seq: Sequences
@@ -49,6 +50,7 @@ class PackedMask:
     shapes: set[Shape] | None = None
     schedules: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     keys: Sequences | None = None
+    of_tokens: "PackedMask | None" = None
     ndim = 0  # Falcon adds ALiBi to masks of four dimensions
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
@@ -166,8 +168,6 @@ class PackedRows:
         self.run_again_by_others = False
         self.ran: set[Any] = set()
         self.shared = shared or SharedState()
-        if compiled is not None:
-            self.shared = self.shared.with_chains_of(plan)
 
     def mask(self, before: str, **arguments: Any) -> PackedMask | RefusedMask:
         """The mask of the plan's sequences; a refused one if the model asks for one that is not causal and they are.
@@ -203,26 +203,27 @@ class PackedRows:
         if sources is not None:
             if pattern.window is not None or pattern.segments is not None:
                 raise UnsupportedAttention(f"{name_unread(mask_function)} has no form for cross-attention")
-            return PackedMask(self.sequences, causal=False, keys=sources)
+            return self._packed(self.sequences, None, False, SharedState(), keys=sources)
         self.has_window = self.has_window or pattern.window is not None
         if pattern.window is not None and self.plan.shared.pads_between(self.shared.length):
             raise UnsupportedAttention("its window reaches over padding that stands between rows that are shared")
-        schedules = self._schedules(pattern.window, pattern.causal) if self.compiled is not None else {}
-        return PackedMask(
-            self.sequences, pattern.window, pattern.causal, self.shared, shapes=self.shapes, schedules=schedules
-        )
+        given = pattern.window, pattern.causal, self.shared
+        of_tokens = None
+        if self.compiled is not None and self.sequences.gaps is not None and any(x.alibi for x in self.shapes or ()):
+            of_tokens = self._packed(replace(self.sequences, gaps=None), *given)
+        return self._packed(self.sequences, *given, of_tokens=of_tokens)
 
-    def _schedules(self, window, causal):
-        """The schedules of all shapes of attention that are known."""
-        found: dict[tuple[Any, ...], torch.Tensor] = {}
-        where: dict[str, Any] = dict(dtype=self.compiled, device=self.plan.source.device)
-        sequences = self.sequences.without_chains()
-        for in_front, (prefixes, room) in self.shared.banks().items():
-            bank = dict(prefixes=prefixes, room=room)
-            for shape in self.shapes or ():
-                key = (self.compiled, *shape, in_front)
-                found[key] = make_schedule(sequences, shape, causal=causal, window=window, **bank, **where)
-        return found
+    def _packed(self, sequences, window, causal, shared, **given):
+        """A mask with, for compiled layers, the schedules of all shapes of attention that are known."""
+        schedules: dict[tuple[Any, ...], torch.Tensor] = {}
+        if self.compiled is not None:
+            options: dict[str, Any] = dict(causal=causal, window=window, key_seq=given.get("keys"))
+            options |= dict(dtype=self.compiled, device=self.plan.source.device)
+            for has_bank, (prefixes, room) in shared.banks().items():
+                for shape in self.shapes or ():
+                    key = (self.compiled, *shape, has_bank)
+                    schedules[key] = make_schedule(sequences, shape, prefixes=prefixes, room=room, **options)
+        return PackedMask(sequences, window, causal, shared, shapes=self.shapes, schedules=schedules, **given)
 
     def _splits_a_sequence(self, segments):
         splits = segments[0].diff(prepend=segments[0, :1], append=segments[0, -1:]) != 0

@@ -9,9 +9,6 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from ..layout import RowPlan
-from ..ops import prompt_concat
-
 
 class KeysValues(NamedTuple):
     """Learned keys and values of one layer, ``[N, P, Hkv, Dh]`` each: one of the N stands in front of a sequence."""
@@ -27,12 +24,10 @@ class SharedState:
     Attributes:
         layers: for each layer its learned keys and values, or None if it has none; () if no layer has any.
         ids: ``[B]`` int64, which of the N stands in front of each row of a padded batch; None: the first.
-        chains: ``[N, W]`` int64, those of the sequences, for compiled layers; None for all others.
     """
 
     layers: tuple[KeysValues | None, ...] = ()
     ids: torch.Tensor | None = None
-    chains: torch.Tensor | None = None
 
     @classmethod
     def of_tensor(
@@ -88,40 +83,8 @@ class SharedState:
         new = iter(tensors)
         return replace(self, layers=tuple(layer and KeysValues(next(new), next(new)) for layer in self.layers))
 
-    @torch.compiler.disable
-    def with_chains_of(self, plan: RowPlan) -> "SharedState":
-        """The same for compiled layers that run the packed batch of a plan, to whom :meth:`bank` gives everything that
-        stands in front of sequences."""
-        seq = plan.sequences
-        if seq is None or seq.chains is None:
-            return self
-        chains = pad(seq.chains, (0, 0, 0, max(2 - len(seq.chains), 0)), value=-1)  # 0 and 1 would be constants
-        if seq.kind == "packed":
-            torch._dynamo.maybe_mark_dynamic(chains, 0)  # the first batch may have one node, others many
-        return replace(self, chains=chains)
-
-    def bank(self, learned: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
-        """What stands in front of the sequences, of a layer's keys or its values, ``[N, W, Hkv, width]``; or None.
-
-        Where that is in several places, every chain is copied: the layer's graph may not depend on their number.
-
-        Args:
-            learned: ``[N, P, Hkv, width]`` or None.
-            own: ``[R, Hkv, width]``, those of the batch's rows.
-        """
-        if self.chains is None:
-            return learned
-        rows = own.flatten(1)
-        nothing = rows.new_zeros(1, rows.shape[1]) if learned is None else learned.flatten(0, 1).flatten(1)
-        chained = prompt_concat(self.chains.flatten().to(rows.device), rows, nothing)
-        return chained.view(*self.chains.shape, *own.shape[1:])
-
     def banks(self) -> dict[bool, tuple[int, int]]:
-        """By whether a layer has a bank in front of its sequences, which :meth:`bank` gives: its entries and their
-        keys."""
-        if self.chains is not None:
-            entries, keys = self.chains.shape
-            return {True: (entries, keys)}
+        """By whether a layer has learned keys and values: how many prefixes it has, and how long they are."""
         found = {False: (0, 0)} if not self.layers or None in self.layers else {}
         for layer in self.layers:
             if layer is not None:

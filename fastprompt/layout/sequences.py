@@ -1,7 +1,7 @@
 """Which rows of a batch form a sequence, and what stands in front of each: what attention needs to know."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +11,11 @@ import torch
 from ..checks import INTS, check_tensor
 
 Ints = torch.Tensor | np.ndarray | Sequence[int]
+
+_KINDS = "packed", "padded", "decode"
+# The tensors of Sequences, in the order in which ``flat`` has them. Of two dimensions are pages and chains.
+_TENSORS = "starts", "lengths", "prefix_ids", "prefix_lens", "gaps", "queries", "key_starts", "pages", "chains"
+_HEADER = 2 + 2 * len(_TENSORS)  # numbers in front of them: the kind, counted from 1, the rows, and sizes
 
 
 class HostSequences(NamedTuple):
@@ -55,6 +60,8 @@ class Sequences:
             and v is r, learned key i, of all prefixes of the bank one after the other, is -1 - i. Behind the
             ``prefix_lens[n]`` used ones anything may stand. None: prefixes are those of the bank.
         queries, key_starts, pages: of decode, see there; ``[B]``, ``[B]`` and ``[B, M]`` int64 or None.
+        flat: all of this in one int64 vector on the CPU, read from the device by one copy when the object is made: what
+            crosses an operator, in whose graph neither its length nor what it says is a constant.
     """
 
     kind: str
@@ -68,6 +75,15 @@ class Sequences:
     key_starts: torch.Tensor | None = None
     pages: torch.Tensor | None = None
     chains: torch.Tensor | None = None
+    flat: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = [getattr(self, name) for name in _TENSORS]
+        header = [1 + _KINDS.index(self.kind), self.rows]
+        for part in parts:
+            header += (-1, 1) if part is None else (*part.shape, 1)[:2]
+        values = torch.cat([part.reshape(-1) for part in parts if part is not None]).cpu()
+        object.__setattr__(self, "flat", torch.cat([torch.tensor(header), values]))
 
     @classmethod
     def packed(
@@ -230,59 +246,48 @@ class Sequences:
             chains=optional("chains", chains, "N", "W"),
         )
 
-    def tensors(self) -> list[torch.Tensor]:
-        """``starts``, ``lengths`` and what may be None, as an empty vector: what crosses an operator."""
-        empty, (starts, lengths) = self.starts.new_empty(0), (self.starts, self.lengths)
-        of_cache = self.queries, self.key_starts, self.pages
-        optional = self.prefix_ids, self.prefix_lens, self.gaps, *of_cache, self.chains
-        return [starts, lengths, *(empty if t is None else t for t in optional)]
+    @staticmethod
+    def flat_size(values: torch.Tensor) -> int:
+        """How many of the numbers are a ``flat``, with which they begin; 0 if they are none."""
+        if not len(values) or not values[0]:
+            return 0
+        return _HEADER + sum(n * m for n, m in _header(values)[2] if n >= 0)
 
     @classmethod
-    def from_tensors(cls, kind: str, rows: int, tensors: Sequence[torch.Tensor]) -> "Sequences":
-        """The inverse of :meth:`tensors`."""
-        starts, lengths, *optional, chains = tensors
-        prefix_ids, prefix_lens, gaps, queries, key_starts, pages = (t if t.numel() else None for t in optional)
-        of_prefixes, of_cache = (prefix_ids, prefix_lens, gaps), (queries, key_starts, pages)
-        return cls(kind, starts, lengths, *of_prefixes, rows, *of_cache, chains if chains.dim() == 2 else None)
+    def from_flat(cls, flat: torch.Tensor, device: torch.device | str = "cpu") -> "Sequences":
+        """The sequences that it is the ``flat`` of, with their tensors on ``device``, by one copy."""
+        kind, rows, sizes = _header(flat)
+        made = object.__new__(cls)  # the constructor would read from the device what is known
+        made.__dict__.update(zip(_TENSORS, _parts(flat[_HEADER:].to(device), sizes)), kind=kind, rows=rows, flat=flat)
+        return made
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences with their tensors on ``device``; what was read on the host need not be read again."""
         device = torch.device(device)
         if device == self.starts.device:
             return self
-        moved = self.from_tensors(self.kind, self.rows, move(self.tensors(), device))
-        if self.starts.device.type == "cpu":
-            moved.__dict__.update(host=self.host)
+        moved = self.from_flat(self.flat, device)
+        moved.__dict__.update(host=self.host)
         return moved
-
-    def without_chains(self) -> "Sequences":
-        """The same behind a bank that holds what the chains say; what was read on the host need not be read again."""
-
-        def make() -> "Sequences":
-            bare = replace(self, chains=None)
-            bare.__dict__.update(host=self.host._replace(chains=None))
-            return bare
-
-        return self.cached("without chains", make)
 
     @cached_property
     def host(self) -> HostSequences:
-        """The same on the host; read from the device once, by one copy."""
-        arrays = [t.numpy() for t in move(self.tensors(), torch.device("cpu"))]
+        """The same on the host."""
+        arrays: Any = (None if x is None else x.numpy() for x in _parts(self.flat[_HEADER:], _header(self.flat)[2]))
         starts, lengths, prefix_ids, prefix_lens, gaps, queries, key_starts, pages, chains = arrays
-        nothing = np.zeros(len(starts), np.int64)
-        if self.queries is None:
+        nothing = np.zeros(len(self.starts), np.int64)
+        if queries is None:
             queries = np.minimum(lengths, 1) if self.kind == "decode" else lengths
         return HostSequences(
             starts,
             lengths,
-            nothing if self.prefix_ids is None else prefix_ids,
-            nothing if self.gaps is None else gaps,
-            None if self.prefix_lens is None else prefix_lens,
+            nothing if prefix_ids is None else prefix_ids,
+            nothing if gaps is None else gaps,
+            prefix_lens,
             queries,
-            nothing if self.key_starts is None else key_starts,
-            None if self.pages is None else pages,
-            None if self.chains is None else chains,
+            nothing if key_starts is None else key_starts,
+            pages,
+            chains,
         )
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -316,6 +321,23 @@ class Sequences:
         """The largest position count of any sequence: prefix, gap and own rows. A window of this size hides nothing."""
         host = self.host
         return int((self.prefix_lengths(room) + host.gaps + host.lengths).max(initial=0))
+
+
+def _header(flat: torch.Tensor) -> tuple[str, int, list[list[int]]]:
+    """Kind, rows, and of each tensor the two sizes; the first is -1 if it is None."""
+    kind, rows, *sizes = flat[:_HEADER].tolist()
+    return _KINDS[kind - 1], rows, [sizes[i : i + 2] for i in range(0, len(sizes), 2)]
+
+
+def _parts(values: torch.Tensor, sizes: list[list[int]]) -> list[torch.Tensor | None]:
+    """The tensors of sequences, None for those that are None, as views of what stands behind a header."""
+    parts: list[torch.Tensor | None] = []
+    end = 0
+    for name, (n, m) in zip(_TENSORS, sizes):
+        begin, end = end, end + max(n, 0) * m
+        shape = (n, m) if name in ("pages", "chains") else (n,)
+        parts.append(None if n < 0 else values[begin:end].view(shape))
+    return parts
 
 
 def move(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

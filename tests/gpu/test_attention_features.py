@@ -134,7 +134,7 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, feature):
 
     def results():
         if feature == "cross":
-            case.seq = Sequences.from_tensors(case.seq.kind, case.seq.rows, case.seq.tensors())
+            case.seq = Sequences.from_flat(case.seq.flat)
             return case.run("triton", put=guarded)
         return check(tensors, sequences("packed", LENGTHS, 3, 21), **flags)
 
@@ -174,8 +174,7 @@ def test_any_shape(lengths, feature, kind, groups, widths, prefixes, room, windo
 def test_opcheck():
     case = Cross(dtype=torch.float32, sinks=True)
     inputs = (*(x.to(DEVICE) for x in case.inputs), None, None, None)
-    sequences_ = [x for seq in (case.seq, case.key_seq) for x in (seq.tensors(), seq.kind, seq.rows)]
-    options = (*sequences_, False, None, None, 0.25, 0.0, "triton")
+    options = (torch.cat([case.seq.flat, case.key_seq.flat]), False, None, None, 0.25, 0.0, "triton")
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*inputs, *options))
 
 

@@ -297,7 +297,7 @@ def test_opcheck():
         x.to(DEVICE) for x in draw(seq, torch.float32, prefixes=2, prefix_length=5, sinks=True, value_dim=24)
     )
     inputs = (q, k, v, prefix_k, prefix_v, sinks, None, None, None)
-    options = (seq.tensors(), seq.kind, seq.rows, [], "", 0, True, None, None, 0.25, 0.0, "triton")
+    options = (seq.flat, True, None, None, 0.25, 0.0, "triton")
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*inputs, *options))
 
 

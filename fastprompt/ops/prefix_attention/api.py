@@ -1,15 +1,15 @@
 """prefix_attention: attention of packed, padded or decoding sequences over a shared prefix and their own keys."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ...backends import implementation, is_eager
+from ...backends import implementation, is_eager, module_of
 from ...checks import accumulator, without_autocast
 from ...layout import Sequences
 from . import checks, reference
 from .dropout import Dropout
+from .scheduled import flat_of, read_schedule
 
 
 def prefix_attention(
@@ -109,8 +109,7 @@ def prefix_attention(
         position_bias,
         alibi_slopes,
         seed,
-        seq,
-        key_seq,
+        (seq, key_seq) if is_eager(q) else flat_of(seq, key_seq),
         bool(causal),
         window,
         None if softcap is None else float(softcap),
@@ -120,12 +119,40 @@ def prefix_attention(
     )
 
 
+def scheduled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    schedule: torch.Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``out`` of :func:`prefix_attention`, of arguments that are not checked.
+
+    Args:
+        schedule: of :func:`fastprompt.ops.prefix_attention.scheduled.make_schedule`, for this shape, these prefixes,
+            ``causal`` and ``window``.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, checks.seed_of(dropout_p, None)
+    return PrefixAttention.apply(*inputs, schedule, causal, window, softcap, scale, dropout_p, "auto")[0]
+
+
 class PrefixAttention(torch.autograd.Function):
     """Autograd of :func:`prefix_attention`; arguments are positional and already checked.
 
-    Saves the inputs, out and lse; ``dropout_seed`` is a tensor of one int64, or None without dropout. Eager calls skip
-    the operator's dispatcher so that the schedule worked out from ``seq`` is shared by all layers; compiled code goes
-    through ``torch.ops.fastprompt``.
+    Saves the inputs, out and lse; ``dropout_seed`` is a tensor of one int64, or None without dropout. ``schedule`` is
+    ``seq`` and ``key_seq`` in eager calls, which skip the operator's dispatcher; in compiled code, which goes through
+    ``torch.ops.fastprompt``, it is a tensor (see ``scheduled.py``).
     """
 
     @staticmethod
@@ -140,8 +167,7 @@ class PrefixAttention(torch.autograd.Function):
         position_bias: torch.Tensor | None,
         alibi_slopes: torch.Tensor | None,
         dropout_seed: torch.Tensor | None,
-        seq: Sequences,
-        key_seq: Sequences | None,
+        schedule: tuple[Sequences, Sequences | None] | torch.Tensor,
         causal: bool,
         window: int | None,
         softcap: float | None,
@@ -151,13 +177,15 @@ class PrefixAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed
         options = causal, window, softcap, scale, dropout_p, backend
-        if is_eager(q):
-            out, lse = _forward(*inputs, seq, key_seq, *options)
+        if isinstance(schedule, torch.Tensor):
+            out, lse = torch.ops.fastprompt.prefix_attention(*inputs, schedule, *options)
+            ctx.save_for_backward(*inputs, out, lse, schedule)
+            ctx.sequences = None
         else:
-            sequences = *_flat(seq), *_flat(key_seq)
-            out, lse = torch.ops.fastprompt.prefix_attention(*inputs, *sequences, *options)
-        ctx.save_for_backward(*inputs, out, lse)
-        ctx.seq, ctx.key_seq, ctx.options = seq, key_seq, options
+            out, lse = _forward(*inputs, *schedule, *options)
+            ctx.save_for_backward(*inputs, out, lse)
+            ctx.sequences = schedule
+        ctx.options = options
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # zeros for lse otherwise
         return out, lse
@@ -166,19 +194,21 @@ class PrefixAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
         if grad is None:
-            return (None,) * 17
+            return (None,) * 16
         tensors, needs = (grad, *ctx.saved_tensors), list(ctx.needs_input_grad[:7])
-        if is_eager(grad):
+        if ctx.sequences is not None and is_eager(grad):
             eagerly: Any = _backward
-            grads = eagerly(*tensors, ctx.seq, ctx.key_seq, *ctx.options, needs)
+            grads = eagerly(*tensors, *ctx.sequences, *ctx.options, needs)
         else:
-            sequences = *_flat(ctx.seq), *_flat(ctx.key_seq)
-            grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, *sequences, *ctx.options, needs)
-        return *(g if need else None for g, need in zip(grads, needs)), *[None] * 10
+            schedule = () if ctx.sequences is None else (flat_of(*ctx.sequences),)
+            grads = torch.ops.fastprompt.prefix_attention_backward(*tensors, *schedule, *ctx.options, needs)
+        return *(g if need else None for g, need in zip(grads, needs)), *[None] * 9
 
 
 def _implementation(q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, requested):
     """The module whose ``forward`` and ``backward`` run the call."""
+    if not isinstance(seq, Sequences):
+        return module_of("prefix_attention", seq.backend)
     short_window, on_cpu = None, q.device.type == "cpu"
     if window is not None and on_cpu:  # a backend of the CPU alone asks for it
         room = 0 if prefix_k is None else prefix_k.shape[1]
@@ -205,8 +235,9 @@ def _forward(
     q, k, v, prefix_k, prefix_v, sinks, position_bias, alibi_slopes, dropout_seed,
     seq, key_seq, causal, window, softcap, scale, dropout_p, backend,
 ):  # fmt: skip
-    cache, bank = k.shape[::2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
-    seq.cached(("ranges", cache, bank), lambda: checks.check_ranges(k, prefix_k, seq))
+    if isinstance(seq, Sequences):
+        cache, bank = k.shape[::2] if seq.kind == "decode" else None, None if prefix_k is None else prefix_k.shape[:2]
+        seq.cached(("ranges", cache, bank), lambda: checks.check_ranges(k, prefix_k, seq))
     facts = q, v, prefix_k, alibi_slopes, position_bias, seq, key_seq, window, softcap, dropout_p, backend
     runner = _implementation(*facts)
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
@@ -224,6 +255,8 @@ def _backward(
     runner = _implementation(*facts)
     inputs = (q, k, v, prefix_k, prefix_v, sinks, position_bias)
     needs = [need and x is not None for x, need in zip(inputs, needs)]
+    if needs[6] and not isinstance(seq, Sequences):
+        raise NotImplementedError("position_bias has no gradient where the schedule is in tables: give the sequences")
     options = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
     options |= _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq)
     tensors, grads = (grad, q, k, v, prefix_k, prefix_v, out, lse, seq), [None] * len(inputs)
@@ -249,40 +282,22 @@ def _given(dropout_p, dropout_seed, alibi_slopes, position_bias, key_seq):
     return given
 
 
-# For an autograd.Function around this one; arguments in the order above, checked already.
-run_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _forward
-run_backward: Callable[..., list[Any]] = _backward
-
-
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? sinks, Tensor? position_bias, "
     "Tensor? alibi_slopes, Tensor? dropout_seed"
 )
-_OPTIONS = (
-    "Tensor[] seq, str kind, SymInt rows, Tensor[] key_seq, str key_kind, SymInt key_rows, bool causal, int? window, "
-    "float? softcap, float scale, float dropout_p, str backend"
-)
+_OPTIONS = "Tensor schedule, bool causal, int? window, float? softcap, float scale, float dropout_p, str backend"
 _library.define(f"prefix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
     f"prefix_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 
 
-def _flat(seq):
-    """Sequences, or None, as they cross an operator."""
-    return ([], "", 0) if seq is None else (seq.tensors(), seq.kind, seq.rows)
-
-
-def _sequences(tensors, kind, rows):
-    """The inverse of :func:`_flat`."""
-    return Sequences.from_tensors(kind, rows, tensors) if tensors else None
-
-
 @torch.library.impl(_library, "prefix_attention", "CompositeExplicitAutograd")
-def _forward_op(*arguments):
-    inputs, seq, key_seq, options = arguments[:9], arguments[9:12], arguments[12:15], arguments[15:]
-    out, lse = _forward(*inputs, _sequences(*seq), _sequences(*key_seq), *options)
+def _forward_op(q, *arguments):
+    inputs, schedule, options = arguments[:8], arguments[8], arguments[9:]
+    out, lse = _forward(q, *inputs, *read_schedule(schedule, q.device), *options)
     return out.contiguous(), lse.contiguous()
 
 
@@ -294,8 +309,8 @@ def _forward_fake(q, k, v, *_):
 
 @torch.library.impl(_library, "prefix_attention_backward", "CompositeExplicitAutograd")
 def _backward_op(grad, *arguments):
-    tensors, seq, key_seq, options = arguments[:11], arguments[11:14], arguments[14:17], arguments[17:]
-    grads = _backward(grad, *tensors, _sequences(*seq), _sequences(*key_seq), *options)
+    tensors, schedule, options = arguments[:11], arguments[11], arguments[12:]
+    grads = _backward(grad, *tensors, *read_schedule(schedule, grad.device), *options)
     return [grad.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 

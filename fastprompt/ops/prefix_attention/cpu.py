@@ -3,15 +3,12 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..columns import columns_together
 from .schedule import cpu_schedule
 
 _LANES = 16  # of the widest vectors
-_NUMBERS = 14  # in front of the tables in one tensor
-_OF_A_ROW = 37  # every table has at most as many entries as there are queries, and an entry of each is so many numbers
 
 
 class Scheduled(NamedTuple):
@@ -36,24 +33,6 @@ class Scheduled(NamedTuple):
     def learned(self) -> int:
         """How many learned keys are read."""
         return int(self.tables[-1][-1])
-
-
-def pack(seq, shape, *, causal, window, room, **_):
-    """A batch as one tensor; see :func:`fastprompt.ops.prefix_attention.scheduled.make_schedule`."""
-    found = _scheduled(seq, causal, window, room, shape.heads, shape.kv_heads)
-    tables = [table.numpy().ravel() for table in found.tables]
-    whole = np.zeros(_NUMBERS + len(tables[-1]) + _OF_A_ROW * seq.rows, np.int64)
-    numbers = [*map(len, tables), *found[1:]]
-    filled = np.concatenate([numbers, *tables])
-    whole[: len(filled)] = filled
-    return torch.from_numpy(whole)
-
-
-def unpack(schedule):
-    """The inverse of :func:`pack`."""
-    *sizes, queries, keys, span = schedule[:_NUMBERS].tolist()
-    tables = schedule[_NUMBERS : _NUMBERS + sum(sizes)].split(sizes)
-    return Scheduled(list(tables), bool(queries), bool(keys), span)
 
 
 def forward(
@@ -130,21 +109,17 @@ def backward(
 
 
 def _batch(q, k, prefix_k, seq, causal, window, key_seq):
-    """``seq`` may be one that was packed."""
-    if isinstance(seq, Scheduled):
-        return seq
+    """What the call asks of its batch; worked out once, all layers share it."""
     room = 0 if prefix_k is None else prefix_k.shape[1]
     block = k.shape[2] if seq.kind == "decode" else None
-    return _scheduled(seq, causal, window, room, q.shape[1], k.shape[1], key_seq, block)
+    heads, kv_heads = q.shape[1], k.shape[1]
 
-
-def _scheduled(seq, causal, window, room, heads, kv_heads, key_seq=None, block=None):
     def make():
         options = dict(causal=causal, window=window, room=room, heads=heads, kv_heads=kv_heads)
         tables = cpu_schedule(seq, **options, key_seq=key_seq, block=block)
         return Scheduled(list(tables), *_written(seq, key_seq, room), seq.span(room))
 
-    return seq.cached(("cpu call", causal, window, room, heads, kv_heads, key_seq, block), make)
+    return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq, block), make)
 
 
 def _written(seq, key_seq, room):

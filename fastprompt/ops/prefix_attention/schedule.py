@@ -48,7 +48,7 @@ def cpu_schedule(
     key_seq: Sequences | None = None,
     block: int | None = None,
 ) -> CpuSchedule:
-    """Worked out once a batch; all layers share it.
+    """The schedule of a batch.
 
     Args:
         seq: the :class:`fastprompt.Sequences`.
@@ -59,17 +59,14 @@ def cpu_schedule(
         block: the columns of a row of the cache, or of a page; None but in decode.
     """
 
-    def make() -> CpuSchedule:
-        limit = None if window is None or window >= seq.span(room) else window
-        batch = _Batch.of(seq, room, key_seq, block)
-        tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
-        slices = _slices(batch, tile_rows, causal, limit)
-        chunk_starts = _chunk_starts(batch, slices, chunk_rows)
-        has_prefix = batch.prefix >= 0
-        pieces = pieces_of(seq, batch.prefix[has_prefix], batch.prefix_length[has_prefix], room)
-        return _tables(batch, pieces, slices, chunk_starts, causal, limit)
-
-    return seq.cached(("cpu", causal, window, room, heads, kv_heads, key_seq, block), make)
+    limit = None if window is None or window >= seq.span(room) else window
+    batch = _Batch.of(seq, room, key_seq, block)
+    tile_rows, chunk_rows = _sizes(batch, heads // kv_heads, kv_heads)
+    slices = _slices(batch, tile_rows, causal, limit)
+    chunk_starts = _chunk_starts(batch, slices, chunk_rows)
+    has_prefix = batch.prefix >= 0
+    pieces = pieces_of(seq, batch.prefix[has_prefix], batch.prefix_length[has_prefix], room)
+    return _tables(batch, pieces, slices, chunk_starts, causal, limit)
 
 
 class _Batch(NamedTuple):

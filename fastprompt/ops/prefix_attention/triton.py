@@ -11,12 +11,9 @@ from ...kernels.prefix_attention.backward import reduce as reduce_kernel
 from ...kernels.prefix_attention.decode import decode as decode_kernel
 from ...kernels.prefix_attention.decode import merge as merge_kernel
 from ...kernels.prefix_attention.forward import forward as forward_kernel
-from .common import pieces_of
-from .packed_tables import Packed, put
+from .packed_tables import ROWS, Packed, chain_tables, put
 from .packed_tables import pack as pack
 from .packed_tables import unpack as unpack
-
-_ROWS = 16  # of a program that adds up partial sums
 
 
 def forward(q, k, v, prefix_k, prefix_v, seq, *, causal, window, softcap, sinks, scale, dropout=None, **features):
@@ -110,6 +107,7 @@ class _Call:
         self.room = k.shape[2] if self.cache else 0
         device = launch.target_of(q.device), launch.name_of(q.device)
         self._tiled_by = self.head_dim, q.element_size(), *device
+        self.biases = dict(alibi=alibi_slopes is not None, bias=position_bias is not None)
         if isinstance(seq, Packed):
             self.schedule = seq.tables(self)
         else:
@@ -123,7 +121,6 @@ class _Call:
         slopes, bias = (None if x is None else x.contiguous() for x in (alibi_slopes, position_bias))
         most = 0 if bias is None else bias.shape[1] // 2
         self.scores = arguments.Scores(scale, softcap or 0.0, window or 0, slopes, bias, most)
-        self.biases = dict(alibi=slopes is not None, bias=bias is not None)
         self.dropout = _dropout_arguments(dropout)
         self.flags = dict(
             CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
@@ -223,10 +220,10 @@ class _Call:
         if not need_prefix:
             return dq, dk, dv, dprefix_k, dprefix_v
         blocks, options = -(-self.prefix_room // tiles.key_keys), config.reduce_options(max(self.widths))
-        constants = dict(KEYS_BN=tiles.key_keys, ROWS=_ROWS, static=arguments.Static(*self.widths))
+        constants = dict(KEYS_BN=tiles.key_keys, ROWS=ROWS, static=arguments.Static(*self.widths))
         if self.pieces is None:
             reduce_kernel(
-                (self.prefixes * -(-self.prefix_room // _ROWS), kv_heads), options, partial_k, partial_v,
+                (self.prefixes * -(-self.prefix_room // ROWS), kv_heads), options, partial_k, partial_v,
                 dprefix_k, dprefix_v, slots, self.prefix_room, kv_heads, blocks, **constants,
             )  # fmt: skip
             return dq, dk, dv, dprefix_k, dprefix_v
@@ -272,26 +269,10 @@ class _Schedule:
         return seq.cached(("triton", prefix_room, room, causal, window, device, key_seq), make)
 
     def chains(self, seq, learned):
-        """The table of the chains and its width; and for the sums of their keys' gradients the tiles of rows, those of
-        learned keys, and the links of their pieces: the chain, and where in it."""
-
-        def make():
-            number = self.batch.groups.prefix
-            used = number >= 0
-            found = pieces_of(seq, number[used], self.batch.groups.prefix_length[used], learned)
-            links = np.stack([np.repeat(number[used], found.end - found.begin), found.offset], 1)
-            order = np.argsort(found.link, kind="stable")
-            bounds = np.searchsorted(found.link[order], np.arange(len(found.length) + 1))
-            tables = [
-                schedule.piece_tiles(
-                    (found.base * max(learned, 1) + found.row)[some] if of_learned else found.base[some],
-                    *(x[some] for x in (found.length, bounds[:-1], bounds[1:])), _ROWS,
-                )
-                for of_learned, some in ((False, ~found.learned), (True, found.learned))
-            ]  # fmt: skip
-            return [seq.host.chains, *tables, links[order]], None
-
-        table, *pieces, _ = self._cached(("chains", learned), make)
+        """The table of the chains and its width; and the others of :func:`chain_tables`."""
+        table, *pieces, _ = self._cached(
+            ("chains", learned), lambda: (chain_tables(seq, self.batch.groups, learned), None)
+        )
         return (table, self.prefix_room), pieces
 
     def writes_all_of(self, rows):
