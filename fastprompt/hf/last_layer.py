@@ -9,69 +9,27 @@ That the rest of a layer treats each row alone is what running packed rows rests
 attention is looked at in every call: they are the layer's input, or what one of its parts made of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from .checkpointing import without_checkpoints
 from .masks import UnsupportedAttention
-from .rotary import is_patched
-from .structure import has_own_forward, keeps_state
+from .outer_layer import OuterLayer, forward_of
 
 # What projects queries alone, and the output, where attention modules have it.
 _QUERIES = "q_proj"
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
-@dataclass(frozen=True, eq=False)
-class LastLayer:
-    """The last layer of a backbone.
+class LastLayer(OuterLayer):
+    """The last layer of a backbone."""
 
-    Attributes:
-        layers: the list that it ends.
-        layer: the decoder layer, which takes hidden states ``[1, R, D]`` first.
-        attention: its attention, a direct child.
-    """
-
-    layers: nn.ModuleList
-    layer: nn.Module
-    attention: nn.Module
-
-    @staticmethod
-    def of(backbone: nn.Module, run: Callable[[], Any]) -> "LastLayer | None":
-        """The layer that ends a run of the backbone, if it has one attention and no state; else None."""
-        called: list[nn.Module] = []
-        with ExitStack() as hooks:
-            for module in backbone.modules():
-                hook = module.register_forward_pre_hook(lambda module, args: called.append(module))
-                hooks.callback(hook.remove)
-            run()
-        lists = [x for x in backbone.modules() if isinstance(x, nn.ModuleList) and any(y in called for y in x)]
-        if not lists:
-            return None
-        in_order = [module for module in called if any(module is layer for layer in lists[0])]
-        layer = in_order[-1]
-        attentions = [x for x in layer.children() if hasattr(x, "layer_idx") and called.count(x) == 1]
-        if len(attentions) != 1 or in_order.count(layer) != 1 or any(map(keeps_state, layer.modules())):
-            return None
-        return LastLayer(lists[0], layer, attentions[0])
-
-    def is_plain(self, backbone: nn.Module) -> bool:
-        """Does it still run the forward of its class, uncompiled, and nobody but itself runs it a second time?"""
-        if torch.compiler.is_compiling() or not any(layer is self.layer for layer in self.layers):
-            return False
-        if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
-            return False
-        return not any(
-            (has_own_forward(module) and not is_patched(module))
-            or getattr(module, "_compiled_call_impl", None) is not None
-            for module in (self.layer, self.attention)
-        )
+    number: ClassVar[int] = -1
 
     @contextmanager
     def on_rows(self, keep: torch.Tensor) -> Iterator[None]:
@@ -80,20 +38,8 @@ class LastLayer:
         Raises:
             UnsupportedAttention: in the layer's call; it has another structure.
         """
-        with _forward_of(self.layer, partial(_run_layer, self, keep)):
+        with forward_of(self.layer, partial(_run_layer, self, keep)):
             yield
-
-
-@contextmanager
-def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).pop("forward", None)
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _run_layer(last, keep, states, *args, **kwargs):
@@ -126,7 +72,7 @@ def _run_layer(last, keep, states, *args, **kwargs):
         for part in layer.children():
             if part is not attention:
                 block.callback(part.register_forward_hook(remember).remove)
-        block.enter_context(_forward_of(attention, attend))
+        block.enter_context(forward_of(attention, attend))
         block.enter_context(without_checkpoints(layer))  # what it keeps is less than one layer run again does
         output = type(layer).forward(layer, rows, *args, **kwargs)
     return _with_first(output, lambda x: _spread(x, keep, states, rows))

@@ -249,7 +249,8 @@ def _plan(
     if known.labels is not None:
         rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
         once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once)
+    front = tree.front if layout == "shared" and batch.virtual is None else None
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once, front)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
