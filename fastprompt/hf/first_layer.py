@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layout import RowPlan
+from .checkpointing import others_checkpoint
 from .outer_layer import ModuleCall, OuterLayer, forward_of, states_among
 from .structure import is_plain_linear
 
@@ -54,7 +55,8 @@ class FirstLayer(OuterLayer):
         parts: list[Any] = list(self.layer.modules())
         seen = any(vars(part)[hooks] for part in parts for hooks in _HOOKS)
         again = any(part.training and getattr(part, "gradient_checkpointing", False) for part in (backbone, *parts))
-        if seen or again or not self.is_plain(backbone) or any(p.requires_grad for p in backbone.parameters()):
+        trains = any(parameter.requires_grad for parameter in backbone.parameters())
+        if seen or again or others_checkpoint(self.layer) or trains or not self.is_plain(backbone):
             return []
         linears: list[Any] = [part for part in self.attention.children() if is_plain_linear(part)]
         return [part for part in linears if type(part.weight) is nn.Parameter]  # others are quantised, or sharded
