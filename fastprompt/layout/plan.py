@@ -250,7 +250,7 @@ def _plan(
         rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
         once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
     front = tree.front if layout == "shared" and batch.virtual is None else None
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once, front)
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once, front=front)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
