@@ -245,12 +245,12 @@ def _plan(
     if sequences is not None and pad_rows_to is not None:
         filled = dead_rows_filled(filled, sequences.rows)
     rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
-    once: list[Any] = [None, None]
+    rows_once, places = None, None
     if known.labels is not None:
         rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
-        once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
+        rows_once, places = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
     front = tree.front if layout == "shared" and batch.virtual is None else None
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, *once, front=front)
+    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, to_last_label, rows_once, places, front)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what
