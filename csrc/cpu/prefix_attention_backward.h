@@ -169,6 +169,7 @@ struct Backward {
   // `position` is that of the first key in its sequence.
   void differentiate(const Queries& rows, const Keys& keys, bool with_keys, bool with_values, bool fresh,
                      int64_t position) {
+    if (!with_keys && !with_values && !call.dq.data) return;  // own keys, where learned ones alone train
     for (int64_t from = 0; from < keys.count; from += KEYS) {
       auto const to = smaller(from + KEYS, keys.count);
       multiply_panels(rows, q, keys.kt, head_dim, from, to, weights);

@@ -5,7 +5,9 @@ model's own (see ``precision.py``): there rounding lies far below whatever one t
 difference can only mean that packed rows are not the same computation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +20,11 @@ from .attachment import evaluation_mode
 from .cache import PackedCache, content
 from .cache_names import CACHE_NAME
 from .expectations import ITEMS, Expectations, column_read, first_output
+from .first_layer import FirstLayer
 from .known_attention import key_limit, sees_distances, why_not_indexed
 from .last_layer import LastLayer
 from .masks import UnsupportedAttention
+from .outer_layer import calls_of
 from .per_layer import searching_part, why_no_padding
 from .runner import Runner
 from .states import Recorded
@@ -54,6 +58,7 @@ class Abilities:
         row_limit: the number of rows from which on a row's place in the batch counts; None: it never does.
         key_limit: the number of keys up to which a row sees all that its mask shows, and an indexer chooses none of
             them; None: there is no indexer.
+        first_layer: the first layer of a causal LM, if no rows have met before its attention.
         last_layer: the last layer of a causal LM, if it gives the same when it runs on chosen rows.
         has_window: does a layer count positions in attention: through a sliding window, ALiBi or T5's bias?
     """
@@ -79,6 +84,7 @@ class Abilities:
     rope_limit: int | None = None
     row_limit: int | None = None
     key_limit: int | None = None
+    first_layer: FirstLayer | None = None
     last_layer: LastLayer | None = None
     has_window: bool = False
 
@@ -145,7 +151,7 @@ class Probe:
                 own_loss=self._own_loss(None),
                 own_loss_of_items=self._own_loss(ITEMS),
                 needs_ids=self.expected.needs_ids,
-                last_layer=self._find_last_layer(found),
+                **self._outer_layers(found),
             )
             has_own_loss = any(found.why_not_loss_of_logits(items) is not None for items in self.expected.losses)
             return replace(found, packs_own_loss=has_own_loss and self._packs_own_loss(found))
@@ -158,6 +164,7 @@ class Probe:
             abilities.layout,
             abilities.position_offset,
             abilities.compact_positions,
+            abilities.first_layer,
             abilities.last_layer,
             shapes=self._shapes,
         )
@@ -202,23 +209,36 @@ class Probe:
                 break
         return replace(found, left_padding=False)
 
-    def _find_last_layer(self, found):
-        """The last layer, if some rows of it are the same without the others."""
-        try:
-            last = LastLayer.of(self.backbone, lambda: self._packed(found, "right"))
-            if last is None:
-                return None
-            sample, runner = self.expected.sample, self.runner(replace(found, last_layer=last))
-            mask = sample.masks["right"]
-            plan = self._plan(found.layout, mask)
-            wanted = torch.arange(0, len(plan.source), 2, device=plan.source.device)
+    def _outer_layers(self, found):
+        """The first and the last layer, each if less has to be done there than in all rows."""
+        sample = self.expected.sample
+        plan = self._plan(found.layout, sample.masks["right"])
+
+        def run(abilities=found, prompt=sample.prompt, wanted=None):
+            runner = self.runner(abilities)
             with self.expected.arithmetic():
-                rows = runner.rows(plan, sample.prompt, sample.embeds)
-                chosen, all_rows = (runner.states(plan, rows, None, x).last_hidden_state for x in (wanted, None))
+                rows = runner.rows(plan, prompt, sample.embeds)
+                return runner.states(plan, rows, None, wanted).last_hidden_state
+
+        def first():
+            layer = FirstLayer.of(self.backbone, calls)
+            if layer is None:
+                return None
+            others, _ = calls_of(self.backbone, lambda: run(prompt=sample.embeds[0, : len(sample.prompt)]))
+            at_tokens, behind_another = (layer.states_of(x)[:, plan.front :] for x in (calls, others))
+            return layer if torch.equal(at_tokens, behind_another) else None
+
+        def last():
+            layer = LastLayer.of(self.backbone, calls)
+            if layer is None:
+                return None
+            wanted = torch.arange(0, len(plan.source), 2, device=plan.source.device)
+            chosen = run(replace(found, last_layer=layer), wanted=wanted)
             differs = self.expected.difference(chosen[:, wanted], all_rows[:, wanted], None)
-            return last if differs is None else None
-        except Exception:  # a layer can be anything; then all of its rows run
-            return None
+            return layer if differs is None else None
+
+        calls, all_rows = _unless_raised(lambda: calls_of(self.backbone, run)) or ([], None)
+        return {"first_layer": _unless_raised(first), "last_layer": _unless_raised(last)}
 
     def _differs(self, tried, name):
         """None if the packed and the padded output agree where tokens are real, else what differs."""
@@ -298,6 +318,14 @@ class Probe:
     def _head_is_plain(self):
         head = self.base.get_output_embeddings()
         return is_plain_linear(head) and self.base.loss_function is ForCausalLMLoss and self.expected.head_is_linear
+
+
+def _unless_raised(find: Callable[[], Any]) -> Any:
+    """What is found; None for an exception: a layer can be anything, and then all of its rows run."""
+    try:
+        return find()
+    except Exception:
+        return None
 
 
 def same_cache(expected: Expectations, got: dict, theirs: dict, mask: torch.Tensor) -> bool:

@@ -12,73 +12,27 @@ A layer that ``layer.compile()`` has compiled runs uncompiled on these rows: its
 than it saves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from .checkpointing import without_checkpoints
 from .masks import UnsupportedAttention
-from .rotary import ROTARY
-from .structure import has_own_forward, keeps_state
+from .outer_layer import OuterLayer, forward_of
 
 # What projects queries alone, and the output, where attention modules have it.
 _QUERIES = "q_proj"
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
-@dataclass(frozen=True, eq=False)
-class LastLayer:
-    """The last layer of a backbone.
+class LastLayer(OuterLayer):
+    """The last layer of a backbone."""
 
-    Attributes:
-        parent, name: the module that holds the list of layers which it ends, and what it is called there.
-        layers: those layers, in order.
-        layer: the decoder layer, which takes hidden states ``[1, R, D]`` first.
-        attention: its attention, a direct child.
-    """
-
-    parent: nn.Module
-    name: str
-    layers: tuple[nn.Module, ...]
-    layer: nn.Module
-    attention: nn.Module
-
-    @staticmethod
-    def of(backbone: nn.Module, run: Callable[[], Any]) -> "LastLayer | None":
-        """The layer that ends a run of the backbone, if it has one attention and no state; else None."""
-        called: list[nn.Module] = []
-        with ExitStack() as hooks:
-            for module in backbone.modules():
-                hook = module.register_forward_pre_hook(lambda module, args: called.append(module))
-                hooks.callback(hook.remove)
-            run()
-        lists = [
-            (x, name) for x in backbone.modules() for name, y in x.named_children() if isinstance(y, nn.ModuleList)
-        ]
-        lists = [(x, name) for x, name in lists if any(layer in called for layer in getattr(x, name))]
-        if not lists:
-            return None
-        parent, name = lists[0]
-        layers = tuple(getattr(parent, name))
-        in_order = [module for module in called if module in layers]
-        layer = in_order[-1]
-        attentions = [x for x in layer.children() if hasattr(x, "layer_idx") and called.count(x) == 1]
-        if len(attentions) != 1 or in_order.count(layer) != 1 or any(map(keeps_state, layer.modules())):
-            return None
-        return LastLayer(parent, name, layers, layer, attentions[0])
-
-    def is_plain(self, backbone: nn.Module) -> bool:
-        """Is it still the last, runs the forward of its class, and does nobody but itself run it a second time?"""
-        if torch.compiler.is_compiling() or tuple(getattr(self.parent, self.name, ())) != self.layers:
-            return False
-        if not hasattr(self.layer, "gradient_checkpointing") and getattr(backbone, "gradient_checkpointing", False):
-            return False
-        return not any(has_own_forward(x) and not ROTARY.is_on(x) for x in (self.layer, self.attention))
+    number: ClassVar[int] = -1
 
     @contextmanager
     def on_rows(self, keep: torch.Tensor) -> Iterator[None]:
@@ -87,23 +41,8 @@ class LastLayer:
         Raises:
             UnsupportedAttention: in the layer's call; it has another structure.
         """
-        with _forward_of(self.layer, partial(_run_layer, self, keep)):
+        with forward_of(self.layer, partial(_run_layer, self, keep)):
             yield
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the block runs, a call of the module runs ``forward``, whatever ``compile`` made of its own."""
-    attributes = vars(module)
-    before: dict[str, Any] = {
-        name: attributes.pop(name) for name in ("forward", "_compiled_call_impl") if name in attributes
-    }
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        attributes.update(before)
 
 
 def _run_layer(last, keep, states, *args, **kwargs):
@@ -136,7 +75,7 @@ def _run_layer(last, keep, states, *args, **kwargs):
         for part in layer.children():
             if part is not attention:
                 block.callback(part.register_forward_hook(remember).remove)
-        block.enter_context(_forward_of(attention, attend))
+        block.enter_context(forward_of(attention, attend))
         block.enter_context(without_checkpoints(layer))  # what it keeps is less than one layer run again does
         output = type(layer).forward(layer, rows, *args, **kwargs)
     return _with_first(output, lambda x: _spread(x, keep, states, rows))

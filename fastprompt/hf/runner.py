@@ -19,6 +19,7 @@ from .attention import handed_out
 from .cache import RecordingCache
 from .cache_names import CACHE_NAMES, cache_argument
 from .checkpointing import checkpoints_reentrantly, others_checkpoint, recomputing, through_reentrant_checkpoints
+from .first_layer import FirstLayer
 from .last_layer import LastLayer
 from .masks import AsBefore, PackedRows, UnsupportedAttention, active, running
 from .own_attention import is_patched, own_attention
@@ -45,6 +46,7 @@ class Runner:
         layout: "shared" for a causal model, whose prompt no text changes, else "packed".
         position_offset: the first position, as the model's embedding of positions counts them.
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
+        first_layer: the first layer, if no rows have met before its attention.
         last_layer: the last layer, if it can run on chosen rows.
         has_window: has it asked for the mask of a sliding window so far?
         shapes: of its calls of attention so far, which schedules for compiled layers depend on.
@@ -57,6 +59,7 @@ class Runner:
     layout: str = "shared"
     position_offset: int = 0
     compact_positions: bool = False
+    first_layer: FirstLayer | None = None
     last_layer: LastLayer | None = None
     has_window: bool = False
     shapes: set[Shape] = field(default_factory=set)
@@ -230,11 +233,12 @@ class Runner:
 
     def _call(self, model, plan, rows, shared, recorded=None, wanted=None, sources=None, **extra):
         name = "inputs_embeds" if rows.is_floating_point() else "input_ids"
-        last = self.last_layer
+        first, last = self.first_layer, self.last_layer
         narrow = wanted is not None and len(wanted) > 0 and last is not None and last.is_plain(self.backbone)
         with (
             self._running(model, plan, {name: rows}, shared, recorded, sources) as inputs,
             last.on_rows(wanted) if narrow else nullcontext(),
+            nullcontext() if first is None else first.led_back_to_prompts(self.backbone, plan, rows),
         ):
             output = model(**{**inputs, **extra})
             self._check_mixers(active())

@@ -267,12 +267,14 @@ def _plan(
     if sequences is not None and pad_rows_to is not None:
         filled = dead_rows_filled(filled, sequences.rows)
     rows_of_plan = layout, filled.source, filled.position_ids, sequences, tree, filled.grid
-    once: list[Any] = [None, None]
+    rows_once, places = None, None
     if known.labels is not None:
         rows_and_places = predicting(batch, known.labels, known.starts, entries, folded)
-        once = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
+        rows_once, places = move([torch.from_numpy(x) for x in rows_and_places], batch.device)
+    front = tree.front if layout == "shared" and batch.virtual is None else None
     of_prompts = tuple(prompts.tolist()), tuple(stats.prompt.tolist())
-    return RowPlan(*rows_of_plan, filled.label_rows, filled.labels, *of_prompts, to_last_label, *once)
+    of_labels = filled.label_rows, filled.labels
+    return RowPlan(*rows_of_plan, *of_labels, *of_prompts, to_last_label, rows_once, places, front)
 
 
 # Where the rows of a layout stand: their number, the columns of the table for `cells.fill` by name, the sequences, what

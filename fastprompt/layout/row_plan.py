@@ -29,6 +29,7 @@ class RowPlan:
         predicting: the rows of ``label_rows``, each once, in order; None: they were not looked for.
         places: ``[M]`` int64, which of them predicts each label.
         to_last_label: are tokens left out that no label depends on?
+        front: the rows from this one on are tokens, or dead; None: the rows of prompts stand anywhere.
         ids: ``[R]`` int64, the token id of every row, below 0 where a prompt's stands; None: nobody asked for them.
     """
 
@@ -45,6 +46,7 @@ class RowPlan:
     to_last_label: bool = False
     predicting: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    front: int | None = None
     ids: torch.Tensor | None = None
 
     @property

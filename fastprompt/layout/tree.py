@@ -58,6 +58,11 @@ class Tree:
         return depths
 
     @property
+    def front(self) -> int:
+        """The rows of the roots, which stand in front of all others."""
+        return sum(node.length for node in self.nodes if node.parent < 0)
+
+    @property
     def roots(self) -> np.ndarray:
         """``[B]`` the first of the nodes in front of each sequence of the batch; -1: none."""
         first = np.arange(len(self.nodes))

@@ -41,7 +41,10 @@ def prompt_concat(
 
 
 class PromptConcat(torch.autograd.Function):
-    """Autograd of :func:`prompt_concat`; arguments are positional and already checked."""
+    """Autograd of :func:`prompt_concat`; arguments are positional and already checked.
+
+    The ``grad_fn`` of rows says by ``of_prompt_alone`` that no gradient of the table is wanted.
+    """
 
     @staticmethod
     def forward(
@@ -49,7 +52,7 @@ class PromptConcat(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(source)
         ctx.scale, ctx.table_rows, ctx.prompt_rows = scale, table.shape[0], prompt.shape[0]
-        ctx.backend = backend
+        ctx.backend, ctx.of_prompt_alone = backend, not ctx.needs_input_grad[1]
         run = _forward if is_eager(table) else torch.ops.fastprompt.prompt_concat
         return run(source, table, prompt, scale, backend)
 
