@@ -13,7 +13,7 @@ import triton.language as tl
 from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, traffic
+from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, rotary_model, traffic
 from benchmarks.gpu.cases import Case, _attention
 from benchmarks.gpu.chips import CHIPS, Device
 from benchmarks.gpu.rivals import uneven
@@ -292,6 +292,16 @@ def test_the_bar_is_of_the_fused_backward_at_100_keys():
 def test_uneven_lengths_add_up():
     lengths = uneven(8192)
     assert sum(lengths) == 8192 and len(set(lengths)) > 40 and max(lengths) == 64 and sorted(lengths)[1] >= 10
+
+
+def test_rotary_by_hand():
+    given = rotary_model.tensors(2, 1, 8, 3)
+    q, k, table = (2 * n for n in (3 * 2 * 8, 3 * 8, 3 * 8))
+    assert rotary_model.ours(*given) == [2 * (q + table), 2 * (k + table)]
+    forward, backward = rotary_model.plain(*given)
+    products, negative, joined, summed = 2 * (2 * (q + k) + 2 * table), q + k, 2 * (q + k), 3 * (q + k)
+    assert sum(forward) == products + negative + joined + summed and len(forward) == 2 * 5
+    assert sum(backward) > sum(forward)
 
 
 # The cost of a launch.

@@ -29,7 +29,7 @@ def layers(device, rows=8192, heads=32, head_dim=128, hidden=4096, inner=11008, 
         tables = angles.cos(), angles.sin()
         found += _beside(
             "rotary", f"{rows} rows of {heads} heads, {width} of {head_dim} numbers",
-            lambda x, tables=tables: fastprompt.rotary(x, *tables), lambda x, tables=tables: _turned(x, *tables), None,
+            lambda x, tables=tables: fastprompt.rotary(x, *tables), lambda x, tables=tables: turned(x, *tables), None,
             [draw(1, rows, heads, head_dim)[..., :width]], draw(1, rows, heads, width), device, timing,
         )  # fmt: skip
     return found
@@ -86,7 +86,7 @@ def _exact_gated(inputs, grad, stored):
     return [activated * up, torch.ops.aten.silu_backward(stored(grad * up), gate), activated * grad]
 
 
-def _turned(x, cosine, sine):
+def turned(x, cosine, sine):
     """As Llama's."""
     cosine, sine = (table.to(x.dtype).unsqueeze(2) for table in (cosine, sine))
     a, b = x.chunk(2, -1)
