@@ -53,14 +53,14 @@ def test_empty_inputs(sizes):
 
 
 @given(
-    heads=st.integers(1, 40),
-    half=st.integers(1, 70),
-    rows=st.integers(1, 9),
+    heads=st.integers(1, 12),
+    half=st.integers(1, 40),
+    rows=st.integers(0, 4),
     tables=st.integers(1, 2),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_shape(heads, half, rows, tables, dtype, seed):
     tensors = inputs(heads, 2 * half, dtype, tables, rows, seed)
     assert_within(budget_of(tensors), run(tensors))
