@@ -301,7 +301,7 @@ def test_rotary_by_hand():
     forward, backward = rotary_model.plain(*given)
     products, negative, joined, summed = 2 * (2 * (q + k) + 2 * table), q + k, 2 * (q + k), 3 * (q + k)
     assert sum(forward) == products + negative + joined + summed and len(forward) == 2 * 5
-    assert sum(backward) > sum(forward)
+    assert sum(backward) == sum(forward)  # cat is a view in it, and chunk a cat
 
 
 # The cost of a launch.
