@@ -102,6 +102,18 @@ def test_the_exit_status_and_the_name_tell_of_a_variant_that_spills(n, warps, co
     assert (row["verdict"] == "ok") == (code == 0) and row["constants"] == f"BM=64 BN={n} BK=16"
 
 
+def test_a_row_is_kept_for_as_long_as_its_code_is_the_same(monkeypatch, tmp_path, capsys):
+    """The constants and the name of a case may be the same where the code is another one."""
+    arguments = ["--target", "80", "--jobs", "1", "--out", str(tmp_path / "matrix.csv")]
+    for stages, kept in ((2, 0), (2, 1), (1, 0)):
+        options = launch.Options(num_stages=stages)
+        case = Case("toy", "forward", "bf16", lambda options=options: run_matmul(options=options))
+        monkeypatch.setattr(compile_matrix.cases, "sample", lambda case=case: [case])
+        assert compile_matrix.main(arguments) == 0
+        assert f"1 variants of 1 cases for sm_80, {kept} kept, 0 failed" in capsys.readouterr().out
+    assert compile_matrix.main([*arguments, "--anew"]) == 0 and ", 0 kept" in capsys.readouterr().out
+
+
 def test_a_variant_that_does_not_compile_is_a_failure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         compile_matrix.cases, "sample", lambda: [Case("toy", "forward", "odd", lambda: run_matmul(m=48))]
