@@ -17,7 +17,7 @@ def backward(grad, cosine, sine):
 def _run(x, cosine, sine, is_backward):
     batch, rows, heads, width = x.shape
     out, count, half = x.new_empty(x.shape), batch * rows * heads, width // 2
-    tile = row_tile(half, x.element_size(), loads=1)  # of each half, and as many of the tables' halves
+    tile = row_tile(half, x.element_size(), loads=2)  # of each half, and as many of the tables' halves
     turn(
         (-(-count // tile.rows), -(-half // tile.columns)), tile.options, x, cosine.contiguous(), sine.contiguous(),
         out, count, rows, cosine.shape[0] * rows, *x.stride()[:3], STEP=x.stride(3), HEADS=heads, HALF=half,
