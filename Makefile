@@ -65,6 +65,7 @@ gpu-evidence: $(READY)
 	$(PY) -m benchmarks.gpu.cuda_matrix
 	$(PY) -m benchmarks.gpu.model
 	$(PY) -m benchmarks.gpu.lstm_model
+	$(PY) -m benchmarks.gpu.rotary_model
 	$(PY) -m benchmarks.gpu.launch_cost
 
 # The launch path down to the CUDA driver, recorded, on the versions of Triton that releases of torch ship.

@@ -220,6 +220,7 @@ TABLE = (
     _cpp("rms_norm"),
     _reference("rms_norm"),
     _cpp("rotary"),
+    _triton("rotary"),
     _reference("rotary"),
     Backend("row_plan", "cpu", "the C++ kernels", ("cpu",), (), CPP, module="fastprompt.layout.cpu"),
     Backend(

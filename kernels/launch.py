@@ -59,6 +59,10 @@ class Launch:
         """The compiled kernel for a ``GPUTarget``; needs no GPU."""
         return self.kernel.compile(self.types, self.aligned, self.constants, self.options, target)
 
+    def source(self):
+        """What Triton compiles, and its options."""
+        return self.kernel.source(self.types, self.aligned, self.constants, self.options)
+
 
 class Kernel:
     """A Triton kernel: ``kernel(grid, options, *arguments, **constants)``.
@@ -142,6 +146,11 @@ class Kernel:
         )
 
     def compile(self, types, aligned, constants, options, target):
+        source, flags = self.source(types, aligned, constants, options)
+        return triton.compile(source, target=target, options=flags)
+
+    def source(self, types, aligned, constants, options):
+        """What Triton compiles, and its options."""
         names = self.arguments + self.constants
         signature, values, attributes = dict(zip(names, types)), {}, {}
         for i, value in enumerate(constants, len(types)):
@@ -160,7 +169,7 @@ class Kernel:
         flags = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
         if options.registers:
             flags["maxnreg"] = options.registers
-        return triton.compile(source, target=target, options=flags)
+        return source, flags
 
 
 def _names(arguments, groups):

@@ -1,7 +1,10 @@
 """The check on a GPU: what of it runs without one."""
 
 import json
+import os
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +12,12 @@ import torch
 from benchmarks import models
 from benchmarks.budget import Budget
 from benchmarks.gpu import check, measure, operators, record
+from benchmarks.gpu.apart import apart
+from benchmarks.gpu.record import Row
 from benchmarks.gpu.rivals import Attention, ours, providers
 from benchmarks.gpu.steps import steps
 from benchmarks.workloads import Workload
+from fastprompt.backends import OPERATORS
 
 
 def test_it_says_at_once_that_it_needs_a_gpu(monkeypatch, tmp_path, capsys):
@@ -22,7 +28,7 @@ def test_it_says_at_once_that_it_needs_a_gpu(monkeypatch, tmp_path, capsys):
 
 def test_small_calls_of_every_operator_are_right():
     rows = operators.small("cpu")
-    assert {row.section for row in rows} == {"attention", "decode", "prompt_concat", "multitask_prompt", "prompt_lstm"}
+    assert {row.section for row in rows} == {"attention", "features", "decode", *OPERATORS} - {"prefix_attention"}
     for row in rows:
         assert row.right or row.provider == "FlexAttention" and "backward on CPU" in row.note, row
     assert not record.failures(rows)
@@ -103,3 +109,16 @@ def test_what_was_found_is_written_whatever_a_later_part_does(tmp_path):
 def test_no_part_starts_after_the_time_is_over():
     rows = check.run_parts({"a": lambda: pytest.fail("was started")}, lambda rows, took: None, limit=-1)
     assert [row.error for row in rows] == [None] and "not run" in rows[0].note and not record.failures(rows)
+
+
+def test_a_part_that_ends_its_process_or_hangs_ends_no_other():
+    parts = {
+        "right": partial(apart, partial(Row, "attention", "a", "fastprompt", 0.5), 60),
+        "ends": partial(apart, partial(os._exit, 3), 60),
+        "hangs": partial(apart, partial(time.sleep, 600), 1),
+        "raises": partial(apart, partial(int, "x"), 60),
+    }
+    assert parts.pop("right")().right
+    rows = check.run_parts(parts, lambda rows, took: None)
+    notes = ["ended with status 3", "not finished after 1 s", "ValueError"]
+    assert all(row.error == float("inf") and note in row.note for note, row in zip(notes, rows, strict=True))

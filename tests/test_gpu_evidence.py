@@ -13,7 +13,7 @@ import triton.language as tl
 from fastprompt.kernels import launch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, traffic
+from benchmarks.gpu import binary, compile_matrix, counts, launch_cost, model, rotary_model, traffic
 from benchmarks.gpu.cases import Case, _attention
 from benchmarks.gpu.chips import CHIPS, Device
 from benchmarks.gpu.rivals import uneven
@@ -100,6 +100,18 @@ def test_the_exit_status_and_the_name_tell_of_a_variant_that_spills(n, warps, co
     assert ("FAILED toy matmul [forward bf16] on sm_80" in printed) == bool(code) and "1 variants of 2 cases" in printed
     (row,) = csv.DictReader(line for line in file.open() if not line.startswith("#"))
     assert (row["verdict"] == "ok") == (code == 0) and row["constants"] == f"BM=64 BN={n} BK=16"
+
+
+def test_a_row_is_kept_for_as_long_as_its_code_is_the_same(monkeypatch, tmp_path, capsys):
+    """The constants and the name of a case may be the same where the code is another one."""
+    arguments = ["--target", "80", "--jobs", "1", "--out", str(tmp_path / "matrix.csv")]
+    for stages, kept in ((2, 0), (2, 1), (1, 0)):
+        options = launch.Options(num_stages=stages)
+        case = Case("toy", "forward", "bf16", lambda options=options: run_matmul(options=options))
+        monkeypatch.setattr(compile_matrix.cases, "sample", lambda case=case: [case])
+        assert compile_matrix.main(arguments) == 0
+        assert f"1 variants of 1 cases for sm_80, {kept} kept, 0 failed" in capsys.readouterr().out
+    assert compile_matrix.main([*arguments, "--anew"]) == 0 and ", 0 kept" in capsys.readouterr().out
 
 
 def test_a_variant_that_does_not_compile_is_a_failure(monkeypatch, tmp_path, capsys):
@@ -292,6 +304,16 @@ def test_the_bar_is_of_the_fused_backward_at_100_keys():
 def test_uneven_lengths_add_up():
     lengths = uneven(8192)
     assert sum(lengths) == 8192 and len(set(lengths)) > 40 and max(lengths) == 64 and sorted(lengths)[1] >= 10
+
+
+def test_rotary_by_hand():
+    given = rotary_model.tensors(2, 1, 8, 3)
+    q, k, table = (2 * n for n in (3 * 2 * 8, 3 * 8, 3 * 8))
+    assert rotary_model.ours(*given) == [2 * (q + table), 2 * (k + table)]
+    forward, backward = rotary_model.plain(*given)
+    products, negative, joined, summed = 2 * (2 * (q + k) + 2 * table), q + k, 2 * (q + k), 3 * (q + k)
+    assert sum(forward) == products + negative + joined + summed and len(forward) == 2 * 5
+    assert sum(backward) == sum(forward)  # cat is a view in it, and chunk a cat
 
 
 # The cost of a launch.

@@ -29,6 +29,7 @@ from triton.runtime.driver import driver
 from fastprompt import Sequences
 from fastprompt.ops.prefix_attention import triton as attention
 from fastprompt.ops.prompt_concat import triton as prompt_concat
+from fastprompt.ops.rotary import triton as rotary
 
 pytestmark = [
     pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter launches nothing"),
@@ -229,6 +230,12 @@ def test_launches_of_prompt_concat(gpu):
     assert launched_by(gpu, lambda: prompt_concat.forward(source, table, prompt, 2.0)) == ["gather"]
     calls = launched_by(gpu, lambda: prompt_concat.backward(grad, source, 2.0, 7, 2, True, True))
     assert calls == ["sum_chunks", "sum_readers", "sum_readers"]
+
+
+def test_launches_of_rotary(gpu):
+    x, table = torch.zeros(2, 3, 4, 40)[..., :24], torch.zeros(1, 3, 24)  # a part of each head
+    assert launched_by(gpu, lambda: rotary.forward(x, table, table + 1)) == ["turn"]
+    assert launched_by(gpu, lambda: rotary.backward(x, table, table + 1)) == ["turn"]
 
 
 def attention_call(direction, dtype):

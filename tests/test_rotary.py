@@ -7,13 +7,13 @@ import pytest
 import torch
 from budget import assert_within
 from parity import assert_checkpoints_change_nothing, batch, peft_model, step
+from rotary_cases import SIZES, budget_of, definition, faults, inputs, results, strided
 from tiny_models import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama import modeling_llama as llama
 
 import fastprompt
-from benchmarks.budget import Budget
 from fastprompt import rotary
 from fastprompt.backends import available
 from fastprompt.hf import rotary as patch
@@ -22,47 +22,15 @@ BACKENDS = [name for name, problem in available("rotary").items() if problem is 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def inputs(heads=3, width=16, dtype=torch.float64, tables=2, rows=5):
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, rows, heads, width, generator=generator, dtype=torch.float64) for _ in range(2))
-    angles = torch.randn(tables, rows, width, generator=generator, dtype=torch.float64)
-    return [t.to(dtype) for t in (x, angles.cos(), angles.sin(), grad)]
-
-
-def definition(x, cosine, sine):
-    cosine, sine = cosine.unsqueeze(2), sine.unsqueeze(2)
-    a, b = x.chunk(2, -1)
-    return x * cosine + torch.cat([-b, a], -1) * sine
-
-
-def results(function, x, cosine, sine, grad):
-    x = x.detach().requires_grad_()
-    out = function(x, cosine, sine)
-    return [out.detach(), *torch.autograd.grad(out, x, grad)]
-
-
-def budget_of(tensors):
-    def evaluate(stored):
-        return [stored(y) for y in results(definition, *(t.double() for t in tensors))]
-
-    return Budget.of(evaluate, tensors[0].dtype, operands=False)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, width, tables", [(1, 2, 1), (3, 22, 2), (9, 64, 1), (2, 160, 2)])
+@pytest.mark.parametrize("heads, width, tables", SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_within_the_budget(backend, heads, width, tables, dtype, every_isa):
     tensors = inputs(heads, width, dtype, tables)
     budget = budget_of(tensors)
     for _ in every_isa() if backend == "cpu" else [None]:
         assert_within(budget, results(lambda *args: rotary(*args, backend=backend), *tensors))
-    x, cosine, sine, grad = tensors
-    faults = {
-        "another row": (x.roll(1, 1), cosine, sine, grad),
-        "the other way": (x, cosine, -sine, grad),
-        "another gradient": (x, cosine, sine, grad.roll(1, 1)),
-    }
-    for name, wrong in faults.items():
+    for name, wrong in faults(*tensors).items():
         assert budget.ratio(results(rotary, *wrong)) > 1, name
 
 
@@ -70,8 +38,7 @@ def test_within_the_budget(backend, heads, width, tables, dtype, every_isa):
 def test_any_strides_and_no_rows(backend):
     x, cosine, sine, grad = inputs(dtype=torch.float32)
     expected = results(definition, x, cosine, sine, grad)
-    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, cosine, sine, grad)]
-    for tensors in (strided, [t.unsqueeze(-1).expand(*t.shape, 2)[..., 0] for t in (x, cosine, sine, grad)]):
+    for tensors in strided([x, cosine, sine, grad]):
         got = results(lambda *args: rotary(*args, backend=backend), *tensors)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)

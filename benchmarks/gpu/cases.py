@@ -66,6 +66,7 @@ def sample():
     cases += _attention("fp32", 64, 9, 3, alibi=True, window=48, sinks=True, layout="padded", prefixes=3, dropout=0.1)
     cases += _concat("bf16", 576, everywhere=True) + _concat("fp32", 577)
     cases += _multitask("bf16", 576, 1, everywhere=True) + _multitask("fp32", 577, 4)
+    cases += _rotary("bf16", 32, 128, everywhere=True) + _rotary("fp16", 9, 64) + _rotary("fp32", 8, 80, of=128)
     cases += _row_plan("padded", everywhere=True) + _row_plan("packed", virtual=True, prompts=True, dtype=torch.int32)
     return cases
 
@@ -102,6 +103,8 @@ def complete():
             cases += _concat(dtype, width)
             for rank in (1, 4, 16):
                 cases += _multitask(dtype, width, rank)
+        for head_dim in HEAD_DIMS:
+            cases += _rotary(dtype, 8, head_dim) + _rotary(dtype, 8, head_dim // 4 * 2, of=head_dim)
     for kind in ("padded", "packed"):
         for virtual in (False, True):
             cases += _row_plan(kind, virtual, prompts=True)
@@ -266,6 +269,24 @@ def _run_multitask(direction, dtype, width, rank, prompt=100, tasks=8, distinct=
         launcher.forward(*inputs)
     else:
         launcher.backward(new(distinct, prompt, width), *inputs, True, True, True)
+
+
+def _rotary(dtype, heads, width, of=None, everywhere=False):
+    """``of``: the width of the heads of which ``width`` numbers are turned, where it is not all."""
+    label = f"{dtype} {heads}x{width}" + (f" of={of}" if of else "")
+    arguments = DTYPES[dtype], heads, width, of or width
+    return [
+        Case("rotary", direction, label, partial(_run_rotary, direction, *arguments), everywhere)
+        for direction in ("forward", "backward")
+    ]
+
+
+def _run_rotary(direction, dtype, heads, width, head_dim):
+    from fastprompt.ops.rotary import triton as launcher
+
+    new, rows = partial(torch.empty, dtype=dtype, device="meta"), sum(LENGTHS)
+    x, *tables = new(1, rows, heads, head_dim)[..., :width], new(1, rows, width), new(1, rows, width)
+    (launcher.forward if direction == "forward" else launcher.backward)(x, *tables)
 
 
 def _row_plan(kind, virtual=False, prompts=False, dtype=torch.int64, width=4096, everywhere=False):

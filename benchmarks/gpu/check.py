@@ -1,11 +1,13 @@
 """``python -m benchmarks.gpu.check``: everything that only a GPU can tell, in under ten minutes.
 
-Correctness first: the Triton tests on the GPU, compute-sanitizer where it is installed, and every operator at real
-sizes against the float64 reference. Then times: the operators beside SDPA, FlexAttention, flash-attn and nn.LSTM
-(cuDNN), and whole training steps beside PEFT, with their peak memory. A speed-up is printed only next to a passed
-check. Last, tiles are tuned for the most used head dim, into a table of its own beside the results. Writes one JSON and
-one markdown table with the device's name into ``benchmarks/gpu/results/`` after every part, so that what was found is
-there whatever a later part does. Exits with 1 if a check failed, with 2 where there is no GPU.
+Every operator at real sizes against the float64 reference, with times beside SDPA, FlexAttention, flash-attn, nn.LSTM
+(cuDNN) and PyTorch's own operations; every feature of attention; whole training steps beside PEFT, with their peak
+memory. A speed-up is printed only next to a passed check. Then the Triton tests on the GPU, as many as there is time
+for, and compute-sanitizer where it is installed. Last, tiles are tuned for the most used head dim, into a table of its
+own beside the results. Each part is a process of its own: a kernel that writes where it must not breaks all later calls
+of its process, and one that hangs is killed. One JSON and one markdown table with the device's name are written into
+``benchmarks/gpu/results/`` after every part, so that what was found is there whatever a later part does. Exits with 1
+if a check failed, with 2 where there is no GPU.
 """
 
 import argparse
@@ -21,13 +23,18 @@ import torch
 
 from .. import report
 from . import operators, record
+from .apart import apart
+from .features import caches, features
+from .layers import layers, loss
 from .record import Row
 from .rivals import ours
 from .steps import steps
 
 HERE = Path(__file__).parent
-# No part is started after this many seconds; the longest takes 180, so all end in ten minutes.
-TIME_LIMIT = 420
+# No part is started after this many seconds, and none takes longer than the other, so all end in ten minutes.
+TIME_LIMIT, LONGEST = 420, 180
+ON_GPU = (operators.attention, features, operators.decoding, caches, operators.plans, operators.rows_and_prompts,
+          layers, loss, operators.lstm, steps)  # fmt: skip
 WHAT_TO_DO = """
 What to do with a failure. "Triton tests": python -m pytest -x tests/gpu shows the first call that is wrong. An operator
 or a step: its backend is wrong on this GPU; backend="reference" computes the same without it. compute-sanitizer: run it
@@ -35,28 +42,43 @@ on python -m benchmarks.gpu.check --small by hand for the lines concerned. Pleas
 benchmarks/gpu/results with it: it names the device and all versions."""
 
 
+def on_gpu(part):
+    """What ``part("cuda")`` gives with products of fp32 that are exact, as they are compared with float64."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return part("cuda")
+
+
 def outside(name, command, timeout):
-    """One row for a program that checks: its exit status, and the last line it wrote."""
+    """One row for a program that checks: its exit status, and the last line it wrote. One that has not ended in time,
+    though it ends with the first failure, has found none and says so."""
     try:
         done = subprocess.run(
             command, cwd=HERE.parents[1], timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
     except subprocess.TimeoutExpired:
-        return Row("checks", name, "fastprompt", float("inf"), note=f"not finished after {timeout} s")
+        return Row("checks", name, "fastprompt", note=f"no failure in {timeout} s, and not finished")
     error = 0.0 if done.returncode == 0 else float("inf")
     lines = done.stdout.strip().splitlines()
     return Row("checks", name, "fastprompt", error, note=lines[-1][:160] if lines else "")
 
 
-def programs():
-    """Rows of the Triton tests on the GPU, and of compute-sanitizer over small calls of every kernel."""
-    rows = [outside("Triton tests", [sys.executable, "-m", "pytest", "-q", "tests/gpu"], 180)]
+def tests():
+    """One row of the Triton tests on the GPU, which compile hundreds of small variants."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "logical", "--maxprocesses", "8", "tests/gpu"]
+    return [outside("Triton tests", command, LONGEST)]
+
+
+def sanitizer():
+    """Rows of compute-sanitizer over small calls of every kernel."""
     tool = shutil.which("compute-sanitizer")
     if not tool:
-        return [*rows, Row("checks", "compute-sanitizer", "fastprompt", note="not installed, not run")]
+        return [Row("checks", "compute-sanitizer", "fastprompt", note="not installed, not run")]
     small = [sys.executable, "-m", "benchmarks.gpu.check", "--small"]
+    rows = []
     for kind in ("memcheck", "racecheck"):
-        rows.append(outside(f"compute-sanitizer {kind}", [tool, "--tool", kind, "--error-exitcode", "1", *small], 90))
+        command = [tool, "--tool", kind, "--error-exitcode", "1", *small]
+        rows.append(outside(f"compute-sanitizer {kind}", command, LONGEST // 2))
     return rows
 
 
@@ -82,12 +104,9 @@ def main(arguments=None):
             file=sys.stderr,
         )
         return 2
-    # fp32 is compared with float64.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     if options.small:
         # Not the compilation of a rival.
-        rows = operators.small("cuda", lambda problem: {"fastprompt": ours(problem)})
+        rows = on_gpu(partial(operators.small, chosen=lambda problem: {"fastprompt": ours(problem)}))
     else:
         rows = _everything(options.out)
     failed = record.failures(rows)
@@ -100,10 +119,8 @@ def main(arguments=None):
 
 def _everything(out):
     """Run all parts, print and write their rows."""
-    on_gpu = (operators.attention, operators.decoding, operators.rows_and_prompts, operators.lstm, steps)
-    parts = {"programs": programs}
-    parts |= {part.__name__: partial(part, "cuda") for part in on_gpu}
-    parts["tuning"] = partial(tuning, out)
+    parts = {part.__name__: partial(apart, partial(on_gpu, part), LONGEST) for part in ON_GPU}
+    parts |= {"tests": tests, "sanitizer": sanitizer, "tuning": partial(tuning, out)}
     header = {
         "device": torch.cuda.get_device_name(),
         **record.versions(),

@@ -6,6 +6,7 @@ backward with full tiles, does not use the chip's own matrix instructions.
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import re
@@ -20,11 +21,20 @@ from fastprompt.kernels import launch
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
+from triton._C.libtriton import ir
+from triton.compiler.compiler import make_backend
 
 from . import binary, cases, output
 from .chips import CHIPS, KIB
 
 OUT = Path(__file__).parent / "compile_matrix.csv"
+COMMENTS = [
+    f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
+    "Counts are of instructions in the code. Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
+    "spills: bytes of local memory; lanes: scalars in lanes of vector registers (AMD), which take no memory.",
+    "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
+    "seconds: of the compiler when the row was made; code: what the row is of, see compile_matrix.py.",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,36 @@ class Result:
     contents: binary.Contents | None
     seconds: float | None
     error: str = ""
+
+
+def code_of(job):
+    """What the compiler is given, as a hash; the same gives the same binary. Empty for what does not get so far."""
+    target = CHIPS[job.chip].target
+    try:
+        source, options = job.launch.source()
+        backend, context, stages = make_backend(target), ir.context(), {}
+        chosen = backend.parse_options({**options, **source.parse_options()})
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions = backend.get_codegen_implementation(chosen), backend.get_module_map()
+        module = source.make_ir(target, chosen, *functions, context)
+        backend.add_stages(stages, chosen, source.language)
+        text = stages["ttir"](module, {}).str_nodebug()
+    except Exception:  # whatever a compiler raises: compile_job says it
+        return ""
+    return hashlib.sha256((text + repr(sorted(options.items()))).encode()).hexdigest()[:12]
+
+
+def rows_to_keep(file):
+    """The rows of an earlier table, each by what tells it from others; they stand as long as their code does."""
+    comments, rows = output.read_csv(file)
+    if comments[:1] != COMMENTS[:1]:  # of another Triton
+        return {}
+    return {_identity(row): row for row in rows if row.get("code") and row["verdict"] == "ok"}
+
+
+def _identity(row):
+    return tuple(row[name] for name in ("op", "kernel", "target", "case", "aligned", "constants", "code"))
 
 
 def problems(contents, chip, native=False):
@@ -128,18 +168,18 @@ def _compile_number(i):
     return compile_job(_jobs[i])
 
 
-def record(job, result):
+def record(job, result, code):
     """One row of the table and of the CSV."""
-    one, c, chip = job.launch, result.contents, CHIPS[job.chip]
-    row = {"op": job.case.op, "kernel": one.kernel.name.strip("_"), "target": job.chip, "case": job.case.label}
+    c, chip, warps = result.contents, CHIPS[job.chip], job.launch.options.num_warps
+    found = dict.fromkeys(_COUNTS, "")
     if c is not None:
         bad = problems(c, chip, job.case.native)
-        row |= {
+        found |= {
             "registers": c.registers,
             "shared KiB": f"{c.shared / KIB:.1f}",
             "spills": c.spills,
             "lanes": c.lanes,
-            "resident": chip.resident(c.registers, c.shared, one.options.num_warps),
+            "resident": chip.resident(c.registers, c.shared, warps),
             "matrix": " ".join(f"{family}:{count}" for family, count in c.matrix.items()) or "-",
             "FMA": c.fma,
             "wide loads": f"{c.wide_loads}/{c.loads}",
@@ -149,33 +189,30 @@ def record(job, result):
         }
     else:
         bad = [result.error]
-        row |= dict.fromkeys(
-            (
-                "registers",
-                "shared KiB",
-                "spills",
-                "lanes",
-                "resident",
-                "matrix",
-                "FMA",
-                "wide loads",
-                "wide stores",
-                "code KiB",
-                "seconds",
-            ),
-            "",
-        )
-    return row | {
+    head, tail = _described(job, code)
+    return head | found | tail | {"verdict": "; ".join(bad) or "ok"}
+
+
+_COUNTS = ("registers", "shared KiB", "spills", "lanes", "resident", "matrix", "FMA", "wide loads", "wide stores",
+           "code KiB", "seconds")  # fmt: skip
+
+
+def _described(job, code):
+    """What stands before the counts of a row and behind them."""
+    one = job.launch
+    head = {"op": job.case.op, "kernel": one.kernel.name.strip("_"), "target": job.chip, "case": job.case.label}
+    tail = {
         "warps": one.options.num_warps,
         "stages": one.options.num_stages,
         "aligned": "yes" if one.aligned else "no",
         "constants": job.constants,
-        "verdict": "; ".join(bad) or "ok",
+        "code": code,
     }
+    return head, tail
 
 
 def show(records, console):
-    hidden = ("constants", "op", "stages", "verdict")
+    hidden = ("constants", "op", "stages", "code", "verdict")
     columns = [name for name in records[0] if name not in hidden]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
@@ -208,6 +245,7 @@ def main(arguments=None):
     parser.add_argument(
         "--target", nargs="+", default=list(CHIPS), metavar="T", help="of " + ", ".join(CHIPS) + "; 90 for sm_90"
     )
+    parser.add_argument("--anew", action="store_true", help="compile also what the table has already")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help=f"CSV; {OUT.name} beside this module, if nothing is left out")
     options = parser.parse_args(arguments)
@@ -230,33 +268,30 @@ def main(arguments=None):
     console = Console(width=None if sys.stdout.isatty() else 190)
     start = time.perf_counter()
     jobs = select(chosen, chips, everywhere=options.complete or filtered)
-    results = compile_all(jobs, options.jobs, console)
-    records = sorted(
-        (record(job, result) for job, result in zip(jobs, results)),
-        key=lambda row: (row["op"], row["kernel"], row["case"], list(CHIPS).index(row["target"])),
-    )
+    file = options.out or (None if filtered else OUT)
+    kept = rows_to_keep(file) if file and not options.anew else {}
+    codes = [code_of(job) for job in track(jobs, "reading", console=console, transient=True)]
+    rows = {}
+    for i, (job, code) in enumerate(zip(jobs, codes)):
+        head, tail = _described(job, code)
+        if row := kept.get(_identity(head | tail)):
+            rows[i] = row
+    left = [i for i in range(len(jobs)) if i not in rows]
+    for i, result in zip(left, compile_all([jobs[i] for i in left], options.jobs, console)):
+        rows[i] = record(jobs[i], result, codes[i])
+    order = list(CHIPS)
+    records = sorted(rows.values(), key=lambda r: (r["op"], r["kernel"], r["case"], order.index(r["target"])))
     show(records, console)
-    if file := options.out or (None if filtered else OUT):
-        output.write_csv(
-            file,
-            records,
-            [
-                f"Triton {triton.__version__}, compiled without a GPU: no kernel ran.",
-                "Counts are of instructions in the code. "
-                "Wide: 16 bytes a thread or whole tiles, of all accesses to global memory.",
-                "spills: bytes of local memory; "
-                "lanes: scalars in lanes of vector registers (AMD), which take no memory.",
-                "resident: programs that a multiprocessor holds at once, by registers, shared memory and threads.",
-            ],
-        )
-    found = [(job, record(job, result)) for job, result in zip(jobs, results)]
-    wrong = [(job, row) for job, row in found if row["verdict"] != "ok"]
+    if file:
+        output.write_csv(file, records, COMMENTS)
+    wrong = [(jobs[i], row) for i, row in rows.items() if row["verdict"] != "ok"]
     for job, row in wrong:
         console.print(
             f"FAILED {job.name}: {row['verdict']} ({row['constants']})", style="red", markup=False, soft_wrap=True
         )
     console.print(
-        f"{len(jobs)} variants of {len(chosen)} cases for {', '.join(chips)}, {len(wrong)} failed, "
+        f"{len(jobs)} variants of {len(chosen)} cases for {', '.join(chips)}, "
+        f"{len(jobs) - len(left)} kept, {len(wrong)} failed, "
         f"{time.perf_counter() - start:.0f} s"
     )
     return 1 if wrong else 0

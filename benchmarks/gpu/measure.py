@@ -8,6 +8,16 @@ from ..budget import FEW, Budget
 from .record import Row
 
 
+def normal(device, dtype):
+    """A generator, and a function that draws tensors by it, the same ones after every call of this."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    return generator, draw
+
+
 def results_of(run, inputs, grad):
     """The output and the gradients of all inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -57,9 +67,10 @@ def peak_mib(call, device):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(section, case, functions, exactly, inputs, grad, device, **timing):
-    """Check each provider against ``exactly`` (see :class:`Budget`), and time it, forward and forward with backward."""
-    rows, budget = [], Budget.of(exactly, grad.dtype, draws=FEW)
+def compare(section, case, functions, exactly, inputs, grad, device, results=torch.float32, **timing):
+    """Check each provider against ``exactly`` and ``results`` (see :class:`Budget`), and time it, forward and forward
+    with backward."""
+    rows, budget = [], Budget.of(exactly, grad.dtype, results=results, draws=FEW)
     for name, run in functions.items():
         try:
             rows += _checked_and_timed(section, case, name, run, budget, inputs, grad, device, timing)

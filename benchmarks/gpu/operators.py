@@ -7,10 +7,13 @@ from torch import nn
 
 import fastprompt
 from fastprompt import native
+from fastprompt.layout import plan_padded_input
 from fastprompt.ops.prefix_attention import reference
 
 from ..budget import FEW, Budget
-from .measure import compare, exactly, milliseconds, peak_mib
+from .features import caches, features
+from .layers import layers, loss
+from .measure import compare, exactly, milliseconds, normal, peak_mib
 from .record import Row
 from .rivals import Attention, providers, uneven
 
@@ -61,21 +64,11 @@ def _attention_problems(device):
     ]
 
 
-def _normal(device, dtype):
-    """A function that draws tensors, the same ones after every call of this."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    return generator, draw
-
-
 def decoding(
     device, batch=64, room=1024, heads=32, kv_heads=8, head_dim=128, prefix=100, dtype=torch.bfloat16, **timing
 ):
     """Rows of one token a sequence, against SDPA over caches that hold the prefix too, padded, and masked."""
-    _, draw = _normal(device, dtype)
+    _, draw = normal(device, dtype)
     lengths = [max(1, room * (i + 8) // (batch + 8)) for i in range(batch)]
     seq = fastprompt.Sequences.decode(torch.tensor(lengths, device=device))
     q = draw(batch, heads, head_dim)
@@ -107,9 +100,27 @@ def decoding(
     ]
 
 
+def plans(device, batch=64, width=512, prompt=100):
+    """One row: the row plan of a padded batch of groups that begin alike, as PyTorch's operations on a CPU make it."""
+    ids = torch.randint(8, (batch, width), generator=torch.Generator().manual_seed(0))
+    ids[1::2, : width // 2] = ids[::2, : width // 2]
+    mask = torch.arange(width) < torch.tensor([width - i * width // (2 * batch) for i in range(batch)])[:, None]
+    given = dict(token_ids=ids, attention_mask=mask, labels=ids.masked_fill(~mask, -100))
+
+    def tensors(device, backend):
+        there = {name: x.to(device) for name, x in given.items()}
+        plan = plan_padded_input(batch, width, prompt, **there, backend=backend)
+        return {name: x.cpu() for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+
+    found, expected = tensors(device, "auto"), tensors("cpu", "reference")
+    same = found.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in found.items())
+    case = f"{batch} sequences of up to {width} tokens, P = {prompt}"
+    return [Row("row_plan", case, "fastprompt", 0.0 if same else float("inf"))]
+
+
 def rows_and_prompts(device, tokens=8192, width=4096, vocabulary=32768, prompt=100, dtype=torch.bfloat16, **timing):
     """Rows of prompt_concat and multitask_prompt beside plain PyTorch."""
-    generator, draw = _normal(device, dtype)
+    generator, draw = normal(device, dtype)
     ids = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
     source = torch.cat([-1 - torch.arange(prompt, device=device), ids])
     table, learned = draw(vocabulary, width), draw(prompt, width)
@@ -197,10 +208,15 @@ def _lstm(device, width, length, backend, dtype, timing):
 def small(device, chosen=providers):
     """Every operator at sizes that are done in a moment: what the sanitizer and the CPU tests run."""
     timing = dict(rounds=1, calls=1)
-    problem = Attention(4, 2, 16, 5, (7, 3, 12), torch.float32, device)
+    problem, heads = Attention(4, 2, 16, 5, (7, 3, 12), torch.float32, device), (4, 2, 16, 5)
     return [
         *attention(device, [problem, replace(problem, value_dim=8)], chosen, **timing),
-        *decoding(device, 4, 16, 4, 2, 16, 5, torch.float32, **timing),
+        *features(device, *heads, 110, torch.float32),
+        *decoding(device, 4, 16, *heads, torch.float32, **timing),
+        *caches(device, *heads, 20, 4, torch.float32),
+        *plans(device, 4, 8, 5),
         *rows_and_prompts(device, 20, 24, 40, 5, torch.float32, **timing),
+        *layers(device, 5, 3, 16, 24, 40, torch.float32, **timing),
+        *loss(device, 5, 24, 40, torch.float32, **timing),
         *lstm(device, (8,), (5,), **timing),
     ]

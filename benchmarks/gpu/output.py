@@ -10,3 +10,12 @@ def write_csv(file, rows, comments):
         writer = csv.DictWriter(stream, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(file):
+    """The comments and the dictionaries of a file of :func:`write_csv`; nothing of one that is not there."""
+    if not file.exists():
+        return [], []
+    lines = file.read_text().splitlines()
+    comments = [line.removeprefix("# ") for line in lines if line.startswith("#")]
+    return comments, list(csv.DictReader(lines[len(comments) :]))

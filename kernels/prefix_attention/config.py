@@ -119,8 +119,9 @@ DECODE_ROWS = 64
 @_for_widths
 def decode_tiles(width, wide, element_size, target, *, fold, sharing):
     """Memory bound: a tile for all ``sharing`` queries that read one prefix, as far as they fit, and few keys at a
-    time. The compiler for sm_100 has to be told not to spill, as in the backward."""
-    registers = 255 if target.backend == "cuda" and target.arch // 10 == 10 else None
+    time. The compiler for sm_100, and for sm_120 in half precision, has to be told not to spill, as in the backward."""
+    told = (10, 12) if element_size == 2 else (10,)
+    registers = 255 if target.backend == "cuda" and target.arch // 10 in told else None
     options = Options(num_warps=4, num_stages=3, registers=registers)
     return Tiles(min(DECODE_ROWS, max(16, power_of_two(fold * sharing))), 32, options)
 

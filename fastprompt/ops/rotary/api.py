@@ -15,9 +15,10 @@ def rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backend
     pass over the rows; nothing but the tables is saved.
 
     Args:
-        x: ``[B, S, H, Dh]`` float32, float16, bfloat16 or float64; ``Dh`` even.
+        x: ``[B, S, H, Dh]`` float32, float16, bfloat16 or float64; ``Dh`` even. Where a model turns a part of each
+            head only, that part: any strides will do, and "triton" reads them in place.
         cosine, sine: ``[B, S, Dh]`` or ``[1, S, Dh]``, of the dtype and device of ``x``. Not trained.
-        backend: "auto", "reference" or "cpu" (the C++ library).
+        backend: "auto", "reference", "cpu" (the C++ library) or "triton".
 
     Returns:
         ``[B, S, H, Dh]``, contiguous, in the dtype of ``x`` and differentiable in it. Half precision is computed in
