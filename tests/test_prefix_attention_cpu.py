@@ -349,3 +349,12 @@ def test_the_benchmark_gives_a_speed_up_only_for_right_results(wrong, tmp_path, 
 def test_a_frozen_bank_of_prefixes_has_no_gradient_in_memory():
     largest, bank = largest_in_backward("cpu", trains=False, dtype=torch.float32)
     assert largest < bank / 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "cpu"])
+def test_lengths_of_prefixes_mean_nothing_where_there_are_none(backend):
+    seq = Sequences.packed([0, 3, 5], prefix_ids=[0, 1], prefix_lens=[2, 4])
+    q, k, v = torch.randn(3, 5, 2, 8)
+    found = prefix_attention(q, k, v, None, None, seq, backend=backend)
+    expected = prefix_attention(q, k, v, None, None, Sequences.packed([0, 3, 5]), backend="reference")
+    torch.testing.assert_close(found, expected)

@@ -1,12 +1,11 @@
 """The schedules of prefix_attention against what they are, written with loops."""
 
-import pytest
 import torch
 from fastprompt.kernels.prefix_attention import schedule as gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt import Sequences, native, prefix_attention
+from fastprompt import Sequences
 from fastprompt.ops.prefix_attention.schedule import CpuSchedule, cpu_schedule
 
 CACHE, PAGE = 400, 8  # columns
@@ -391,15 +390,3 @@ def check_decode_items(made, queries, rows, split):
         assert set(own) <= set(met[i]) <= set(of_sequence + shared) and len(set(met[i])) == len(met[i])
         assert set(shared[made.prefix_low[i] :]) <= set(met[i])
         assert sorted(numbers[i]) == list(range(parts[i + 1] - parts[i]))
-
-
-library = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
-
-
-@pytest.mark.parametrize("backend", ["reference", "composed", pytest.param("cpu", marks=library)])
-def test_lengths_of_prefixes_mean_nothing_where_there_are_none(backend):
-    seq = Sequences.packed([0, 3, 5], prefix_ids=[0, 1], prefix_lens=[2, 4])
-    q, k, v = torch.randn(3, 5, 2, 8)
-    found = prefix_attention(q, k, v, None, None, seq, backend=backend)
-    expected = prefix_attention(q, k, v, None, None, Sequences.packed([0, 3, 5]), backend="reference")
-    torch.testing.assert_close(found, expected)

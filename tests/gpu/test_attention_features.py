@@ -48,7 +48,8 @@ def test_biases_with_every_flag(kind, feature, causal, window, dtype):
 @pytest.mark.parametrize("feature", ["alibi", "bias"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_finds_planted_faults_of_biases(kind, feature):
-    seq = sequences(kind, LENGTHS, 2, 19, seed=1)
+    read = dict(gaps=[3, 0, 2, 3, 1], prefix_ids=[0, 1, 1, 1, 0], prefix_lens=[19, 12])  # all faults show
+    seq = sequences(kind, LENGTHS, 2, 19, **read)
     *inputs, grad = draw(seq, torch.bfloat16, 4, 2, prefixes=2, prefix_length=19, value_dim=12)
     flags = biased(feature, 4)
     assert_found(attention_budget(inputs, grad, seq, **flags), attention_faults(inputs, grad, seq, **flags))

@@ -43,7 +43,7 @@ def _small_tiles(monkeypatch, request):
         small_tiles(monkeypatch)
 
 
-def sequences(kind, lengths, prefixes=0, prefix_length=0, mixed=True, seed=0):
+def sequences(kind, lengths, prefixes=0, prefix_length=0, mixed=True, seed=0, **given):
     generator = torch.Generator().manual_seed(seed)
     batch = len(lengths)
     options = {}
@@ -52,6 +52,7 @@ def sequences(kind, lengths, prefixes=0, prefix_length=0, mixed=True, seed=0):
         if prefixes:
             options["prefix_ids"] = torch.randint(-1, prefixes, (batch,), generator=generator)
             options["prefix_lens"] = torch.randint(0, prefix_length + 1, (prefixes,), generator=generator)
+    options |= given
     if kind == "packed":
         return Sequences.packed(np.cumsum([0, *lengths]).tolist(), **options)
     if kind == "padded":
