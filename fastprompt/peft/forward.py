@@ -22,6 +22,12 @@ from .seq2seq import PairCall
 from .smoothing import to_be_shifted
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Does torch.export trace this? In a graph of torch.compile, torch before 2.13 says so itself."""
+    return torch.compiler.is_exporting()
+
+
 def forward(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
     """The output of PEFT's forward, run on packed rows where they give the same.
 
@@ -30,14 +36,14 @@ def forward(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
         state: what it remembers; the other arguments are those of PEFT's forward.
     """
     output = _run(model, state, args, kwargs)
-    if torch.compiler.is_exporting() or not isinstance(model, PeftModelForCausalLM):
+    if is_exporting() or not isinstance(model, PeftModelForCausalLM):
         return output
     return to_be_shifted(output) if is_prefix(model.active_peft_config) else output
 
 
 def _run(model, state, args, kwargs):
     original = state.original(model)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return original(*args, **kwargs)
     config = model.active_peft_config
     if not config.is_prompt_learning or not isinstance(model, PACKED_CLASSES):

@@ -13,7 +13,7 @@ from ..hf.masks import UnsupportedAttention, active
 from ..hf.request import Request, tokens_of
 from ..layout import IGNORE, CannotPack
 from .call import as_asked, says_something
-from .forward import by_name
+from .forward import by_name, is_exporting
 from .samples import OF_SAMPLES, cu_seqlens_of
 from .state import State, restore
 
@@ -79,7 +79,7 @@ def share_prefixes(model: nn.Module, *, pad_rows_to: int | None = None) -> nn.Mo
 def _forward(model, state, *args, **kwargs):
     """The model's forward, on packed rows where they give the same."""
     original = state.original(model)
-    if torch.compiler.is_exporting() or active() is not None:  # packed rows are on their way, or none are wanted
+    if is_exporting() or active() is not None:  # packed rows are on their way, or none are wanted
         return original(*args, **kwargs)
     given = by_name(original, args, kwargs)
     call = _translated(model, state, given)
