@@ -1,7 +1,7 @@
 """ALiBi and relative position biases in prefix_attention, on every backend that runs on a CPU."""
 
+import functools
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from benchmarks.budget import attention_budget
 from fastprompt import Sequences, native, prefix_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
 
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.missing), reason="no library"))]
 
 
@@ -50,22 +51,27 @@ def test_the_reference_equals_dense_attention(feature, kind, causal, window, siz
         torch.testing.assert_close(x, torch.zeros_like(x) if y is None else y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_within_the_budget_in_every_dtype(backend, feature, dtype, every_isa):
+@functools.cache
+def checked_cases(feature, dtype):
+    """Sequences, inputs, gradient, and two sets of flags with the budget of each: the same for every backend."""
     options = dict(prefix_length=70, widths=(20, 12), sinks=True)
     seq, _, inputs, grad, biases = case(feature, 6, 2, 2, dtype, (17, 3, 150, 40, 9, 1), **options)
-    for flags in (biases, biases | dict(causal=False, window=30)):
-        budget = attention_budget(inputs, grad, seq, **flags)
+    several = (biases, biases | dict(causal=False, window=30))
+    return seq, inputs, grad, [(flags, attention_budget(inputs, grad, seq, **flags)) for flags in several]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_the_budget_in_every_dtype(backend, feature, dtype, every_isa):
+    seq, inputs, grad, checks = checked_cases(feature, dtype)
+    for flags, budget in checks:
         for _ in every_isa() if backend == "cpu" else "r":
             results = run(prefix_attention, inputs, grad, seq, backend=backend, **flags)
             assert_within(budget, all_results(results, inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("feature", ["alibi", "bias"])
+@pytest.mark.parametrize("feature, causal, dtype", covering_array(["alibi", "bias"], [True, False], DTYPES), ids=str)
 def test_the_budget_finds_planted_faults(feature, causal, dtype):
     options = dict(prefix_length=70, widths=(20, 12))
     seq, _, inputs, grad, biases = case(feature, 6, 2, 2, dtype, (17, 3, 150, 40, 9, 1), **options)
@@ -152,7 +158,7 @@ def test_gradcheck(flags):
         lambda *x: prefix_attention(*x[:5], seq, sinks=x[5], position_bias=x[6], **flags)[0], [*inputs, sinks, table]
     )
     slopes = biased("alibi", 2, torch.float64)["alibi_slopes"]
-    attend = partial(prefix_attention, alibi_slopes=slopes, **flags)
+    attend = functools.partial(prefix_attention, alibi_slopes=slopes, **flags)
     torch.autograd.gradcheck(lambda *x: attend(*x[:5], seq, sinks=x[5])[0], [*inputs, sinks])
 
 
