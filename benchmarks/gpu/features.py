@@ -7,8 +7,9 @@ import torch
 import fastprompt
 from fastprompt import Sequences
 from fastprompt.ops.prefix_attention import reference
+from fastprompt.ops.prefix_attention.api import scheduled_attention
 from fastprompt.ops.prefix_attention.dropout import Dropout
-from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule, scheduled_attention
+from fastprompt.ops.prefix_attention.scheduled import Shape, make_schedule
 
 from ..budget import FEW, Budget
 from .measure import normal
