@@ -14,6 +14,11 @@ kernels_run = find_spec("triton") and (torch.cuda.is_available() or os.environ.g
 collect_ignore = [] if kernels_run else ["gpu"]
 if find_spec("vllm") is None:  # it has an environment of its own: make vllm-test
     collect_ignore.append("with_vllm")
+if find_spec("hypothesis"):  # the same shapes on every machine; others with pytest --hypothesis-profile=default
+    from hypothesis import settings
+
+    settings.register_profile("same everywhere", derandomize=True)
+    settings.load_profile("same everywhere")
 
 
 INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512_bf16"]

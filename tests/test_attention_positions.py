@@ -93,7 +93,7 @@ def test_the_budget_finds_planted_faults(feature, causal, dtype):
     window=st.none() | st.integers(1, 60),
     dropout_p=st.sampled_from([0.0, 0.3]),
 )
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_shape(
     backend, lengths, prefix_length, prefixes, widths, group, kv_heads, kind, feature, causal, window, dropout_p

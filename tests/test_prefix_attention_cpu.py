@@ -124,7 +124,7 @@ def test_sequences_longer_than_a_tile_or_a_chunk(every_isa, flags, heads, length
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
     every_isa,
     lengths,

@@ -105,7 +105,7 @@ def test_no_inputs(every_isa):
     dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(every_isa, steps, size, hidden, layers, bidirectional, bias, dtype, dropout, seed):
     compare_sizes(
         every_isa,
