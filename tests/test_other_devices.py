@@ -49,13 +49,14 @@ def moved(inputs):
 
 
 def assert_same(model, inputs):
-    """The loss and the gradients of a step, on packed rows."""
+    """The loss and the gradients of a step, on packed rows. How memory is aligned may decide how sums are rounded."""
     model.train()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastprompt runs")
         (loss, gradients), (expected, exact) = trained(model, moved(inputs)), trained(model, inputs)
-    assert torch.equal(loss, expected) and gradients.keys() == exact.keys()
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in exact.items())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert gradients.keys() == exact.keys()
+    assert all((gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in exact.items())
 
 
 def test_no_operator_takes_both():
@@ -87,7 +88,7 @@ def test_cpt_s_types():
     model.peft_config["default"].opt_weighted_loss_type = "decay"
     assert_same(model, inputs | {"input_type_mask": torch.tensor([4, 4, 8, 8, 1, 2, 12, 12, 12]).repeat(B, 1)})
     with model.disable_adapter():
-        assert torch.equal(model(**moved(inputs)).loss, model(**inputs).loss)
+        torch.testing.assert_close(model(**moved(inputs)).loss, model(**inputs).loss, rtol=1e-6, atol=0)
 
 
 def test_token_types():
@@ -102,7 +103,7 @@ def test_an_encoder_decoder():
 
 def test_a_model_without_a_prompt():
     model, inputs = fastprompt.share_prefixes(build("llama")), batch("right")
-    assert torch.equal(model(**moved(inputs)).loss, model(**inputs).loss)
+    torch.testing.assert_close(model(**moved(inputs)).loss, model(**inputs).loss, rtol=1e-6, atol=0)
     assert fastprompt.stats(model).packed == 2
 
 
