@@ -102,8 +102,7 @@ def test_direct_calls_of_any_shape_take_two_graphs():
 @pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
 def test_windows_softcaps_and_sinks(model):
     eager, compiled, _ = pair(model)
-    for inputs in shapes(2):
-        assert_same(eager, compiled, inputs)
+    assert_same(eager, compiled, batch("right"))
 
 
 def test_a_learned_prefix_takes_two_graphs():

@@ -37,7 +37,6 @@ def standard_errors(x, y):
     "name, method, changes",
     [
         ("gpt2", "prompt_tuning", dict(resid_pdrop=0.3, embd_pdrop=0.2)),
-        ("gpt2", "prompt_tuning", dict(attn_pdrop=0.3)),
         ("llama", "prompt_tuning", dict(attention_dropout=0.4)),
         ("llama", "prefix", dict(attention_dropout=0.4)),
         ("opt", "prompt_tuning", dict(dropout=0.2, attention_dropout=0.2)),
