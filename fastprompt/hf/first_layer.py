@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..layout import RowPlan
 from .checkpointing import others_checkpoint
 from .outer_layer import ModuleCall, OuterLayer, forward_of, states_among
-from .structure import is_plain_linear
+from .structure import is_compiled, is_plain_linear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -55,7 +55,7 @@ class FirstLayer(OuterLayer):
         parts: list[Any] = list(self.layer.modules())
         seen = any(vars(part)[hooks] for part in parts for hooks in _HOOKS)
         again = any(part.training and getattr(part, "gradient_checkpointing", False) for part in (backbone, *parts))
-        compiled = any(vars(part).get("_compiled_call_impl") is not None for part in parts)
+        compiled = any(map(is_compiled, parts))
         trains = any(parameter.requires_grad for parameter in backbone.parameters())
         if seen or again or others_checkpoint(self.layer) or compiled or trains or not self.is_plain(backbone):
             return []

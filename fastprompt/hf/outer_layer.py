@@ -63,14 +63,16 @@ class OuterLayer:
     def of(cls: type[Layer], backbone: nn.Module, calls: Sequence[ModuleCall]) -> Layer | None:
         """The layer at this end of a run of the backbone, if it has one attention and no state; else None."""
         called = [call.module for call in calls]
-        lists = [
-            (x, name) for x in backbone.modules() for name, y in x.named_children() if isinstance(y, nn.ModuleList)
-        ]
-        lists = [(x, name) for x, name in lists if any(layer in called for layer in getattr(x, name))]
-        if not lists:
+        lists = (
+            (parent, name, tuple(child))
+            for parent in backbone.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, nn.ModuleList)
+        )
+        found = next((x for x in lists if any(layer in called for layer in x[2])), None)
+        if found is None:
             return None
-        parent, name = lists[0]
-        layers = tuple(getattr(parent, name))
+        parent, name, layers = found
         in_order = [module for module in called if module in layers]
         layer = in_order[cls.number]
         attentions = [x for x in layer.children() if hasattr(x, "layer_idx") and called.count(x) == 1]

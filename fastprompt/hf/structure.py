@@ -174,7 +174,7 @@ def survey(model: Any) -> Survey:
     otherwise, compiled = None, []
     for part in model.modules():
         own = vars(part)
-        if own.get("_compiled_call_impl") is not None or "_orig_mod" in part._modules:
+        if is_compiled(part):
             compiled.append(part)
         if not part.training:
             continue
@@ -188,6 +188,11 @@ def survey(model: Any) -> Survey:
                     draws, otherwise = True, otherwise or f"{type(part).__name__}.{name} = {value}"
                 draws = draws or _is_dropout(name, value)
     return Survey(draws, otherwise, compiled)
+
+
+def is_compiled(part: nn.Module) -> bool:
+    """Does torch.compile run this module, whatever it does with its parts?"""
+    return vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules
 
 
 def _is_dropout(name, value):
