@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,15 @@ if find_spec("hypothesis"):  # the same shapes on every machine; others with pyt
 
     settings.register_profile("same everywhere", derandomize=True)
     settings.load_profile("same everywhere")
+
+
+def pytest_collection_finish():
+    """What the libraries made when they were imported lives on: no collection of garbage has to look at it again.
+
+    Trainer asks for a collection in every run, which is a third of a short one otherwise.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
