@@ -47,6 +47,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "step": step.run,
     "methods": methods.run,
+    "hybrids": imported_late("hybrids"),
     "encoder_decoder": imported_late("encoder_decoder"),
     "common": common.run,
     "many_prompts": many_prompts.run,

@@ -138,19 +138,27 @@ def measure(workload, rounds, steps, progress=None, of=("fastprompt", "PEFT")):
 
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write ``step.csv`` and ``step.png`` into ``out``; False if a result was wrong."""
-    return compare("Prompt Tuning", all_workloads(quick), out / "step", quick, sizes)
+    method = "Prompt Tuning"
+    return compare(method, all_workloads(quick), lambda w: providers(w, sizes, method), out / "step", quick)
 
 
-def compare(method, workloads, file, quick, sizes):
-    """Measure a method on the workloads, print, and write CSV and a plot beside it; False if a result was wrong."""
+def compare(title, workloads, steps_of, file, quick):
+    """Measure the steps that a function gives for each workload, print, and write CSV and a plot beside it.
+
+    Returns:
+        False if a result was wrong.
+    """
     rounds = 2 if quick else 5
-    steps = sum(4 + (workload.prompts <= 1) for workload in workloads)
-    with tqdm(total=steps * (rounds + 1), desc=method, unit="step") as progress:
-        results = [measure(w, rounds, providers(w, sizes, method), progress) for w in workloads]
-    print(f"{method}\n{summary(results)}", flush=True)
+    results = []
+    with tqdm(desc=title, unit="step") as progress:
+        for workload in workloads:
+            steps = steps_of(workload)
+            progress.total = len(workloads) * len(steps) * (rounds + 1)
+            results.append(measure(workload, rounds, steps, progress))
+    print(f"{title}\n{summary(results)}", flush=True)
     report.write_csv(file.with_suffix(".csv"), [_record(result) for result in results])
     if all(result.right for result in results):
-        plot(results, method, file.with_suffix(".png"))
+        plot(results, title, file.with_suffix(".png"))
     return all(result.right for result in results)
 
 
@@ -226,7 +234,7 @@ def _record(result):
     return record | {"loss difference": result.loss_error, "gradient difference": result.grad_error}
 
 
-def plot(results, method, file):
+def plot(results, title, file):
     """How much faster than PEFT's own step each provider is, a group of bars a workload."""
     if (figure := report.figure(10, 4.5)) is None:
         return
@@ -242,7 +250,7 @@ def plot(results, method, file):
         [f"{r.workload.name}\n{'all labels' if r.workload.all_labels else 'one a row'}" for r in results],
         fontsize=8,
     )
-    axes.set_ylabel(f"times faster than PEFT's {method}")
+    axes.set_ylabel(f"times faster than PEFT: {title}")
     axes.set_xlabel("(prompt vectors, rows, longest row)")
     axes.legend()
     figure.savefig(file, dpi=150)

@@ -11,6 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import (
     common,
     encoder_decoder,
+    hybrids,
     many_prompts,
     memory,
     methods,
@@ -132,6 +133,13 @@ def test_every_method_is_right_and_reported(tmp_path, monkeypatch, capsys):
         "step_p-tuning.csv",
         "step_multitask_prompt_tuning.csv",
     }
+
+
+def test_recurrent_layers_are_right_and_reported(tmp_path, monkeypatch, capsys):
+    small = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+    monkeypatch.setattr(hybrids, "uneven_workloads", lambda quick: [Workload(4, (3, 5, 2, 4), True, uneven=True)])
+    assert hybrids.run(tmp_path, quick=True, sizes=hybrids.SIZES | small)
+    assert "geometric mean" in capsys.readouterr().out and (tmp_path / "hybrids.csv").exists()
 
 
 def test_common_text_is_right_and_reported(tmp_path, capsys):

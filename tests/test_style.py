@@ -35,6 +35,10 @@ def test_no_file_is_too_long():
     assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_no_line_is_too_wide():
     """Rows of a table in markdown cannot be broken."""
     wide = []
