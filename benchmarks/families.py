@@ -122,7 +122,7 @@ def peft_model(family, **changes):
 
 def survey(family: str, **changes: Any) -> Outcome:
     """Try one family on all batches, with changes of its config."""
-    given = list(batches())
+    given, model = list(batches()), None
     try:
         model = peft_model(family, **changes)
         plain = [step(model, inputs) for inputs in given]
@@ -131,7 +131,9 @@ def survey(family: str, **changes: Any) -> Outcome:
     except Exception as error:
         ours = why_no_text(family, changes, given)
         if ours is None:
-            return Outcome(family, "PEFT fails", _one_line(error))
+            lost = model is not None and model.word_embeddings is None
+            why = " (PEFT found no table of vocab_size embeddings)" if lost else ""
+            return Outcome(family, "PEFT fails", _one_line(error) + why)
         return Outcome(family, "not tried", NEEDS[family]) if family in NEEDS else Outcome(family, "no sizes", ours)
     try:
         fastprompt.accelerate(model)
@@ -184,7 +186,7 @@ def _one_line(error):
 
 
 def run(out, quick=False):
-    """Run, print, write ``families.csv`` into ``out`` and the document; False if one is wrong, a crash or without sizes."""
+    """Run, print, write ``families.csv`` into ``out`` and the document; False if any is wrong, breaks or lacks sizes."""
     warnings.filterwarnings("ignore")
     names = [name for name in (COMMON if quick else sorted(families())) if name in families()]
     outcomes = [x for name in tqdm(names, desc="families") for x in _with_variant(name)]
@@ -224,11 +226,5 @@ def document(outcomes, counts):
         "| family | runs | why |",
         "|---|---|---|",
     ]
-    return "\n".join(lines + [_line(x) for x in outcomes]) + "\n"
-
-
-def _line(outcome):
-    """A line of the table, of 120 columns at most."""
-    start = f"| {outcome.family} | {outcome.path} | "
-    room, reason = 118 - len(start), outcome.reason.replace("|", "/")
-    return f"{start}{reason if len(reason) <= room else reason[: room - 3] + '...'} |"
+    lines += [f"| {x.family} | {x.path} | {x.reason.replace('|', '/')} |" for x in outcomes]
+    return "\n".join(lines) + "\n"

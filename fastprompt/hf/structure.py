@@ -61,7 +61,8 @@ def why_never_packed(
             return (
                 f"{name} has layers of type {', '.join(unknown)}, through which one sequence would reach into the next"
             )
-    understood = {part for module in with_state for part in module.modules()}
+    images = (module for module in backbone.modules() if module is not backbone and _reads_no_text(module))
+    understood = {part for module in (*with_state, *images) for part in module.modules()}
     for module in backbone.modules():
         carries = None if module in understood else _carries_state(module)
         if carries is not None:
@@ -125,6 +126,11 @@ def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def _reads_no_text(module):
+    """Is it an encoder of images or sound, which a batch of text does not reach?"""
+    return isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
 
 
 def _carries_state(module):
