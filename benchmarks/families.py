@@ -7,6 +7,7 @@ Loss, gradient of the prompt and logits of an accelerated PEFT model against PEF
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # How a family can come out, and what that means.
 PATHS = {
     "packed": "the prompt runs once, and all is equal to PEFT's",
-    "PEFT's forward": "accelerated or not it is PEFT's, for the reason given",
-    "PEFT fails": "the model runs a batch of text, and raises behind a prompt of PEFT's",
-    "not tried": "the model itself runs no batch of text",
+    "PEFT's forward": "its own padded forward runs, as without fastprompt, for the reason given",
+    "PEFT fails": "the model itself runs the batches, and raises behind a prompt of PEFT's",
+    "not tried": "the model itself runs no batch of text alone, without PEFT",
     "no sizes": "its tiny model does not run: the survey lacks its sizes",
     "wrong": "it differs from PEFT's",
     "crash": "it raises where PEFT's runs",
@@ -182,11 +183,11 @@ def _difference(got, expected):
 
 
 def _one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return f"{type(error).__name__}: {shorten(str(error), 120, placeholder=' ...')}"
 
 
 def run(out, quick=False):
-    """Run, print, write ``families.csv`` into ``out`` and the document; False if any is wrong, breaks or lacks sizes."""
+    """Run, print, write ``families.csv`` into ``out`` and the document; False if one is wrong, breaks, has no sizes."""
     warnings.filterwarnings("ignore")
     names = [name for name in (COMMON if quick else sorted(families())) if name in families()]
     outcomes = [x for name in tqdm(names, desc="families") for x in _with_variant(name)]

@@ -161,6 +161,14 @@ def test_sparse_attention_is_not_made_dense_by_asking():
     assert torch.equal(model(**inputs).loss, plain)
 
 
+def test_an_encoder_of_images_is_not_asked_about_text():
+    """Phi-4 multimodal has one, with a convolution, among its layers."""
+    base = build("llama")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base.model.images = hf.SiglipVisionModel(hf.SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+    assert fastprompt.accelerate(peft_model(None, base=base))._fastprompt.engine.refusal is None
+
+
 def test_abilities_are_frozen():
     with pytest.raises(AttributeError):
         fastprompt.accelerate(peft_model("llama"))._fastprompt.engine.abilities.layout = "packed"
