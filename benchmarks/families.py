@@ -7,6 +7,7 @@ Loss, gradient of the prompt and logits of an accelerated PEFT model against PEF
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 import fastprompt
 
 from . import report
-from .tiny_families import VOCABULARY, check_size, families, tiny_model
+from .tiny_families import NEEDS, VOCABULARY, check_size, families, tiny_model
 
 PROMPT, ROWS, WIDTH = 5, 4, 14
 # Relative differences in fp32. A gradient may differ by what PEFT's own differs from that in float64, if that is more.
@@ -30,11 +31,24 @@ COMMON = (
     "starcoder2 cohere2 glm4 deepseek_v3 llama4_text"
 ).split()
 # Configs that run otherwise than their family's default: an indexer that chooses fewer keys than the longest row sees,
-# Falcon's first models, the E models of Gemma 4.
+# no layers that choose experts by token id, Falcon's first models, the E models of Gemma 4.
 VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v32": dict(index_topk=32),
+    "deepseek_v4": dict(num_hash_layers=0),
     "falcon": dict(alibi=True),
     "gemma4_text": dict(hidden_size_per_layer_input=4),
+}
+
+
+# How a family can come out, and what that means.
+PATHS = {
+    "packed": "the prompt runs once, and all is equal to PEFT's",
+    "PEFT's forward": "its own padded forward runs, as without fastprompt, for the reason given",
+    "PEFT fails": "the model itself runs the batches, and raises behind a prompt of PEFT's",
+    "not tried": "the model itself runs no batch of text alone, without PEFT",
+    "no sizes": "its tiny model does not run: the survey lacks its sizes",
+    "wrong": "it differs from PEFT's",
+    "crash": "it raises where PEFT's runs",
 }
 
 
@@ -44,8 +58,8 @@ class Outcome:
 
     Attributes:
         family: its model type.
-        path: "packed", "PEFT's forward" (right, for a reason), "wrong", "crash" (where PEFT runs), or "PEFT fails".
-        reason: why not packed, or what is wrong.
+        path: one of PATHS.
+        reason: why not packed, what is wrong, or the error.
         loss, gradient: the largest relative differences.
     """
 
@@ -109,14 +123,19 @@ def peft_model(family, **changes):
 
 def survey(family: str, **changes: Any) -> Outcome:
     """Try one family on all batches, with changes of its config."""
+    given, model = list(batches()), None
     try:
         model = peft_model(family, **changes)
-        given = list(batches())
         plain = [step(model, inputs) for inputs in given]
+        if not all(loss.isfinite() and gradient.isfinite().all() for loss, gradient, _ in plain):
+            raise ValueError("its loss or gradient is no number")
     except Exception as error:
-        return Outcome(family, "PEFT fails", _one_line(error))
-    if not all(loss.isfinite() and gradient.isfinite().all() for loss, gradient, _ in plain):
-        return Outcome(family, "PEFT fails", "its loss or gradient is no number")
+        ours = why_no_text(family, changes, given)
+        if ours is None:
+            lost = model is not None and model.word_embeddings is None
+            why = " (PEFT found no table of vocab_size embeddings)" if lost else ""
+            return Outcome(family, "PEFT fails", _one_line(error) + why)
+        return Outcome(family, "not tried", NEEDS[family]) if family in NEEDS else Outcome(family, "no sizes", ours)
     try:
         fastprompt.accelerate(model)
         fast = [step(model, inputs) for inputs in given]
@@ -133,6 +152,18 @@ def survey(family: str, **changes: Any) -> Outcome:
     if not stats.packed:
         return Outcome(family, "PEFT's forward", reason, loss, gradient)
     return Outcome(family, "packed", f"but for: {reason}" if reason else "", loss, gradient)
+
+
+def why_no_text(family, changes, given):
+    """The error of the model itself, without PEFT, on the batches; None if it runs them."""
+    try:
+        check_size(family, **changes)
+        model = tiny_model(family, **changes).train()
+        for inputs in given:
+            model(**inputs).loss.backward()
+    except Exception as error:
+        return _one_line(error)
+    return None
 
 
 def rounding(family, changes, given, plain):
@@ -152,22 +183,22 @@ def _difference(got, expected):
 
 
 def _one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return f"{type(error).__name__}: {shorten(str(error), 120, placeholder=' ...')}"
 
 
 def run(out, quick=False):
-    """Run, print, write ``families.csv`` into ``out`` and the document; False if one is wrong or a crash."""
+    """Run, print, write ``families.csv`` into ``out`` and the document; False if one is wrong, breaks, has no sizes."""
     warnings.filterwarnings("ignore")
     names = [name for name in (COMMON if quick else sorted(families())) if name in families()]
     outcomes = [x for name in tqdm(names, desc="families") for x in _with_variant(name)]
-    counts = {path: sum(x.path == path for x in outcomes) for path in sorted({x.path for x in outcomes})}
+    counts = {path: number for path in PATHS if (number := sum(x.path == path for x in outcomes))}
     print(", ".join(f"{path}: {number}" for path, number in counts.items()))
     rows = [[x.family, x.path, f"{x.loss:.0e}", f"{x.gradient:.0e}", x.reason[:90]] for x in outcomes]
     print(report.table(["family", "path", "loss diff", "gradient diff", "reason"], rows), flush=True)
     report.write_csv(out / "families.csv", [vars(x) for x in outcomes])
     if not quick:
         DOCUMENT.write_text(document(outcomes, counts))
-    return not any(x.path in ("wrong", "crash") for x in outcomes)
+    return not any(x.path in ("wrong", "crash", "no sizes") for x in outcomes)
 
 
 def _with_variant(family):
@@ -189,12 +220,12 @@ def document(outcomes, counts):
         "`python -m benchmarks families`. Where PEFT fails there is nothing to compare with; Gemma 4's E models, which",
         "look embeddings of every layer up by token id, run packed behind prompts even so (`tests/test_per_layer.py`).",
         "",
+        *(f"- {path} ({counts[path]}): {meaning}" for path, meaning in PATHS.items() if path in counts),
+        "",
         f"{report.header().splitlines()[1]}.",
-        f"{', '.join(f'{path}: {number}' for path, number in counts.items())}.",
         "",
         "| family | runs | why |",
         "|---|---|---|",
     ]
-    cut = lambda text: text.replace("|", "/") if len(text) < 78 else text[:75].replace("|", "/") + "..."  # noqa: E731
-    lines += [f"| {x.family} | {x.path} | {cut(x.reason)} |" for x in outcomes]
+    lines += [f"| {x.family} | {x.path} | {x.reason.replace('|', '/')} |" for x in outcomes]
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ LARGEST = 20_000_000  # parameters; a family with more has sizes that the table 
 
 _SAME = [
     (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
-    (WIDTH, "hidden_size d_model n_embd model_dim dim embedding_size emb_dim d_embed lru_width"),
+    (WIDTH, "hidden_size d_model n_embd model_dim dim embedding_size emb_dim d_embed lru_width hidden_size_global"),
     (
         96,
         "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim dff feed_forward_size",
@@ -60,10 +60,30 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "axk2": _LATENT,
     "bailing_hybrid": dict(_LATENT, layer_group_size=2, num_local_experts=4),
     "bamba": dict(num_hidden_layers=3, attn_layer_indices=[1]),
+    "blt": dict(use_cache=False, encoder_hash_byte_group_vocab=31),
     "codegen": dict(n_head=4),
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters=dict(
+            sliding_attention=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]),
+            full_attention=None,
+        ),
+    ),
+    "cpmant": dict(dim_ff=96, prompt_types=3, prompt_length=4),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=KV_HEADS, clip_qkv=1.0, rope_theta=10000.0),
+        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2),
+    ),
     "deepseek_v2": dict(_LATENT, num_experts_per_tok=2),
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
+    "deepseek_v4": dict(
+        num_key_value_heads=1,
+        partial_rotary_factor=0.5,
+        o_groups=2,
+        o_lora_rank=16,
+        compress_rates=dict(compressed_sparse_attention=4, heavily_compressed_attention=8),
+    ),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "dots3_note_text": dict(
         num_key_value_heads=HEADS,
@@ -100,7 +120,18 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _DELTA,
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
-    "reformer": dict(axial_pos_embds_dim=[16, 48], axial_pos_shape=[16, 16]),
+    "qwen4_exp_text": dict(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+        hc_lowrank=8,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+    ),
+    "reformer": dict(attention_head_size=16, axial_pos_embds=False),
+    "xlstm": dict(use_cache=False, qk_dim_factor=1.0),
     "xmod": dict(default_language="en_XX"),
     "youtu": _LATENT,
     "zamba": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], attention_hidden_size=128),
@@ -113,6 +144,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
         use_mem_rope=True,
     ),
     "zaya": dict(num_hidden_layers=2, num_experts_per_tok=1),
+}
+# What a model takes that no batch of text has.
+NEEDS: dict[str, str] = {
+    "gemma4_assistant": "it drafts for another model, whose hidden states and keys and values it takes",
+    "gemma4_unified_assistant": "it drafts for another model, whose hidden states and keys and values it takes",
+    "git": "its loss is that of a text behind an image",
+    "musicgen": "its tokens are those of music, of several codebooks at a time",
+    "musicgen_melody": "its tokens are those of music, of several codebooks at a time",
 }
 
 
@@ -141,10 +180,16 @@ def tiny_config(config_class: type[PretrainedConfig], **changes: Any) -> Pretrai
 
 
 def classes_of(name: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The config and the causal language model of one family, without a look at the others."""
+    """The config and the causal language model of one family, without a look at the others.
+
+    Of models with images or sound, the config of the part that is a language model, where it takes that one.
+    """
     config_class = CONFIG_MAPPING[name]
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    return config_class, model_class[0] if isinstance(model_class, tuple) else model_class
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if model_class.config_class in (getattr(config_class, "sub_configs", None) or {}).values():
+        config_class = model_class.config_class
+    return config_class, model_class
 
 
 def check_size(name: str, **changes: Any) -> None:

@@ -10,7 +10,7 @@ import transformers as hf
 from covering import covering_array
 from parity import P, assert_equal, assert_identical, batch, peft_model, step
 from tiny_hybrids import build_hybrid
-from tiny_models import VOCABULARY, build
+from tiny_models import VOCABULARY, build, drawn
 
 import fastprompt
 from fastprompt.hf.abilities import Abilities
@@ -143,6 +143,30 @@ def test_a_state_that_no_cache_holds_is_refused_by_structure(dtype):
     with pytest.warns(UserWarning, match=PADDED + "RecurrentGemmaModel has layers of type linear_attention"):
         fastprompt.accelerate(model)
     assert torch.equal(model(**inputs).loss, plain)
+
+
+def test_sparse_attention_is_not_made_dense_by_asking():
+    """BigBird attends to all tokens from its first short batch on, for good."""
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = hf.BigBirdPegasusConfig(
+        **sizes, vocab_size=VOCABULARY, d_model=16, block_size=2, num_random_blocks=1, pad_token_id=0, dropout=0.0
+    )
+    torch.manual_seed(0)
+    base = drawn(hf.BigBirdPegasusForConditionalGeneration(config))
+    model = peft_model(None, task_type="SEQ_2_SEQ_LM", base=base).eval()
+    inputs = dict(input_ids=torch.randint(3, VOCABULARY, (1, 20)), labels=torch.randint(3, VOCABULARY, (1, 3)))
+    plain = model(**inputs).loss
+    with pytest.warns(UserWarning, match=PADDED + "BigBirdPegasusEncoder attends to blocks"):
+        fastprompt.accelerate(model)
+    assert torch.equal(model(**inputs).loss, plain)
+
+
+def test_an_encoder_of_images_is_not_asked_about_text():
+    """Phi-4 multimodal has one, with a convolution, among its layers."""
+    base = build("llama")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base.model.images = hf.SiglipVisionModel(hf.SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+    assert fastprompt.accelerate(peft_model(None, base=base))._fastprompt.engine.refusal is None
 
 
 def test_abilities_are_frozen():

@@ -162,7 +162,7 @@ def test_feature_extraction(name, method):
         ("llama", "SEQ_CLS", "right", "the model reads what stands in the last column"),
         ("bert", "SEQ_CLS", "left", "the model does not see left-padded rows as packed rows would"),
         ("bert", "QUESTION_ANS", "right", "an answer's probabilities are over all columns, padding among them"),
-        ("deberta", "TOKEN_CLS", "right", "packed rows give another output than the padded forward"),
+        ("deberta", "TOKEN_CLS", "right", "DebertaV2Model does not ask transformers' attention interface for a mask"),
     ],
 )
 def test_a_head_that_reads_padding_runs_peft_itself(name, task_type, padding, reason):

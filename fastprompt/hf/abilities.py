@@ -107,7 +107,7 @@ class Probe:
     expected: Expectations = field(init=False)
 
     def __post_init__(self) -> None:
-        self._has_window = False
+        self._asked, self._has_window = None, False
         self._shapes: set[Shape] = set()
         self.is_lm = self.base.get_output_embeddings() is not None and self.base.can_generate()
         self.backbone = backbone_of(self.base) if self.is_lm else self.base.base_model
@@ -185,7 +185,7 @@ class Probe:
                     if found is None:
                         return tried
                     reason = reason or found
-        return Abilities(self._why_not_continued() or reason, self.is_lm)
+        return Abilities(self._why_not_continued() or self._why_no_mask() or reason, self.is_lm)
 
     def _why_not_continued(self):
         """The first layer that takes no notice of the state of its prompt, or None."""
@@ -198,6 +198,12 @@ class Probe:
                 return next(filter(None, reasons), None)
         except Exception:  # it does not run packed rows at all
             return None
+
+    def _why_no_mask(self):
+        """Packed rows ran, and nothing told them apart in attention; None if that is not so, or they raised."""
+        if self._asked is not False:
+            return None
+        return f"{type(self.backbone).__name__} does not ask transformers' attention interface for a mask"
 
     def _find_left_padding(self, found):
         for compact in (False, True):
@@ -259,7 +265,7 @@ class Probe:
             else:
                 with runner.packed_backbone(plan, {"inputs_embeds": rows}, recorded=recorded):
                     output = first_output(sample.run(self.base, mask))
-        self._has_window = runner.has_window
+        self._asked, self._has_window = runner.asked, runner.has_window
         return plan, output
 
     def _plan(self, layout, mask):
@@ -361,4 +367,6 @@ def reason_of(base: PreTrainedModel, error: Exception) -> str:
     """An error on packed rows in words for users."""
     if "PackedMask" in str(error):  # what stands in place of the mask met code that wants a tensor
         return f"{type(base).__name__} computes attention in code of its own"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, CannotPack | UnsupportedAttention):
+        return str(error)
+    return f"{type(base).__name__} raises {type(error).__name__}: {error}"

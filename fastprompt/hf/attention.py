@@ -74,6 +74,7 @@ WITHOUT_EFFECT = {
     "output_router_logits",
     "return_dict",
     "num_items_in_batch",
+    "logits_to_keep",
     "shift_labels",
     "labels",
     "cache_position",

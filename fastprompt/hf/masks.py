@@ -143,7 +143,8 @@ class PackedRows:
 
     Attributes:
         plan: the RowPlan.
-        has_window: did the model ask for the mask of a sliding window?
+        asked: did the model ask for a mask at all?
+        has_window: did it ask for that of a sliding window?
         differentiable: are gradients recorded, so that no layer may run without unless it is run again?
         run_again_by_others: may layers be run again outside of a block that says of what batch they are?
         ran: the layers with a state that ran these rows as sequences.
@@ -159,7 +160,7 @@ class PackedRows:
         shapes: set[Shape] | None = None,
         compiled: torch.dtype | None = None,
     ) -> None:
-        self.plan, self.has_window = plan, False
+        self.plan, self.asked, self.has_window = plan, False, False
         self.shapes, self.compiled = shapes, compiled
         self.sequences: Any = plan.sequences
         self.sources = sources
@@ -176,6 +177,7 @@ class PackedRows:
             UnsupportedAttention: the model asks for more: a mask that is neither causal, bidirectional nor a sliding
                 window, one with padding or sequences of its own, or one of other rows.
         """
+        self.asked = True
         waits = is_eager(self.plan.source) and self.plan.source.device.type == "cpu"
         with nullcontext() if waits else without_waiting():
             return self._mask(**arguments)

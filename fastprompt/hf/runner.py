@@ -48,7 +48,8 @@ class Runner:
         compact_positions: does the model number tokens alone, so that left padding leaves no gap?
         first_layer: the first layer, if no rows have met before its attention.
         last_layer: the last layer, if it can run on chosen rows.
-        has_window: has it asked for the mask of a sliding window so far?
+        asked: has it asked for a mask so far?
+        has_window: has it asked for that of a sliding window?
         shapes: of its calls of attention so far, which schedules for compiled layers depend on.
         compiled: the parts of the model that torch.compile runs; the engine looks for them in every call.
     """
@@ -61,6 +62,7 @@ class Runner:
     compact_positions: bool = False
     first_layer: FirstLayer | None = None
     last_layer: LastLayer | None = None
+    asked: bool = False
     has_window: bool = False
     shapes: set[Shape] = field(default_factory=set)
 
@@ -290,6 +292,7 @@ class Runner:
             batch.run_again_by_others = others_checkpoint(self.base)
             block.enter_context(recomputing(self.base, batch))
             yield inputs
+            self.asked = self.asked or batch.asked
             self.has_window = self.has_window or batch.has_window
 
     def _through(self, bridge, rows, block):

@@ -61,11 +61,15 @@ def why_never_packed(
             return (
                 f"{name} has layers of type {', '.join(unknown)}, through which one sequence would reach into the next"
             )
-    understood = {part for module in with_state for part in module.modules()}
+    images = (module for module in backbone.modules() if module is not backbone and _reads_no_text(module))
+    understood = {part for module in (*with_state, *images) for part in module.modules()}
     for module in backbone.modules():
         carries = None if module in understood else _carries_state(module)
         if carries is not None:
             return f"{type(module).__name__} {carries}, through which one sequence would reach into the next"
+    for module in backbone.modules():
+        if getattr(module, "attention_type", None) == "block_sparse":
+            return f"{type(module).__name__} attends to blocks, or to all that it sees, by the width of the batch"
     if getattr(base, "_is_stateful", False) and not with_state:
         return f"{type(base).__name__} carries a state from token to token"
     return None
@@ -75,7 +79,8 @@ def position_embeddings(backbone: nn.Module) -> list[nn.Module]:
     """The modules that can be told the positions which a backbone without ``position_ids`` counts itself (BART)."""
     if _takes_positions(backbone):
         return []
-    return [module for module in backbone.modules() if isinstance(module, nn.Embedding) and _takes_positions(module)]
+    tables = (module for module in backbone.modules() if isinstance(module, nn.Embedding))
+    return [module for module in tables if module.padding_idx is None and _takes_positions(module)]
 
 
 def tell_positions(module: nn.Module, positions: torch.Tensor) -> RemovableHandle:
@@ -121,6 +126,11 @@ def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def _reads_no_text(module):
+    """Is it an encoder of images or sound, which a batch of text does not reach?"""
+    return isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
 
 
 def _carries_state(module):
