@@ -13,8 +13,6 @@ import transformers as hf
 from peft import PromptTuningConfig, get_peft_model
 from tqdm import tqdm
 
-import fastprompt
-
 from . import report, step
 from .workloads import IGNORE, uneven_lengths
 
@@ -123,13 +121,13 @@ def providers(build, workload, sizes=SIZES):
     """Name -> step."""
     batch = workload.batch(sizes["vocabulary"])
     config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=workload.prompt)
-    steps = []
-    for _ in range(2):
+
+    def tuned():
         base = build(sizes)
         torch.manual_seed(1)
-        steps.append(step.Training(get_peft_model(base, config), batch))
-    fastprompt.accelerate(steps[1].model)
-    return dict(zip(("PEFT", "fastprompt"), steps))
+        return get_peft_model(base, config)
+
+    return step.peft_and_ours(tuned, batch)
 
 
 def run(out, quick=False, sizes=SIZES):

@@ -5,12 +5,9 @@ prompt leaves a state, from which every row starts; the rows are cut into chunks
 """
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-import fastprompt
-
-from . import step
+from . import models, step
 from .workloads import uneven_workloads
 
 SIZES = dict(
@@ -38,14 +35,8 @@ def qwen(sizes=SIZES):
 def providers(workload, sizes=SIZES):
     """Name -> step."""
     batch = workload.batch(sizes["vocab_size"])
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=workload.prompt)
-    steps = []
-    for _ in range(2):
-        base = qwen(sizes)
-        torch.manual_seed(1)
-        steps.append(step.Training(get_peft_model(base, config), batch))
-    fastprompt.accelerate(steps[1].model)
-    return dict(zip(("PEFT", "fastprompt"), steps)) | {"floor": step.Floor(qwen(sizes), workload)}
+    steps = step.peft_and_ours(lambda: models.soft_prompt(qwen(sizes), workload.prompt), batch)
+    return steps | {"floor": step.Floor(qwen(sizes), workload)}
 
 
 def run(out, quick=False, sizes=SIZES):

@@ -78,11 +78,15 @@ def _head_and_loss(hidden, weight, labels):
     return nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
+def peft_and_ours(build, batch):
+    """PEFT's step and the same accelerated, each on a model of its own that ``build`` makes."""
+    return {"PEFT": Training(build(), batch), "fastprompt": Training(fastprompt.accelerate(build()), batch)}
+
+
 def providers(workload, sizes=models.SIZES, method="Prompt Tuning"):
     """Name -> step."""
     batch = workload.batch(sizes["vocab_size"])
-    peft, ours = (models.soft_prompt(models.llama(sizes), workload.prompt, method) for _ in range(2))
-    steps = {"PEFT": Training(peft, batch), "fastprompt": Training(fastprompt.accelerate(ours), batch)}
+    steps = peft_and_ours(lambda: models.soft_prompt(models.llama(sizes), workload.prompt, method), batch)
     if workload.prompts <= 1:
         steps["LoRA"] = Training(models.lora(models.llama(sizes)), batch)
     bare = models.llama(sizes)
