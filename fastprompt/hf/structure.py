@@ -61,6 +61,8 @@ def why_never_packed(
             return (
                 f"{name} has layers of type {', '.join(unknown)}, through which one sequence would reach into the next"
             )
+    if any(vars(module).get("attention_type") == "block_sparse" for module in backbone.modules()):
+        return f"attention of a {name} is sparse where rows are long"
     understood = {part for module in with_state for part in module.modules()}
     for module in backbone.modules():
         carries = None if module in understood else _carries_state(module)
@@ -125,6 +127,8 @@ def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[
 
 def _carries_state(module):
     """What carries something from one token to others beside attention, or None."""
+    if "expert_capacity" in vars(module):
+        return "leaves tokens out beyond an expert's capacity"
     if isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size):
         return "is a convolution over tokens"
     return "is recurrent" if isinstance(module, nn.RNNBase) else None

@@ -128,12 +128,17 @@ class PromptBank:
         return name in self._entries
 
     def __getitem__(self, name: str) -> CompiledPrompt:
-        """A prompt, read again if it was written to disk; it counts as used."""
+        """A prompt, read again if it was written to disk; it counts as used.
+
+        Raises:
+            KeyError: there is none of that name.
+            OSError: it was written to disk, and cannot be read again.
+        """
         with self._lock:
             entry = self._entries[name]
             self._entries.move_to_end(name)
             if not entry.in_memory:
-                loaded = CompiledPrompt.load(entry.file or "")
+                loaded = self._read(name, entry.file)
                 entry.compiled = replace(loaded, state=loaded.state.to(self.base))
                 entry.in_memory = True
             compiled = entry.compiled
@@ -167,6 +172,7 @@ class PromptBank:
         Raises:
             ValueError, TypeError, NotImplementedError: an unknown name, or an option that cannot be done; before
                 anything is run.
+            OSError: a prompt that was written to disk cannot be read again; before that, too.
         """
         goes_on = any(options.get(name) is not None for name in ("past_key_values", "cache", "cache_params"))
         if goes_on:
@@ -219,6 +225,16 @@ class PromptBank:
         words = [verbaliser[label] for label in labels]
         scores: Any = self.logprobs(input_ids, attention_mask, completions=words, prompts=prompts)
         return [labels[best] for best in scores.argmax(1).tolist()]
+
+    def length(self, name: str) -> int:
+        """P of a prompt, which is not read for it. Raises KeyError if there is none of that name."""
+        return self._entries[name].compiled.length
+
+    def _read(self, name, file):
+        try:
+            return CompiledPrompt.load(file)
+        except (OSError, ValueError) as error:
+            raise OSError(f"the prompt {name!r} was written to disk, and cannot be read again: {error}") from error
 
     def _compiled(self, prompt, task_id):
         if isinstance(prompt, CompiledPrompt) or (isinstance(prompt, (str, os.PathLike)) and not Path(prompt).is_dir()):
