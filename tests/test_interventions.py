@@ -149,6 +149,22 @@ def test_generation_runs_a_prompt_again_after_a_change(change):
     assert not torch.allclose(after, before, atol=1e-2)
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_mlp"])
+def test_a_transform_of_torch_func(method):
+    """Its tensors have no memory that kernels could read."""
+    model, inputs = peft_model("llama", method), batch("right")
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradients():
+        return torch.func.grad(lambda given: torch.func.functional_call(model, given, (), inputs).loss)(parameters)
+
+    plain = gradients()
+    with pytest.warns(UserWarning, match="a transform of torch.func is at work"):
+        fastprompt.accelerate(model)
+        fast = gradients()
+    assert all(torch.equal(fast[name], x) for name, x in plain.items())
+
+
 def test_a_base_without_versions_generates():
     with torch.inference_mode():
         base = build("llama")

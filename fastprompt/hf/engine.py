@@ -27,7 +27,7 @@ from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import is_encoder_decoder, survey
+from .structure import is_encoder_decoder, is_transformed, survey
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -206,9 +206,6 @@ class Engine:
         Args:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
-
-        Raises:
-            NotAsked: see :class:`Interventions`.
         """
         with self.interventions.watched():
             return self._run(request, plan, embed)
@@ -253,8 +250,7 @@ class Engine:
             if recorded is not None:
                 setattr(output, self.abilities.cache_name, self._cache(request, plan, recorded))
 
-        watched = self.interventions.watched()
-        with self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded), watched:
+        with self.interventions.watched(), self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded):
             yield
 
     @torch.no_grad()
@@ -302,6 +298,8 @@ class Engine:
     def _why_not(self, request, drawn_otherwise):
         """The reason why this call has to take the padded path, or None; see ``Survey`` for the second argument."""
         found, mask = self.abilities, request.attention_mask
+        if is_transformed():
+            return "a transform of torch.func is at work"
         if drawn_otherwise is not None:
             return f"{drawn_otherwise} is at work in the base model; call .eval() on it"
         if mask is not None:

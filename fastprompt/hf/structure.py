@@ -199,6 +199,11 @@ def is_compiled(part: nn.Module) -> bool:
     return vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules
 
 
+def is_transformed() -> bool:
+    """Is a transform of torch.func at work (grad, vmap), whose tensors have no memory that a kernel could read?"""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _is_dropout(name, value):
     return "drop" in name and type(value) is float and value > 0
 
