@@ -19,9 +19,7 @@ from ..hf.mixed import NO_PROMPT
 from ..hf.mixed_probe import mixed_model
 from ..hf.prompt_state import PromptState
 from ..hf.scoring import logprobs
-from .compile import CompiledPrompt, compile_folder
-
-_LEARNED = ("prefix-tuning", "cartridge")  # methods without embeddings
+from .compile import LEARNED, CompiledPrompt, compile_folder
 
 
 @dataclass
@@ -85,7 +83,7 @@ class PromptBank:
             raise TypeError(f"name must be a string that is not empty, got {name!r}")
         compiled = self._compiled(prompt, task_id)
         compiled.check(self.fingerprint)
-        if not self._mixed.takes_prompts and compiled.method not in _LEARNED:
+        if not self._mixed.takes_prompts and compiled.method not in LEARNED:
             raise NotImplementedError(
                 f"a {type(self.base).__name__} looks more up by token id than embeddings, and a prompt of embeddings "
                 f"({compiled.method}) has no ids"
@@ -240,7 +238,12 @@ class PromptBank:
         if isinstance(prompt, CompiledPrompt) or (isinstance(prompt, (str, os.PathLike)) and not Path(prompt).is_dir()):
             if task_id is not None:
                 raise ValueError(f"task_id must be None for a compiled prompt, got {task_id!r}")
-            return prompt if isinstance(prompt, CompiledPrompt) else CompiledPrompt.load(prompt)
+            if isinstance(prompt, CompiledPrompt):
+                return prompt
+            loaded = CompiledPrompt.load(prompt)
+            loaded.check(self.fingerprint)
+            loaded.check_shapes(self.base)
+            return loaded
         if not isinstance(prompt, (str, os.PathLike)):
             raise TypeError(
                 f"prompt must be a CompiledPrompt, a file or an adapter's folder, got {type(prompt).__name__}"
