@@ -10,10 +10,11 @@ import transformers as hf
 from covering import covering_array
 from parity import P, assert_equal, assert_identical, batch, peft_model, step
 from tiny_hybrids import build_hybrid
-from tiny_models import VOCABULARY, build, drawn
+from tiny_models import VOCABULARY, build
 
 import fastprompt
 from fastprompt.hf.abilities import Abilities
+from fastprompt.hf.masks import UnsupportedAttention
 
 PADDED = "fastprompt runs PEFT's own padded forward: "
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,22 +142,6 @@ def test_a_state_that_no_cache_holds_is_refused_by_structure(dtype):
     model, inputs = peft_model(None, base=base, dtype=dtype), batch("right")
     plain = model(**inputs).loss
     with pytest.warns(UserWarning, match=PADDED + "RecurrentGemmaModel has layers of type linear_attention"):
-        fastprompt.accelerate(model)
-    assert torch.equal(model(**inputs).loss, plain)
-
-
-def test_sparse_attention_is_not_made_dense_by_asking():
-    """BigBird attends to all tokens from its first short batch on, for good."""
-    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
-    config = hf.BigBirdPegasusConfig(
-        **sizes, vocab_size=VOCABULARY, d_model=16, block_size=2, num_random_blocks=1, pad_token_id=0, dropout=0.0
-    )
-    torch.manual_seed(0)
-    base = drawn(hf.BigBirdPegasusForConditionalGeneration(config))
-    model = peft_model(None, task_type="SEQ_2_SEQ_LM", base=base).eval()
-    inputs = dict(input_ids=torch.randint(3, VOCABULARY, (1, 20)), labels=torch.randint(3, VOCABULARY, (1, 3)))
-    plain = model(**inputs).loss
-    with pytest.warns(UserWarning, match=PADDED + "BigBirdPegasusEncoder attends to blocks"):
         fastprompt.accelerate(model)
     assert torch.equal(model(**inputs).loss, plain)
 
@@ -352,3 +337,33 @@ def test_users_of_one_base_may_leave_in_any_order():
         for model in order:
             fastprompt.restore(model)
         assert (snapshot(first), snapshot(second)) == before
+
+
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80)
+
+
+def big_bird():
+    config = hf.BigBirdConfig(**SIZES, block_size=2, num_random_blocks=1, max_position_embeddings=80)
+    return hf.BigBirdForSequenceClassification(config)
+
+
+def test_what_a_model_remembers_of_a_call_it_does_not_remember_of_the_probe():
+    """The attention of BigBird, sparse in long rows, is full for good behind a short one."""
+    torch.manual_seed(0)
+    model = peft_model(None, base=big_bird(), task_type="SEQ_CLS").eval()
+    ids = torch.randint(3, VOCABULARY, (2, 59))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with pytest.raises(UnsupportedAttention):
+            fastprompt.patch_attention(model.base_model)
+        with pytest.warns(UserWarning, match="attends to blocks, or to all that it sees"):
+            fastprompt.accelerate(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, plain)
+
+
+def test_an_expert_s_capacity_is_that_of_a_row():
+    """Packed rows would fill the experts with the tokens of all sequences, and leave out others."""
+    sizes = dict(vocab_size=VOCABULARY, d_model=48, d_kv=8, d_ff=80, num_layers=2, num_heads=6, num_experts=2)
+    base = hf.SwitchTransformersForConditionalGeneration(hf.SwitchTransformersConfig(**sizes, expert_capacity=16))
+    with pytest.warns(UserWarning, match="leaves tokens out beyond an expert's capacity"):
+        fastprompt.accelerate(peft_model(None, base=base, task_type="SEQ_2_SEQ_LM"))

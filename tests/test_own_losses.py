@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from parity import assert_equal, batch, peft_model, step
 from tiny_models import VOCABULARY, build
+from tiny_pairs import both_pairs, pair_batch, pair_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastprompt
@@ -53,3 +54,10 @@ def test_heads_with_a_loss_or_a_signature_of_their_own(kind, items, reason):
         fast = step(fastprompt.accelerate(model), inputs)
     assert_equal(plain, fast, inputs)
     assert {str(w.message).removeprefix(PADDED) for w in caught if PADDED in str(w.message)} == {reason} - {None}
+
+
+def test_a_batch_of_an_encoder_decoder_without_labels():
+    model, inputs = pair_model("t5"), pair_batch()
+    inputs["labels"].fill_(-100)
+    plain, fast = both_pairs(model, inputs)
+    assert plain[0].isnan() and fast[0].isnan()

@@ -204,15 +204,34 @@ def _switch_back(model):
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without autocast for a while; every module gets its own flag back.
 
+    And what else a run changed in it for good: BigBird's attention becomes another one at the first short row, rotary
+    frequencies, routers and others remember the batch before.
+
     4-bit layers of bitsandbytes are in training mode meanwhile: on some CPUs the first evaluation repacks their weights
     for good, and no gradient passes through them afterwards. What they compute is the same in both modes.
     """
     flags = [(module, module.training) for module in model.modules()]
+    attributes = [(found, dict(found)) for module, _ in flags for found in _attributes(module)]
     try:
         for module, _ in flags:
             module.training = hasattr(module, "quant_state")
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
+        for found, before in attributes:
+            _give_back(found, before)
         for module, flag in flags:
             module.training = flag
+
+
+def _attributes(module):
+    """Where the attributes of a module stand, its weights apart."""
+    return vars(module), module._modules, module._buffers
+
+
+def _give_back(found, before):
+    """Make attributes what they were, but for those of libraries and those that attaching changes."""
+    ours = {name for name in (*found, *before) if name.startswith("_") or name in ("config", "forward")}
+    for name in found.keys() - before.keys() - ours:
+        del found[name]
+    found.update({name: x for name, x in before.items() if name not in ours and found.get(name, found) is not x})

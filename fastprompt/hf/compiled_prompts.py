@@ -1,6 +1,7 @@
 """Prompts of a model that trains them, compiled when they are asked for, and kept until a parameter changes."""
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..methods import MultitaskPromptTuning, PrefixTuning, PTuning
-from ..methods.cached import values_of
+from ..methods.cached import sample_of, values_of
 from .arguments import Method, check_method
 from .attachment import evaluation_mode
+from .interventions import Interventions
 from .mixed import Mixed
 from .mixed_probe import mixed_model
 from .prompt_state import Prompt, PromptState
 from .shared_state import SharedState
+from .snapshot import SWITCHES, is_switched, values_by_name
 
 
 class CompiledPrompts:
@@ -24,17 +27,29 @@ class CompiledPrompts:
         self._kept: dict[Hashable, tuple[tuple, PromptState]] = {}
         self._mixed: Mixed | None = None
         self._why_not: str | None = None
+        self._interventions: Interventions | None = None
 
     def mixed(self, base: PreTrainedModel) -> Mixed:
         """The base model for mixed batches. Raises NotImplementedError with the reason why it is not one."""
-        if self._mixed is None and self._why_not is None:
-            try:
-                self._mixed = mixed_model(base)
-            except NotImplementedError as reason:
-                self._why_not = str(reason)
+        if self._of(base).are_others():
+            self._mixed = self._why_not = None
+            with self._of(base).being_asked():
+                try:
+                    self._mixed = mixed_model(base)
+                except NotImplementedError as reason:
+                    self._why_not = str(reason)
         if self._mixed is None:
             raise NotImplementedError(self._why_not)
         return self._mixed
+
+    def watched(self, base: PreTrainedModel) -> AbstractContextManager[None]:
+        """The block in which ``base`` is run behind prompts; see :meth:`Interventions.watched`."""
+        return self._of(base).watched()
+
+    def _of(self, base):
+        if self._interventions is None:
+            self._interventions = Interventions(base)
+        return self._interventions
 
     def states(
         self,
@@ -47,13 +62,13 @@ class CompiledPrompts:
         """What stands in front of each row, compiled where that is not known.
 
         Args:
-            base: the frozen model; a change of its parameters counts, too.
+            base: the frozen model; a change of its weights, hooks or adapters counts, too.
             keys: for each row which prompt it has.
             encoder: key -> the module whose parameters the prompt depends on.
             prompt: key -> the prompt.
             keep: may it be used again?
         """
-        of_base = tuple((x.data_ptr(), x._version) for x in base.parameters())
+        of_base = self._of(base).asked, *_what_it_computes_with(base)
         found, values = {}, {}
         for key in dict.fromkeys(keys):
             module = encoder(key)
@@ -79,6 +94,12 @@ class CompiledPrompts:
 
     def __reduce__(self) -> tuple:
         return CompiledPrompts, ()
+
+
+def _what_it_computes_with(base):
+    """What of a model may change what a prompt leaves in it."""
+    adapters = [values_by_name(x, (*SWITCHES, "scaling")) for x in base.modules() if is_switched(x)]
+    return adapters, sample_of([*base.parameters(), *base.buffers()])
 
 
 @torch.no_grad()

@@ -218,6 +218,37 @@ def planned_pairs(request: Request, target: Target) -> PairPlan:
     )
 
 
+def padded_pairs(
+    base: PreTrainedModel,
+    request: Request,
+    ids: torch.Tensor,
+    embeds: torch.Tensor,
+    labels: torch.Tensor | None,
+    options: dict[str, Any],
+) -> Any:
+    """The output of the model's own forward on padded rows.
+
+    Args:
+        base: the model.
+        request: what was asked, with prompts ``[N * P, D]``.
+        ids: ``[B]``, the prompt of each row.
+        embeds: ``[B, S, D]``, the sources.
+        labels, options: what its forward takes besides.
+    """
+    length, prompts = request.num_virtual_tokens, request.prompts
+    if prompts is not None:
+        embeds = torch.cat([prompts().unflatten(0, (-1, length)).to(embeds.dtype)[ids], embeds], 1)
+    mask = request.attention_mask
+    if mask is None:
+        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64)
+    else:
+        mask = torch.cat([mask.new_ones(len(mask), length), mask], 1)
+    if request.num_items_in_batch is not None:
+        options = {**options, "num_items_in_batch": request.num_items_in_batch}
+    forward: Any = base
+    return forward(inputs_embeds=embeds, attention_mask=mask, labels=labels, return_dict=True, **options)
+
+
 def plain_head(base: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None, float]:
     """Weight and bias of the head, and what T5 multiplies its input by. The probe shows whether that is all of it."""
     head: Any = base.get_output_embeddings()

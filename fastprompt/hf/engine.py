@@ -18,6 +18,7 @@ from .cache import PackedCache
 from .encoder_decoder import PairRunner, planned_pairs
 from .expectations import Expectations, first_output
 from .head import LanguageHead, label_rows_of
+from .interventions import Interventions
 from .left_out import needs_labels_alone, whole_logits
 from .limits import why_too_long
 from .pair_probe import PairExpectations, PairProbe
@@ -26,7 +27,7 @@ from .runner import Inputs, gathered, unpacked
 from .shared_state import SharedState, why_not_learned
 from .states import Recorded
 from .stats import Stats
-from .structure import is_encoder_decoder, survey
+from .structure import is_encoder_decoder, is_transformed, survey
 
 _MIXER_COST = 96  # of a node, in rows, where layers with a state run each in a call of its own
 
@@ -52,18 +53,19 @@ class Engine:
         self.pad_rows_to = check_pad_rows_to(pad_rows_to)
         if pad_rows_to is not None and is_encoder_decoder(base):
             raise ValueError(f"pad_rows_to must be None for an encoder-decoder, got {pad_rows_to}")
-        self.base, self._user = base, object()
-        self._prefixes: dict[Hashable, str | None] = {}
+        self.base, self._user, self._released = base, object(), False
+        self.interventions = Interventions(base)
         self.logits_are_read = False
         self.stats = Stats()
-        self.abilities = Abilities("it was not asked yet")
         self._ask()
         self.node_cost: int | None = _MIXER_COST if self.runner.mixers else NODE_COST
 
     def _ask(self):
-        self._asked = vars(self.base).get("forward")
+        self._prefixes: dict[Hashable, str | None] = {}
+        self.abilities = Abilities("it was not asked yet")
         try:
-            self.abilities = self._probe()
+            with self.interventions.being_asked():
+                self.abilities = self._probe()
         finally:
             self.refusal = self.abilities.refusal
             if self.refusal is not None:
@@ -71,8 +73,8 @@ class Engine:
 
     @torch.compiler.disable
     def ask_again(self) -> None:
-        """Ask the model once more if its forward is another one by now: others replace it, too (TRL)."""
-        if vars(self.base).get("forward") is not self._asked and self.refusal is None:
+        """Ask the model once more if others gave it hooks or forwards by now: TRL, or who steers it."""
+        if not self._released and self.interventions.are_others():
             self._ask()
 
     def own_forward_has_the_loss(self, labels: torch.Tensor | None, num_items: torch.Tensor | int | None) -> bool:
@@ -110,7 +112,7 @@ class Engine:
 
     def detach(self) -> None:
         """Give the model its own attention and MLPs back; nothing is packed any more."""
-        self.refusal = self.refusal or "the model was released"
+        self.refusal, self._released = self.refusal or "the model was released", True
         detach(self.base, self._user)
 
     @torch.compiler.disable
@@ -205,6 +207,10 @@ class Engine:
             request, plan: what was asked, and its plan.
             embed: token ids or embeddings -> embeddings.
         """
+        with self.interventions.watched():
+            return self._run(request, plan, embed)
+
+    def _run(self, request, plan, embed):
         if request.target is not None:
             found, with_cache = self.abilities, self._wants_cache(request)
             return self.runner.run(request, request.target, plan, embed, found, with_cache)
@@ -227,7 +233,8 @@ class Engine:
 
     def run_fused_head(self, request: Request, plan: RowPlan, embed: Embed, **options: Any) -> ModelOutput:
         """See :meth:`LanguageHead.fused`."""
-        return self.head.fused(request, plan, self.rows(request, plan, embed), **options)
+        with self.interventions.watched():
+            return self.head.fused(request, plan, self.rows(request, plan, embed), **options)
 
     @property
     def head(self) -> LanguageHead:
@@ -243,7 +250,7 @@ class Engine:
             if recorded is not None:
                 setattr(output, self.abilities.cache_name, self._cache(request, plan, recorded))
 
-        with self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded):
+        with self.interventions.watched(), self.runner.packed_backbone(plan, inputs, request.shared, finish, recorded):
             yield
 
     @torch.no_grad()
@@ -291,6 +298,8 @@ class Engine:
     def _why_not(self, request, drawn_otherwise):
         """The reason why this call has to take the padded path, or None; see ``Survey`` for the second argument."""
         found, mask = self.abilities, request.attention_mask
+        if is_transformed():
+            return "a transform of torch.func is at work"
         if drawn_otherwise is not None:
             return f"{drawn_otherwise} is at work in the base model; call .eval() on it"
         if mask is not None:

@@ -19,6 +19,7 @@ from transformers import activations
 from ..ops.gated_activation.api import GatedActivation
 from .masks import packed_rows_run
 from .module_patch import ModulePatch
+from .structure import is_transformed
 
 
 def _gated_mlps(model):
@@ -30,7 +31,7 @@ def _gated_mlps(model):
 def _forward(self, *args, **kwargs):
     # A compiler chooses itself what it saves.
     parts = None if torch.compiler.is_compiling() or len(args) != 1 or kwargs else _parts(self)
-    if parts is None:
+    if parts is None or is_transformed():
         return type(self).forward(self, *args, **kwargs)
     gate_proj, up_proj, down_proj, activation = parts
     gate, up = gate_proj(*args), up_proj(*args)

@@ -16,7 +16,9 @@ from .arguments import Method, check_call, check_chosen, check_method, checked_p
 from .attachment import refuse_replicas
 from .cache_names import CACHE_NAMES, cache_argument
 from .compiled_prompts import CompiledPrompts, prompt_of_method
+from .encoder_decoder import padded_pairs
 from .engine import Engine
+from .interventions import NotAsked
 from .masks import UnsupportedAttention
 from .padded_generation import generate_behind_prefix, generate_from_embeddings
 from .per_layer import per_layer_inputs, searching_part
@@ -64,19 +66,17 @@ class SoftPromptModel(nn.Module):
         self._engine: Any = None
         self._warned: set[str] = set()
         self._compiled = CompiledPrompts()
-        self._prefix_reason, ready = None, False
+        ready = False
         try:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(is_head(name))
             self._engine = Engine(base, pad_rows_to)
             self.config = base.config  # the model's own copy now
-            if self._is_prefix:
-                self._prefix_reason = self._why_no_prefix()
+            reason = self._engine.refusal or self._why_no_prefix()
             ready = True
         finally:
             if not ready:
                 self.release()
-        reason = self._engine.refusal or self._prefix_reason
         if reason is not None:
             self._warn(reason)
 
@@ -140,6 +140,7 @@ class SoftPromptModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        self._engine.ask_again()
         is_lm = self._engine.is_lm
         check_call(self.base, self.method, is_lm, tokens, attention_mask, virtual_tokens, cu_seqlens, options)
         of_rows = dict(attention_mask=attention_mask, labels=labels, virtual_tokens=virtual_tokens)
@@ -164,8 +165,8 @@ class SoftPromptModel(nn.Module):
             rows_differ="token_type_ids" in options,
         )
         try:
-            if self._prefix_reason is not None:
-                raise CannotPack(self._prefix_reason)
+            if (reason := self._why_no_prefix()) is not None:
+                raise CannotPack(reason)
             if request.target is not None and (unknown := sorted(set(options) - _OF_TARGETS)):
                 raise CannotPack(f"{', '.join(unknown)} given")
             plan = self._engine.plan(request)
@@ -179,6 +180,12 @@ class SoftPromptModel(nn.Module):
             if is_lm:
                 return self._engine.run(chosen, plan, self._embed)
             return self._with_head(chosen, plan, labels, dict(options))
+        except NotAsked:
+            self._engine.uncount(plan)
+            options.update(virtual_tokens=virtual_tokens, cu_seqlens=cu_seqlens, num_items_in_batch=num_items_in_batch)
+            return self.forward(
+                input_ids, attention_mask, labels, inputs_embeds=inputs_embeds, prompt_ids=ids, **options
+            )
         except UnsupportedAttention as reason:  # a mask that nothing but this batch's values shows
             if cu_seqlens is not None:
                 raise
@@ -225,7 +232,11 @@ class SoftPromptModel(nn.Module):
             lambda key: prompt_of_method(self.base, self.method, key),
             keep=not self.training,
         )
-        return mixed.generate(rows, input_ids, attention_mask, prompts=keys, **options)
+        try:
+            with self._compiled.watched(self.base):
+                return mixed.generate(rows, input_ids, attention_mask, prompts=keys, **options)
+        except NotAsked:
+            return self.generate(input_ids, attention_mask, prompt_ids=ids, **options)
 
     def _generate_padded(self, input_ids, attention_mask, keys, options):
         """For models whose cache cannot start with a compiled prompt."""
@@ -233,7 +244,7 @@ class SoftPromptModel(nn.Module):
         prompt, shared = self._prompts(used)
         ids = torch.tensor([used.index(key) for key in keys], dtype=torch.int64, device=input_ids.device)
         if self._is_prefix:
-            if (reason := self._engine.refusal or self._prefix_reason) is not None:
+            if (reason := self._engine.refusal or self._why_no_prefix()) is not None:
                 raise CannotPack(f"generation behind a prefix needs the attention interface, but {reason}")
             given = dict(input_ids=input_ids, attention_mask=attention_mask, **options)
             return generate_behind_prefix(self.base, shared, ids, **given)
@@ -319,7 +330,7 @@ class SoftPromptModel(nn.Module):
         request = self._behind_prompts(request, plan)
         ids = torch.tensor(plan.prompt_ids, dtype=torch.int64, device=tokens.device)
         if request.target is not None:
-            return self._padded_pairs(request, ids, labels, options)
+            return padded_pairs(self.base, request, ids, self._embed(tokens), labels, options)
         shared = request.shared
         front = plan.grid.shape[1] - width
         inputs = {"return_dict": True}
@@ -354,25 +365,11 @@ class SoftPromptModel(nn.Module):
         with self._engine.runner.padded_backbone(plan):
             return self.base(**inputs, **options)
 
-    def _padded_pairs(self, request, ids, labels, options):
-        """The forward of an encoder-decoder on padded rows."""
-        embeds = self._embed(request.tokens)
-        batch, length = len(embeds), request.num_virtual_tokens
-        prompt = request.prompts().unflatten(0, (-1, length)).to(embeds.dtype)[ids]
-        mask = request.attention_mask
-        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
-        if request.num_items_in_batch is not None:
-            options["num_items_in_batch"] = request.num_items_in_batch
-        return self.base(
-            inputs_embeds=torch.cat([prompt, embeds], 1),
-            attention_mask=torch.cat([mask.new_ones(batch, length), mask], 1),
-            labels=labels,
-            return_dict=True,
-            **options,
-        )
-
+    @torch.compiler.disable
     def _why_no_prefix(self):
-        """None if the method's prefix can run packed, else why not."""
+        """None if the method has no prefix, or one that can run packed, else why not."""
+        if not self._is_prefix:
+            return None
 
         def padded(input_ids, attention_mask):
             shared = self._prompts((0,))[1]

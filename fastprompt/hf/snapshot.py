@@ -1,6 +1,7 @@
 """A model as it is now, for logits that are computed with it later."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 # By which PEFT's layers know that none of their adapters runs, or else which.
 _DISABLED = "_disable_adapters"
-_SWITCHES = (_DISABLED, "_active_adapter")
+SWITCHES = (_DISABLED, "_active_adapter")
 
 
 class Snapshot:
@@ -33,7 +34,7 @@ class Snapshot:
         self._base, self._head = base, base.get_output_embeddings()
         self._versions = [(x, _version(x)) for x in (*sources, *parameters)]
         self._flags = [(x, x.requires_grad) for x in parameters]
-        self._switches = {x: _values(x, _SWITCHES) for x in modules if _is_switched(x)}
+        self._switches = {x: values_by_name(x, SWITCHES) for x in modules if is_switched(x)}
         self.trains = any(trains for _, trains in self._flags)
 
     @contextmanager
@@ -45,9 +46,9 @@ class Snapshot:
         """
         self._check()
         before: list[tuple[Any, dict[str, Any]]] = []
-        for module in filter(_is_switched, list(self._base.modules())):
+        for module in filter(is_switched, list(self._base.modules())):
             wanted = self._switches.get(module, {_DISABLED: True})
-            before.append((module, _values(module, wanted)))
+            before.append((module, values_by_name(module, wanted)))
             vars(module).update(wanted)
         flags = [(x, then) for x, then in self._flags if x.requires_grad != then]
         try:
@@ -69,12 +70,15 @@ class Snapshot:
             raise RuntimeError(f"the {what} has changed since the step whose logits are read; read them before")
 
 
-def _is_switched(module):
+def is_switched(module: nn.Module) -> bool:
+    """Is it a layer of PEFT's, with adapters that may run or not?"""
     return _DISABLED in vars(module) or hasattr(type(module), _DISABLED)
 
 
-def _values(module, names):
-    return {name: getattr(module, name) for name in names}
+def values_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """The attributes of a module that it has, by name; those that may be changed in place are copied."""
+    found: dict[str, Any] = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    return {name: copy.copy(x) if isinstance(x, (dict, list)) else x for name, x in found.items()}
 
 
 def _version(x):

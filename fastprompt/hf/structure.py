@@ -135,6 +135,8 @@ def _reads_no_text(module):
 
 def _carries_state(module):
     """What carries something from one token to others beside attention, or None."""
+    if "expert_capacity" in vars(module):
+        return "leaves tokens out beyond an expert's capacity"
     if isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size):
         return "is a convolution over tokens"
     return "is recurrent" if isinstance(module, nn.RNNBase) else None
@@ -203,6 +205,11 @@ def survey(model: Any) -> Survey:
 def is_compiled(part: nn.Module) -> bool:
     """Does torch.compile run this module, whatever it does with its parts?"""
     return vars(part).get("_compiled_call_impl") is not None or "_orig_mod" in part._modules
+
+
+def is_transformed() -> bool:
+    """Is a transform of torch.func at work (grad, vmap), whose tensors have no memory that a kernel could read?"""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _is_dropout(name, value):

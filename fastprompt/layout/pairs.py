@@ -64,7 +64,8 @@ def plan_pairs(
         attention_mask: ``[B, T]``, nonzero where a target's token is real; None: everywhere.
         labels: ``[B, T]`` int64, what each of these columns predicts, -100 to ignore.
         prompt_ids, only_used_prompts, prefix_length, backend: see :func:`plan_padded_input`.
-        up_to_last_label: leave out what stands behind the last label of a row. In a causal decoder no label sees it.
+        up_to_last_label: leave out what stands behind the last label of a row. In a causal decoder no label sees it. A
+            batch without any labels keeps its tokens.
 
     Raises:
         CannotPack: holes in the mask or padding in front, or a label that padding would predict.
@@ -78,8 +79,8 @@ def plan_pairs(
         check_tensor("attention_mask", attention_mask, [batch, width])
         attention_mask = attention_mask.to(device)
     real = attention_mask
-    if up_to_last_label and labels is not None:
-        wanted = labels != IGNORE
+    wanted = None if labels is None else labels != IGNORE
+    if up_to_last_label and wanted is not None and bool(wanted.any()):
         real = wanted.flip(1).cumsum(1).flip(1) > 0  # a label stands here or further on
         if attention_mask is not None:
             real &= attention_mask != 0
@@ -97,9 +98,8 @@ def plan_pairs(
     )
     if target.sequences is not None and target.sequences.gaps is not None:
         raise CannotPack("the decoder's tokens are padded on the left")
-    if labels is None:
+    if labels is None or wanted is None:
         return PairPlan(source, target)
-    wanted = labels != IGNORE
     label_rows = target.grid[:, num_virtual_tokens:][wanted]
     if bool((label_rows < 0).any()):
         raise CannotPack(f"the decoder's padding has labels other than {IGNORE}; mask them with it")

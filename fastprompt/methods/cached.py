@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 _AT_ONCE = 2**20  # words that are looked at together
+_SAMPLE = 64  # numbers of a weight of a large model
 
 
 class CachedOutput:
@@ -46,6 +47,22 @@ def values_of(parameters: list[torch.Tensor]) -> tuple:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     sums = torch.stack([_checksum(p.detach()).to(parameters[0].device) for p in parameters]).tolist()
     return autocast, *((p.dtype, p.device, p.shape, checksum) for p, checksum in zip(parameters, sums))
+
+
+def sample_of(parameters: list[torch.Tensor]) -> tuple:
+    """What tells weights from others at little cost: where they are, and a few numbers of each.
+
+    Whatever is written into all of a weight changes it: a merge of an adapter, an average, another checkpoint. Weights
+    that are not in memory, or of another kind than torch's own (quantised, sharded), count by where they are alone.
+    """
+    parts: dict[tuple, list[torch.Tensor]] = {}
+    for x in parameters:
+        if type(x.data) is torch.Tensor and not x.is_meta and x.is_contiguous() and x.numel():
+            flat = x.detach().view(-1)
+            parts.setdefault((x.device, x.dtype), []).append(flat[:: -(-len(flat) // _SAMPLE)])
+    sums = [_checksum(torch.cat(found)).item() for found in parts.values()]
+    versions = [None if x.is_inference() else x._version for x in parameters]
+    return *sums, *((x.data_ptr(), version) for x, version in zip(parameters, versions))
 
 
 def _checksum(x: torch.Tensor) -> torch.Tensor:

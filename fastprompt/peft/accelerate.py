@@ -43,10 +43,10 @@ def accelerate(peft_model: PeftModel, *, heads: str = "text", pad_rows_to: int |
     rows cannot represent exactly takes PEFT's own forward, with one warning a reason. In a step of an encoder-decoder,
     what stands behind a row's last label is padding, which no label sees.
     Dropout in the base model is drawn for packed rows: loss and gradient have PEFT's expectation, not its numbers.
-    ``generate`` runs the prompt once, until a parameter changes, and takes ``adapter_names``, one a row, of adapters of
-    any method and length; then a padded row gives what it gives alone. A padded batch without them, and what it does
-    not take, is PEFT's own, put right where that does not find the cache (transformers 5.24). One forward at a time: as
-    PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
+    ``generate`` runs the prompt once, until it or the model changes, and takes ``adapter_names``, one a row, of
+    adapters of any method and length; then a padded row gives what it gives alone. A padded batch without them, and
+    what it does not take, is PEFT's own, put right where that does not find the cache (transformers 5.24). One forward
+    at a time: as PEFT itself, not for several threads. A copy, by ``copy.deepcopy`` or by pickle, is accelerated too.
     ``torch.export`` sees PEFT's own forward.
 
     Args:

@@ -12,22 +12,20 @@ from pathlib import Path
 import torch
 from peft import (
     MultitaskPromptTuningConfig,
-    PeftConfig,
     PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
 )
-from peft.utils import load_peft_weights
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..hf.arguments import Method
 from ..methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from .stored import CONFIG, WEIGHTS, opened, read_config, read_weights
 
-_WEIGHTS, _CONFIG, ENCODER = "adapter_model.safetensors", "adapter_config.json", "encoder.safetensors"
+ENCODER = "encoder.safetensors"
 # Notes in the weights: a digest of all prompts that were saved together, and in the first one's their number.
 _SAVE, _COUNT = "save", "prompts"
 _HEAD = "base_model."  # in front of the names of a head's parameters, as PEFT writes its modules_to_save
@@ -118,14 +116,15 @@ def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None)
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: an adapter of another method or for an encoder-decoder, adapters that are no bank of one method or
-            not of one save, or ``layers`` that the adapter lacks or that are given for another method.
+        ValueError: files that are broken or hold no prompt, or numbers that are not finite; an adapter of another
+            method or for an encoder-decoder; adapters that are no bank of one method or not of one save; or ``layers``
+            that the adapter lacks or that are given for another method.
     """
     directory = Path(directory)
     folders = _folders_of_one_save(directory)
     if not folders:
-        raise FileNotFoundError(f"directory must hold {_CONFIG} (or prompt_0/{_CONFIG}), got {str(directory)!r}")
-    configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
+        raise FileNotFoundError(f"directory must hold {CONFIG} (or prompt_0/{CONFIG}), got {str(directory)!r}")
+    configs = [read_config(folder) for folder in folders]
     kinds = [PeftType(config.peft_type).value for config in configs]
     for folder, kind, config in zip(folders, kinds, configs):
         if kind not in _READERS:
@@ -133,7 +132,7 @@ def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None)
             raise ValueError(f"{folder} must hold a PROMPT_TUNING adapter, got {kind} ({others} are read too)")
         if config.num_transformer_submodules == 2:
             raise ValueError(f"{folder} must hold an adapter of a decoder, got one of an encoder-decoder")
-    weights = [load_peft_weights(str(folder), device="cpu") for folder in folders]
+    weights = [read_weights(folder, config) for folder, config in zip(folders, configs)]
     found = sorted({(kind, *w["prompt_embeddings"].shape) for kind, w in zip(kinds, weights)})
     if len(found) > 1:
         raise ValueError(f"{directory} must hold prompts of one method and shape, got {found}")
@@ -148,7 +147,7 @@ def load(directory: str | os.PathLike[str], layers: Sequence[int] | None = None)
 def load_head(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """``{parameter name in the model: tensor}`` of the head that was saved with the prompts; {} if there was none."""
     directory = Path(directory)
-    weights = load_peft_weights(str(_folders_of_one_save(directory)[0]), device="cpu")
+    weights = read_weights(_folders_of_one_save(directory)[0])
     return {name.removeprefix(_HEAD): x for name, x in weights.items() if name.startswith(_HEAD)}
 
 
@@ -212,7 +211,7 @@ def _folder(directory, index):
 
 def _write(folder, peft_config, tensors, encoder, notes):
     peft_config.save_pretrained(str(folder))
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt", **notes})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **notes})
     if encoder is not None:
         write_encoder(folder, encoder, tensors["prompt_embeddings"])
 
@@ -222,7 +221,7 @@ def _move(written, folder):
     folder.mkdir(exist_ok=True)
     if not (written / ENCODER).is_file():
         (folder / ENCODER).unlink(missing_ok=True)
-    for name in (ENCODER, _WEIGHTS, _CONFIG):  # the config last: a folder that has one is complete
+    for name in (ENCODER, WEIGHTS, CONFIG):  # the config last: a folder that has one is complete
         if (written / name).is_file():
             os.replace(written / name, folder / name)
 
@@ -231,7 +230,7 @@ def _remove(folder):
     """Remove an adapter, and its folder if nothing else is in it; was there one?"""
     found = _is_adapter(folder)
     if found:
-        for name in (_CONFIG, _WEIGHTS, ENCODER):
+        for name in (CONFIG, WEIGHTS, ENCODER):
             (folder / name).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -264,14 +263,14 @@ def _same_save(folders, save):
 
 
 def _is_adapter(folder):
-    return (folder / _CONFIG).is_file()
+    return (folder / CONFIG).is_file()
 
 
 def _notes(folder):
     """The metadata of an adapter's weights."""
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file():
         return {}
-    with safe_open(folder / _WEIGHTS, "pt") as file:
+    with opened(folder / WEIGHTS) as file:
         return file.metadata() or {}
 
 
@@ -299,10 +298,10 @@ def read_encoder(folder: Path, prompt: torch.Tensor) -> dict[str, torch.Tensor] 
     path = folder / ENCODER
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         if (file.metadata() or {}).get("output") == _digest(prompt):
             return load_file(path)
-    warnings.warn(f"{path} gives another prompt than {_WEIGHTS} has, which is loaded without an encoder", stacklevel=4)
+    warnings.warn(f"{path} gives another prompt than {WEIGHTS} has, which is loaded without an encoder", stacklevel=4)
     return None
 
 
@@ -333,6 +332,10 @@ def _read_multitask(folder, config, bank, weights, layers):
 
 def _read_prefix(folder, config, bank, weights, layers):
     heads, width = config.num_attention_heads, config.token_dim
+    known = all(isinstance(size, int) for size in (heads, width, config.num_layers))
+    if not known or width % heads:
+        said = dict(num_layers=config.num_layers, num_attention_heads=heads, token_dim=width)
+        raise ValueError(f"{folder} must say how many layers it has, and heads that share the width, got {said}")
     if bank.shape[2] != config.num_layers * 2 * width:
         expected = f"num_layers * 2 * token_dim = {config.num_layers * 2 * width}"
         raise ValueError(f"{folder} must hold a prefix of {expected} values a token, got {bank.shape[2]}")

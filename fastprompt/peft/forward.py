@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftModelForSequenceClassification
 
 from ..hf.checkpointing import without_checkpoints
+from ..hf.interventions import NotAsked
 from ..hf.masks import UnsupportedAttention
 from ..hf.per_layer import behind_prompt, told_ids
 from ..hf.request import beside, tokens_of
@@ -83,6 +84,9 @@ def _packed_or_padded(model, state, original, given, reading):
                 return call.language_model()
             with call.packed_backbone(), reading():
                 return original(**{name: x for name, x in given.items() if name != "adapter_names"})
+        except NotAsked:
+            state.engine.uncount(call.plan)
+            return _packed_or_padded(model, state, original, given, reading)
         except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
             state.engine.uncount(call.plan)
             _fall_back(state, str(reason), given)
@@ -130,6 +134,9 @@ def _without_adapter(model, state, original, *args, **kwargs):
     if call is not None:
         try:
             return call.language_model()
+        except NotAsked:
+            state.engine.uncount(call.plan)
+            return _without_adapter(model, state, original, **given)
         except (UnsupportedAttention, CannotPack) as reason:
             state.engine.uncount(call.plan)
             _fall_back(state, str(reason), given)

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftType
 
 from ..hf.cache_names import CACHE_NAMES
+from ..hf.interventions import NotAsked
 from ..hf.per_layer import searching_part
 from ..hf.request import beside, tokens_of
 from .adapter import is_prefix
@@ -46,7 +47,11 @@ def generate(model: PeftModel, state: Any, *args: Any, **kwargs: Any) -> Any:
             ) from None
         state.tell(f"fastprompt runs PEFT's own generate: {reason}")
         return original(*args, **kwargs)
-    return run()
+    try:
+        with state.compiled.watched(model.base_model):
+            return run()
+    except NotAsked:
+        return generate(model, state, *args, **kwargs)
 
 
 def _is_left_to_peft(model, state, given):

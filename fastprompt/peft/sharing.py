@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..hf.cache_names import cache_in
+from ..hf.interventions import NotAsked
 from ..hf.masks import UnsupportedAttention, active
 from ..hf.request import Request, tokens_of
 from ..layout import IGNORE, CannotPack
@@ -86,6 +87,9 @@ def _forward(model, state, *args, **kwargs):
     if call is not None:
         try:
             return call.run(original)
+        except NotAsked:
+            state.engine.uncount(call.plan)
+            return _forward(model, state, **given)
         except (UnsupportedAttention, CannotPack) as reason:  # what the model's layers are given shows more
             state.engine.uncount(call.plan)
             state.fell_back(str(reason))
@@ -119,8 +123,9 @@ class _Call:
         if tokens.shape[1] == 0:
             raise CannotPack("the batch has no tokens")
         self.fused, labels = bool(given.get("fused_lm_head")), given.get("labels")
-        if model is not state.base and not self.fused:
-            self.engine.ask_again()
+        if not self.fused:
+            with state.without_methods(model):
+                self.engine.ask_again()
         cu_seqlens = cu_seqlens_of(given)
         said = {name for name, value in given.items() if says_something(value)}
         said -= OF_SAMPLES if cu_seqlens is not None else set()

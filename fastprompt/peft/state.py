@@ -4,7 +4,8 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -101,6 +102,16 @@ class State:
             self.engine.detach()
         if self.config_is_base_s:  # where another user keeps the base attached, that is not the model's own yet
             model.config = self.config if is_attached(self.base) else self.base.config
+
+    @contextmanager
+    def without_methods(self, model: Any) -> Iterator[None]:
+        """While the block runs, the model has the methods that it had before."""
+        ours = {name: model.__dict__.pop(name) for name in self.methods if name in model.__dict__}
+        try:
+            model.__dict__.update(self.own)
+            yield
+        finally:
+            model.__dict__.update(ours)
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
         """The method that the model had before."""

@@ -19,9 +19,7 @@ from ..hf.mixed import NO_PROMPT
 from ..hf.mixed_probe import mixed_model
 from ..hf.prompt_state import PromptState
 from ..hf.scoring import logprobs
-from .compile import CompiledPrompt, compile_folder
-
-_LEARNED = ("prefix-tuning", "cartridge")  # methods without embeddings
+from .compile import LEARNED, CompiledPrompt, compile_folder
 
 
 @dataclass
@@ -85,7 +83,7 @@ class PromptBank:
             raise TypeError(f"name must be a string that is not empty, got {name!r}")
         compiled = self._compiled(prompt, task_id)
         compiled.check(self.fingerprint)
-        if not self._mixed.takes_prompts and compiled.method not in _LEARNED:
+        if not self._mixed.takes_prompts and compiled.method not in LEARNED:
             raise NotImplementedError(
                 f"a {type(self.base).__name__} looks more up by token id than embeddings, and a prompt of embeddings "
                 f"({compiled.method}) has no ids"
@@ -128,12 +126,17 @@ class PromptBank:
         return name in self._entries
 
     def __getitem__(self, name: str) -> CompiledPrompt:
-        """A prompt, read again if it was written to disk; it counts as used."""
+        """A prompt, read again if it was written to disk; it counts as used.
+
+        Raises:
+            KeyError: there is none of that name.
+            OSError: it was written to disk, and cannot be read again.
+        """
         with self._lock:
             entry = self._entries[name]
             self._entries.move_to_end(name)
             if not entry.in_memory:
-                loaded = CompiledPrompt.load(entry.file or "")
+                loaded = self._read(name, entry.file)
                 entry.compiled = replace(loaded, state=loaded.state.to(self.base))
                 entry.in_memory = True
             compiled = entry.compiled
@@ -167,6 +170,7 @@ class PromptBank:
         Raises:
             ValueError, TypeError, NotImplementedError: an unknown name, or an option that cannot be done; before
                 anything is run.
+            OSError: a prompt that was written to disk cannot be read again; before that, too.
         """
         goes_on = any(options.get(name) is not None for name in ("past_key_values", "cache", "cache_params"))
         if goes_on:
@@ -220,11 +224,26 @@ class PromptBank:
         scores: Any = self.logprobs(input_ids, attention_mask, completions=words, prompts=prompts)
         return [labels[best] for best in scores.argmax(1).tolist()]
 
+    def length(self, name: str) -> int:
+        """P of a prompt, which is not read for it. Raises KeyError if there is none of that name."""
+        return self._entries[name].compiled.length
+
+    def _read(self, name, file):
+        try:
+            return CompiledPrompt.load(file)
+        except (OSError, ValueError) as error:
+            raise OSError(f"the prompt {name!r} was written to disk, and cannot be read again: {error}") from error
+
     def _compiled(self, prompt, task_id):
         if isinstance(prompt, CompiledPrompt) or (isinstance(prompt, (str, os.PathLike)) and not Path(prompt).is_dir()):
             if task_id is not None:
                 raise ValueError(f"task_id must be None for a compiled prompt, got {task_id!r}")
-            return prompt if isinstance(prompt, CompiledPrompt) else CompiledPrompt.load(prompt)
+            if isinstance(prompt, CompiledPrompt):
+                return prompt
+            loaded = CompiledPrompt.load(prompt)
+            loaded.check(self.fingerprint)
+            loaded.check_shapes(self.base)
+            return loaded
         if not isinstance(prompt, (str, os.PathLike)):
             raise TypeError(
                 f"prompt must be a CompiledPrompt, a file or an adapter's folder, got {type(prompt).__name__}"

@@ -209,13 +209,13 @@ class Batcher:
             steps = _Steps(rows, self.ends, self.metrics)
             self._generate(rows, steps)
             return
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, OSError) as error:
             # The bank refuses what it cannot do before it runs anything. Alone, a row may do.
             if not steps.began and len(rows) > 1:
                 for row in rows:
                     self._answer([row])
                 return
-            failed = ApiError(400, str(error)) if not steps.began else None
+            failed = None if steps.began or isinstance(error, OSError) else ApiError(400, str(error))
             _LOG.warning("a batch was refused: %s", error)
         except Exception:
             failed = None
@@ -228,7 +228,7 @@ class Batcher:
     def _has_prompt(self, row):
         """Is its prompt still there, and as long as when the row was found to fit the model's positions?"""
         try:
-            return row.prompt is None or self.bank[row.prompt].length == row.virtual
+            return row.prompt is None or self.bank.length(row.prompt) == row.virtual
         except KeyError:
             return False
 

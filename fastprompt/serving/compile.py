@@ -23,6 +23,7 @@ from ..hf.states import StateKey
 from ..peft.prompts import is_peft_model, prompt_of_adapter, prompt_of_folder
 
 FORMAT, VERSION = "fastprompt-compiled-prompt", "1"
+LEARNED = ("prefix-tuning", "cartridge")  # methods without embeddings
 _KINDS = {"conv_state": "conv", "recurrent_state": "recurrent"}
 
 
@@ -88,6 +89,17 @@ class CompiledPrompt:
                 f"{f' ({self.base_model})' if self.base_model else ''}, this one has {model_fingerprint}"
             )
 
+    def check_shapes(self, base: PreTrainedModel) -> None:
+        """Raises ValueError if it does not hold, layer by layer, what any prompt leaves in ``base``."""
+        table: Any = base.get_input_embeddings()
+        try:
+            other = PromptState.of_rows(base, table(torch.zeros(1, dtype=torch.int64, device=table.weight.device)))
+        except Exception:  # a model that takes no prompt at its input, and learned keys and values alone
+            return
+        found, expected = (_shapes(state, self.method) for state in (self.state, other))
+        if found != expected:
+            raise ValueError(f"the prompt must hold states of shapes {expected} for the model, got {found}")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into one safetensors file, aside and then renamed, so that nobody reads half of it.
 
@@ -131,8 +143,8 @@ class CompiledPrompt:
             found = metadata.get("format"), metadata.get("version")
             raise ValueError(f"{str(path)!r} must hold a {FORMAT} of version {VERSION}, got {found[0]} {found[1]}")
         try:
-            state = _state_of(tensors, int(metadata["length"]))
             dtype = getattr(torch, metadata["dtype"])
+            state = _state_of(tensors, int(metadata["length"]), dtype)
             return cls(metadata["method"], state, metadata["fingerprint"], metadata.get("base_model", ""), dtype)
         except (KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} must hold a whole {FORMAT}: {error}") from None
@@ -216,7 +228,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
         os.replace(written, path)
 
 
-def _state_of(tensors, length):
+def _state_of(tensors, length, dtype):
     """The PromptState of a file's tensors."""
     layers: dict[int, dict[str, torch.Tensor]] = {}
     states = {}
@@ -224,6 +236,10 @@ def _state_of(tensors, length):
         first, layer, kind, *number = name.split(".")
         if first != "layers" or len(number) > 1 or kind not in ("keys", "values", *_KINDS):
             raise ValueError(f"it has a tensor {name}")
+        if not x.is_floating_point() or (kind not in _KINDS and x.dtype != dtype):
+            raise ValueError(f"{name} must be of {dtype}, got {x.dtype}")
+        if not bool(x.float().isfinite().all()):
+            raise ValueError(f"{name} must hold finite numbers, got inf or nan")
         if kind in _KINDS:
             states[StateKey(_KINDS[kind], int(layer), int(*number))] = x
             continue
@@ -232,6 +248,14 @@ def _state_of(tensors, length):
         layers.setdefault(int(layer), {})[kind] = x
     keys_values = {layer: KeysValues(both["keys"], both["values"]) for layer, both in layers.items()}
     return PromptState(length, keys_values, states)
+
+
+def _shapes(state, method):
+    """The shapes of what a prompt leaves in each layer, its length apart."""
+    shapes = {f"layers.{layer}": [list(x.shape[1:]) for x in both] for layer, both in state.keys_values.items()}
+    if method not in LEARNED:  # those leave no other states
+        shapes |= {f"layers.{key.layer}.{key.kind}.{key.number}": [list(x.shape)] for key, x in state.states.items()}
+    return dict(sorted(shapes.items()))
 
 
 def _name_of(dtype):

@@ -59,7 +59,7 @@ class Reader:
         if model == self.base_name:
             return None, 0
         try:
-            return model, self.bank[model].length
+            return model, self.bank.length(model)
         except KeyError:
             raise ApiError(
                 404, f"model: there is no prompt {model!r}; GET /v1/models lists them", "model", "model_not_found"

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import queue
 import random
 import threading
 from pathlib import Path
@@ -14,7 +15,10 @@ from serving_models import NEW, PROMPTS, WIDTH, bank_of, embeddings, frozen, log
 from fastprompt import CompiledPrompt, MultitaskPromptTuning, PromptBank, PromptTuning, SoftPromptModel, compile_prompt
 from fastprompt.hf.prompt_state import Prompt
 from fastprompt.peft.renamed_cache import right_generation
+from fastprompt.serving.batching import Batcher, Row
 from fastprompt.serving.compile import compiled
+from fastprompt.serving.sampling import Sampling
+from fastprompt.serving.text import TextStream
 
 GREEDY = dict(max_new_tokens=NEW, do_sample=False)
 
@@ -270,3 +274,31 @@ def test_a_compiled_prompt_is_not_changed_by_its_use(base):
     bank.generate(ids, mask, prompts=PROMPTS, cache_implementation="static", **GREEDY)
     assert all(torch.equal(x, y) for name in bank.names for x, y in zip(bank[name].state.tensors, before[name]))
     assert isinstance(bank["long"], CompiledPrompt) and bank["long"].length == len(embeddings(base)["long"])
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids, **options):
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def test_a_prompt_that_cannot_be_read_again_fails_its_own_request(base, tmp_path):
+    """Who cleans up temporary folders takes it away; the others of the batch are answered, and those that come."""
+    bank = rows_of(PromptBank(base, max_bytes=0, folder=tmp_path), [2, 3])
+    names, answers = bank.names, queue.Queue()
+    next(iter(tmp_path.iterdir())).unlink()  # the older one
+    batcher = Batcher(bank, max_batch=2, max_wait=60, max_queue=9)
+    batcher.start()
+    for _ in range(2):
+        rows = [
+            Row(index, name, [3, 4], bank.length(name), 2, Sampling(), TextStream(Letters(), [3, 4]), answers.put)
+            for index, name in enumerate(names)
+        ]
+        batcher.submit(rows)
+        ended = []
+        while len(ended) < 2:
+            piece = answers.get(timeout=60)
+            ended += [piece] if piece.error or piece.finish_reason else []
+        assert sorted(piece.error.status if piece.error else 0 for piece in ended) == [0, 500]
+    batcher.stop()
