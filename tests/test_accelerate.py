@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Llama4TextConfig, L
 
 import fastprompt
 from fastprompt.hf.cache_names import CACHE_NAME
+from fastprompt.peft.renamed_cache import right_generation
 
 PADDED = "fastprompt runs PEFT's own padded forward: "
 
@@ -211,9 +212,11 @@ def test_adapters_can_be_disabled_added_and_switched():
 
 def test_save_and_generate_go_on_as_before(tmp_path):
     model, inputs = peft_model("llama"), batch("none")
-    generated = model.eval().generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    options = dict(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    with right_generation(model.eval()):
+        generated = model.generate(**options)
     fastprompt.accelerate(model)
-    assert torch.equal(model.generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False), generated)
+    assert torch.equal(model.generate(**options), generated)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path)
     torch.testing.assert_close(again.eval()(**inputs).loss, model(**inputs).loss)

@@ -128,7 +128,7 @@ def test_question_answering(name, method):
     model = peft_model(None, method, task_type="QUESTION_ANS", base=build(name, "QUESTION_ANS"))
     front = 0 if method == "prefix" else P  # PEFT counts virtual tokens
     counted = {key: x + front if key.endswith("positions") else x for key, x in inputs.items()}
-    plain = step(model, counted)
+    plain = plain_step(model, counted)
     assert_equal(plain, step(fastprompt.accelerate(model), inputs), inputs)
     assert_equal(plain, step(fastprompt.accelerate(model, heads="peft"), counted), inputs)
     assert fastprompt.stats(model).padded == {}

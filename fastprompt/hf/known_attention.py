@@ -1,6 +1,5 @@
 """What attention modules compute that do not ask transformers' attention interface: by the methods that are known."""
 
-import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.deprecation import deprecate_kwarg
 
 from ..backends import is_eager
 from .attention import attend
 from .indexers import ATTENTION, INDEXERS, attend_to_all, choose_of_none
 from .masks import PackedMask, UnsupportedAttention
-from .structure import is_relative_attention
+from .structure import is_relative_attention, undecorated
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def _without_gaps(mask):
 
 def _of_module(self, name):
     """A function of the file that the forward of ``self`` stands in."""
-    return type(self).forward.__globals__[name]
+    return undecorated(type(self).forward).__globals__[name]
 
 
 def _bert(
@@ -252,10 +250,6 @@ KNOWN = {
     **{name: Known(uses, attend_to_all) for name, uses in ATTENTION.items()},
     **{name: Known(uses, choose_of_none) for name, uses in INDEXERS.items()},
 }
-# What stands around a method that torch, or transformers for an old name of an argument, has decorated.
-_DECORATIONS = {
-    decorate(lambda new: new).__code__ for decorate in (torch.no_grad(), deprecate_kwarg("old", "0", new_name="new"))
-}
 
 
 @cache
@@ -269,8 +263,8 @@ def known_method(method: Any) -> Known | None:
     if known is None or not isinstance(method, types.FunctionType):
         return None
     in_transformers = method.__module__.startswith("transformers.models.")
-    code = inspect.unwrap(method, stop=lambda function: function.__code__ not in _DECORATIONS).__code__
-    return known if in_transformers and set(code.co_names) == set(known.uses.split()) else None
+    names = set(undecorated(method).__code__.co_names)
+    return known if in_transformers and names == set(known.uses.split()) else None
 
 
 def sees_distances(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from ..ops.rotary import reference
 from ..ops.rotary.api import Rotary
 from .masks import packed_rows_run
 from .module_patch import ModulePatch
-from .structure import computes_the_same
+from .structure import computes_the_same, undecorated
 
 
 def _attentions(model):
@@ -39,9 +39,10 @@ ROTARY = ModulePatch(_attentions, _forward)
 
 def _turns_as_llama(forward):
     """Does ``forward`` call a function by the name of Llama's that computes what Llama's does?"""
-    if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:
+    if not isinstance(forward, types.FunctionType):
         return False
-    function = forward.__globals__.get(_NAME)
+    forward = undecorated(forward)
+    function = forward.__globals__.get(_NAME) if _NAME in forward.__code__.co_names else None
     if not computes_the_same(function, _llama) or function.__defaults__ != _llama.__defaults__:
         return False
     turn = function.__globals__.get("rotate_half")
@@ -61,11 +62,20 @@ class _Globals(dict):
 
 @functools.cache
 def _in_one_pass(forward):
-    """``forward`` with :func:`_rotate` in place of the function that it calls."""
+    """``forward``, decorated as it is, with :func:`_rotate` in place of the function that it calls."""
+    if undecorated(forward) is not forward:
+        inner, cells = forward.__wrapped__, forward.__closure__
+        ours = types.CellType(_in_one_pass(inner))
+        cells = tuple(ours if cell.cell_contents is inner else cell for cell in cells)
+        return _copy(forward, forward.__globals__, cells)
     plain = forward.__globals__[_NAME]
     names = _Globals(forward.__globals__, {_NAME: functools.partial(_rotate, plain)})
-    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
+    return _copy(forward, names, forward.__closure__)
+
+
+def _copy(function, names, cells):
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 

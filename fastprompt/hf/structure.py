@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
 _PACKS = {"full_attention", "sliding_attention", "attention", "moe", "mlp", "dense", "sparse"}
@@ -263,6 +264,17 @@ def has_own_forward(module: nn.Module) -> bool:
     """Has this one module another forward than its class? A pickle writes down that of the class."""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+# What stands around a method that torch, or transformers for an old name of an argument, has decorated.
+_DECORATIONS = {
+    decorate(lambda new: new).__code__ for decorate in (torch.no_grad(), deprecate_kwarg("old", "0", new_name="new"))
+}
+
+
+def undecorated(method: types.FunctionType) -> types.FunctionType:
+    """The function that is decorated with ``no_grad`` or ``deprecate_kwarg``; ``method`` itself if it is not."""
+    return inspect.unwrap(method, stop=lambda function: function.__code__ not in _DECORATIONS)
 
 
 def computes_the_same(function: Any, other: types.FunctionType) -> bool:
