@@ -225,9 +225,7 @@ def first(output):
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-@pytest.mark.parametrize(
-    "name", cases(WHOLE, dict.fromkeys(["prefix-LM", "prefix-LM without a prefix"], needs_blocks))
-)
+@pytest.mark.parametrize("name", cases(WHOLE, dict.fromkeys(["prefix-LM", "prefix-LM without a prefix"], needs_blocks)))
 def test_a_patched_model_gives_what_it_gave(name):
     make, inputs = WHOLE[name]
     model = make()

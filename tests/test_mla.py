@@ -117,7 +117,9 @@ def test_learned_keys_and_values_are_refused_by_name(name, reason):
     """One tensor of keys and values has one width. PEFT's own forward fails on it."""
     family = FAMILIES[name]
     for method in (PrefixTuning(P, 2, 4, 24), PrefixTuning(P, 2, 4, 12)):
-        with pytest.raises(ValueError, match=f"at the input for a {family[0]}ForCausalLM, got a PrefixTuning: {reason}"):
+        with pytest.raises(
+            ValueError, match=f"at the input for a {family[0]}ForCausalLM, got a PrefixTuning: {reason}"
+        ):
             SoftPromptModel(base(family), method)
     with pytest.raises(ValueError, match=f"must keep the keys and values .* but {reason}"):
         prefix_of_text(base(family), [1, 2, 3])

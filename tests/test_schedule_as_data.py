@@ -59,7 +59,8 @@ def test_dead_rows_change_nothing(method):
 
 
 @pytest.mark.parametrize(
-    "name", cases(["gemma2", "gpt_oss", "qwen3_5_text", "bamba"], dict.fromkeys(["qwen3_5_text", "bamba"], needs_states))
+    "name",
+    cases(["gemma2", "gpt_oss", "qwen3_5_text", "bamba"], dict.fromkeys(["qwen3_5_text", "bamba"], needs_states)),
 )
 def test_dead_rows_behind_windows_and_states(name):
     def build():

@@ -53,8 +53,8 @@ def why_never_packed(
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
-    if with_state and not _STATES_CAN_BE_GIVEN:
-        return f"{type(with_state[0]).__name__} cannot be given a state before transformers 5.21"
+    if (reason := why_not_given(backbone)) is not None:
+        return reason
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set()) | (_INDEXED if has_indexer else set())
     counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
     if counts:
@@ -115,6 +115,12 @@ def keeps_state(module: nn.Module) -> bool:
     """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
     kind: Any = type(module)
     return bool(_STATE_NAMES & names_used(kind))
+
+
+def why_not_given(model: nn.Module) -> str | None:
+    """Why layers of a model cannot be given a state; None: they can, or keep none."""
+    mixer = None if _STATES_CAN_BE_GIVEN else next(filter(keeps_state, model.modules()), None)
+    return None if mixer is None else f"{type(mixer).__name__} cannot be given a state before transformers 5.21"
 
 
 def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:
