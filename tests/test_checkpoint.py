@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers as hf
+from needs import needs
 from peft import (
     CartridgeConfig,
     CPTConfig,
@@ -18,7 +20,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from tiny_models import GEMMA4_E, VOCABULARY, build
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastprompt.methods import MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from fastprompt.peft.checkpoint import load, save
@@ -224,9 +226,10 @@ def test_low_precision_is_kept(tmp_path):
 
 def sharing_model():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4_E))
+    return AutoModelForCausalLM.from_config(hf.Gemma4TextConfig(**GEMMA4_E))
 
 
+@needs("transformers", "5.5", "has no Gemma 4")
 @pytest.mark.parametrize("projection", [None, 6])
 @pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers")
 @torch.no_grad()

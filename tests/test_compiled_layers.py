@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import cases, needs
 from parity import VOCABULARY, batch, peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -10,6 +11,7 @@ from fastprompt import Sequences, prefix_attention
 from fastprompt.peft.state import state_of
 
 pytestmark = pytest.mark.usefixtures("fresh_graphs")
+needs_experts = needs("transformers", "5.23", "reads tensors in the backward of compiled experts")
 
 
 def step(model, inputs):
@@ -99,7 +101,7 @@ def test_direct_calls_of_any_shape_take_two_graphs():
     assert counter.frame_count == 2  # of the first shape, and of any
 
 
-@pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("model", cases(["gemma2", "gpt_oss"], {"gpt_oss": needs_experts}))
 def test_windows_softcaps_and_sinks(model):
     eager, compiled, _ = pair(model)
     assert_same(eager, compiled, batch("right"))

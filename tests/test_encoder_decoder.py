@@ -9,6 +9,7 @@ import transformers as hf
 from budget import assert_within
 from covering import covering_array
 from faults import assert_found
+from needs import cases, needs_t5
 from parity import PREFIXES, P
 from tiny_models import T5, VOCABULARY
 from tiny_pairs import (
@@ -34,7 +35,10 @@ from fastprompt.peft.renamed_cache import right_generation
 PADDED = "fastprompt runs PEFT's own padded forward: "
 
 
-@pytest.mark.parametrize("name", PAIRS)
+OF_T5 = dict.fromkeys(["t5", "t5_scaled", "flan_t5", "mt5", "umt5"], needs_t5)
+
+
+@pytest.mark.parametrize("name", cases(PAIRS, OF_T5))
 def test_same_as_peft(name):
     batches = [pair_batch(padding) for padding in ("right", "none")]
     for (plain, fast), inputs in zip(both_of_each_pair(pair_model(name), batches), batches, strict=True):
@@ -42,13 +46,13 @@ def test_same_as_peft(name):
 
 
 @pytest.mark.parametrize("method", ["p_tuning_lstm", "p_tuning_mlp", "multitask", *PREFIXES])
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "umt5", "bart"], OF_T5))
 def test_every_method(name, method):
     inputs = pair_batch(labelled="part", method=method)
     assert_pairs_equal(*both_pairs(pair_model(name, method), inputs), inputs)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 def test_prompts_of_the_encoder_alone(name):
     """Multitask Prompt Tuning's prompts stand in front of the decoder's tokens, too, unless the adapter says no."""
     inputs = pair_batch(method="multitask")
@@ -56,7 +60,7 @@ def test_prompts_of_the_encoder_alone(name):
     assert_pairs_equal(*both_pairs(model, inputs), inputs)
 
 
-@pytest.mark.parametrize("name", ["t5_scaled", "bart"])
+@pytest.mark.parametrize("name", cases(["t5_scaled", "bart"], OF_T5))
 def test_shapes(name):
     shapes = [((1,) * 4, (1,) * 4), ((7,), (3,)), ((2, 8, 1, 8), (1, 1, 9, 1))]
     batches = [pair_batch(sources=sources, targets=targets) for sources, targets in shapes]
@@ -65,7 +69,7 @@ def test_shapes(name):
 
 
 @pytest.mark.parametrize("given", ["decoder_input_ids", "decoder_inputs_embeds"])
-@pytest.mark.parametrize("name", ["flan_t5", "mbart"])
+@pytest.mark.parametrize("name", cases(["flan_t5", "mbart"], OF_T5))
 def test_tokens_of_the_decoder(name, given):
     model, inputs = pair_model(name), pair_batch()
     ids = torch.randint(3, VOCABULARY, inputs["labels"].shape, generator=torch.Generator().manual_seed(3))
@@ -74,7 +78,7 @@ def test_tokens_of_the_decoder(name, given):
     assert_pairs_equal(*both_pairs(model, inputs), inputs)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5_scaled", "flan_t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "t5_scaled", "flan_t5", "bart"], OF_T5))
 def test_many_labels(name):
     """So many that the loss is computed without all of their logits."""
     sources, targets = (3, 8, 5, 4), (70, 69, 71, 68)
@@ -87,7 +91,7 @@ def test_many_labels(name):
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_mlp"])
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "umt5", "bart"], OF_T5))
 def test_gradient_checkpointing(name, method):
     model, inputs = pair_model(name, method), pair_batch()
     plain = pair_step(model, inputs)
@@ -98,7 +102,7 @@ def test_gradient_checkpointing(name, method):
     assert fastprompt.stats(model).padded == {}
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 def test_no_padding_runs(name):
     model, inputs = fastprompt.accelerate(pair_model(name)), pair_batch()
     rows = {"encoder": set(), "decoder": set()}
@@ -111,6 +115,7 @@ def test_no_padding_runs(name):
     assert rows == {"encoder": {(1, batch * P + sum(SOURCES))}, "decoder": {(1, sum(TARGETS))}}
 
 
+@needs_t5
 def test_what_no_label_sees_is_not_run():
     """Behind the last label of a row nothing has to run; an evaluation has logits of every column."""
     model, inputs = fastprompt.accelerate(pair_model("t5")), pair_batch("none")
@@ -125,7 +130,7 @@ def test_what_no_label_sees_is_not_run():
     assert seen == [2 + 0 + 2 * columns, 4 * columns]
 
 
-@pytest.mark.parametrize("name", ["t5_scaled", "bart"])
+@pytest.mark.parametrize("name", cases(["t5_scaled", "bart"], OF_T5))
 def test_logits_of_a_training_step(name):
     model, inputs = pair_model(name), pair_batch()
     labelled = inputs["labels"] != -100
@@ -145,7 +150,7 @@ def test_logits_of_a_training_step(name):
 
 
 @pytest.mark.parametrize("layers", [(2, 3), (3, 1)])
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "umt5", "bart"], OF_T5))
 def test_an_evaluation_without_labels(name, layers):
     """Logits, and a cache as the model's own: of the decoder's tokens, and of the encoder's."""
     config = PAIRS[name].to_dict()
@@ -161,7 +166,7 @@ def test_an_evaluation_without_labels(name, layers):
     assert len(ours) == layers[1] and ours.is_updated == theirs.is_updated
 
 
-@pytest.mark.parametrize("name", ["t5", "flan_t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "flan_t5", "bart"], OF_T5))
 def test_bf16_within_the_rounding_of_peft(name):
     """Against float64, what rounding the result of every operation to bf16 may do."""
     inputs = pair_batch()
@@ -190,7 +195,7 @@ def test_bf16_within_the_rounding_of_peft(name):
     assert_found(budget, {fault: results(taken) for fault, taken in faults.items()})
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 def test_sources_padded_on_the_left(name):
     """Nothing stands between a prefix and the decoder's tokens, wherever the encoder's are."""
     model, inputs = pair_model(name, "prefix"), pair_batch()
@@ -281,7 +286,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_packed_rows_cannot_say_runs_peft_itself(name, change):
     model, inputs = pair_model(name).eval(), pair_batch()
@@ -320,7 +325,7 @@ def test_restoring_leaves_no_trace(name):
         assert after.keys() == before.keys() and all(after[key] is before[key] for key in after)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 def test_rows_with_prompts_of_their_own_adapters(name):
     model, inputs = pair_model(name), pair_batch()
     model.add_adapter("second", model.peft_config["default"])
@@ -339,7 +344,7 @@ def test_rows_with_prompts_of_their_own_adapters(name):
     torch.testing.assert_close(model(**inputs, adapter_names=names).loss.detach(), expected)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "bart"], OF_T5))
 def test_dropout_draws_for_packed_rows(name):
     config = PAIRS[name].to_dict() | {"dropout_rate": 0.3, "dropout": 0.3, "attention_dropout": 0.3}
     base = build_pair(name, config=type(PAIRS[name])(**config))
@@ -361,7 +366,7 @@ def soft_prompts(name):
     return theirs, ours
 
 
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("name", cases(["t5", "umt5", "bart"], OF_T5))
 def test_soft_prompt_model(name):
     theirs, ours = soft_prompts(name)
     inputs = pair_batch()
@@ -380,6 +385,7 @@ def test_soft_prompt_model(name):
     assert torch.equal(generated, theirs.generate(input_ids=inputs["input_ids"], **options))
 
 
+@needs_t5
 def test_soft_prompt_model_falls_back():
     theirs, ours = soft_prompts("t5")
     inputs = pair_batch()

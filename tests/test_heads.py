@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from covering import covering_array
+from needs import needs
 from parity import (
     PREFIXES,
     B,
@@ -203,6 +204,7 @@ def test_models_that_find_padding_by_its_id(name, ids, mask, reason):
     assert not reasons if reason is None else all(reason in text for text in reasons) and reasons
 
 
+@needs("peft", "0.21", "loses embeddings in front of a classifier behind a prefix")
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
 @pytest.mark.filterwarnings("ignore:fastprompt runs PEFT's own padded forward")
 def test_embeddings_behind_a_prefix(name):

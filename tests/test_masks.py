@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import cases, needs
 from parity import batch, peft_model
 from test_patch_attention import IDS, MASK, calls, prefix_model  # noqa: F401 (a fixture)
 from tiny_models import VOCABULARY, build
@@ -17,8 +18,8 @@ from fastprompt.hf.mask_patterns import Pattern, find_pattern, read_pattern
 from fastprompt.hf.masks import PackedRows, UnsupportedAttention
 from fastprompt.layout import plan_padded_input
 
-if not hasattr(masking, "blockwise_overlay"):
-    pytest.skip("transformers before 5.21 does not make all of these masks", allow_module_level=True)
+needs_blocks = needs("transformers", "5.9", "has no bidirectional blocks in masks, nor models that are asked for them")
+HAS_BLOCKS = hasattr(masking, "blockwise_overlay")
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [3, 4, 5, 6, 7, 0, 1, 2, 3]])
 PACKED = masking.find_packed_sequence_indices(POSITIONS)
@@ -37,8 +38,13 @@ def packed_as_transformers_does(mask_function, positions, segments):
     return masking.and_masks(remapped(mask_function, positions), masking.packed_sequence_mask_function(segments))
 
 
+def falcon():
+    return masking.and_masks(masking.causal_mask_function, lambda *args: torch.tensor(True, dtype=torch.bool))
+
+
 READ = {
     "causal": masking.causal_mask_function,
+    "causal, and any pair": falcon(),  # as Falcon asks before transformers 5.15
     "bidirectional": masking.bidirectional_mask_function,
     "window": WINDOW,
     "window of one": masking.sliding_window_causal_mask_function(1),
@@ -49,18 +55,20 @@ READ = {
     "packed by the model": masking.and_masks(
         masking.bidirectional_mask_function, masking.packed_sequence_mask_function(PACKED)
     ),
-    "packed, then no blocks": masking.and_masks(
-        masking.or_masks(remapped(WINDOW, POSITIONS), masking.blockwise_overlay(NO_BLOCKS)),
-        masking.packed_sequence_mask_function(PACKED),
-    ),
-    "no blocks": masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(NO_BLOCKS)),
     "chunks": masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.int64)),
 }
 UNREAD = {
-    "blocks": masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(BLOCKS)),
     "sequences in no order": masking.packed_sequence_mask_function(PACKED.flip(1)),
     "a function of the model's own": lambda b, h, q, k: k <= q,
+    "a constant that may change": (lambda: lambda *args: torch.tensor(WIDTH > 0, dtype=torch.bool))(),
 }
+if HAS_BLOCKS:
+    READ["no blocks"] = masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(NO_BLOCKS))
+    READ["packed, then no blocks"] = masking.and_masks(
+        masking.or_masks(remapped(WINDOW, POSITIONS), masking.blockwise_overlay(NO_BLOCKS)),
+        masking.packed_sequence_mask_function(PACKED),
+    )
+    UNREAD["blocks"] = masking.or_masks(masking.causal_mask_function, masking.blockwise_overlay(BLOCKS))
 if REMAPS:
     UNREAD["positions in other steps"] = packed_as_transformers_does(WINDOW, 2 * POSITIONS, PACKED)
 
@@ -121,7 +129,7 @@ def test_pairs_are_looked_at_in_blocks(monkeypatch):
     monkeypatch.setattr("fastprompt.hf.mask_patterns._CELLS", 2 * WIDTH * 2)
     everywhere = torch.ones(2, WIDTH, dtype=torch.bool)
     assert find_pattern(WINDOW, everywhere).window == 3
-    assert find_pattern(UNREAD["blocks"], everywhere) is None
+    assert find_pattern(lambda b, h, q, k: (k <= q) | (k + q == 2), everywhere) is None
 
 
 # Whole models, whose patched forward has to give what the model itself gives.
@@ -217,7 +225,7 @@ def first(output):
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", cases(WHOLE, dict.fromkeys(["prefix-LM", "prefix-LM without a prefix"], needs_blocks)))
 def test_a_patched_model_gives_what_it_gave(name):
     make, inputs = WHOLE[name]
     model = make()
@@ -248,17 +256,24 @@ def test_short_rows_of_a_model_with_chunks_run_on_prefix_attention(calls):  # no
     assert len(calls) == 4
 
 
-def test_a_mask_of_another_form_leaves_no_place_for_a_prefix():
-    prefix = torch.zeros(3, 2, 4, 2, 8)
-    patched = fastprompt.patch_attention(chunks(3), prefix)
+PREFIX = torch.zeros(3, 2, 4, 2, 8)
+
+
+def test_chunks_leave_no_place_for_a_prefix():
+    patched = fastprompt.patch_attention(chunks(3), PREFIX)
     with pytest.raises(UnsupportedAttention, match="attention in chunks leaves no place for a prefix"):
         patched(input_ids=IDS)
-    patched = fastprompt.patch_attention(image_blocks(), prefix)
+
+
+@needs_blocks
+def test_blocks_leave_no_place_for_a_prefix():
+    patched = fastprompt.patch_attention(image_blocks(), PREFIX)
     patched(input_ids=IDS, token_type_ids=0 * TYPES)
     with pytest.raises(UnsupportedAttention, match="attention both ways within blocks leaves no place for a prefix"):
         patched(input_ids=IDS, token_type_ids=TYPES)
 
 
+@needs_blocks
 def test_holes_behind_a_prefix_in_a_model_that_knows_blocks():
     model, text = image_blocks(), IDS[:1, :4]
     mask = MASK.clone()
@@ -306,7 +321,12 @@ def test_planned_rows_take_the_direction_and_window_from_the_mask():
 @pytest.mark.parametrize(
     "mask_function, options, reason",
     [
-        (UNREAD["blocks"], {}, "attention both ways within blocks has no form for packed rows"),
+        pytest.param(
+            UNREAD.get("blocks"),
+            {},
+            "attention both ways within blocks has no form for packed rows",
+            marks=needs_blocks,
+        ),
         (packed(READ["chunks"], OWN_POSITIONS), {}, "attention in chunks has no form for packed rows"),
         (
             UNREAD["a function of the model's own"],
@@ -341,7 +361,7 @@ def test_a_mask_that_is_not_causal_is_refused_where_attention_meets_it():
     [
         (chunks, "attention in chunks has no form for packed rows"),
         (told_not_to_be_causal, "a row's output depends on the batch it stands in"),
-        (embedding_gemma, "the mask function .* has no form for packed rows"),
+        (embedding_gemma, "(the mask function .*|a combination of masks) has no form for packed rows"),
     ],
 )
 def test_a_soft_prompt_before_such_a_model_takes_the_padded_path(make, reason):
@@ -355,6 +375,7 @@ def test_a_soft_prompt_before_such_a_model_takes_the_padded_path(make, reason):
     torch.testing.assert_close(got, expected[:, -got.shape[1] :], rtol=1e-4, atol=1e-5)
 
 
+@needs_blocks
 def test_a_mask_that_only_one_batch_asks_for_sends_that_batch_the_padded_way():
     model, prompt = prefix_encoder(), fastprompt.PromptTuning(4, 48)
     before = torch.cat([TYPES.new_zeros(3, 4), TYPES], 1)
@@ -371,6 +392,7 @@ def test_a_mask_that_only_one_batch_asks_for_sends_that_batch_the_padded_way():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@needs_blocks
 def test_so_it_does_before_peft_s_own_forward(monkeypatch):
     whole = []  # what the model sees both ways, from a certain call on
 

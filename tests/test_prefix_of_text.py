@@ -153,8 +153,8 @@ def encoder():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (hybrid, "layer 0 keeps a recurrent or convolution state"),
-        (recurrent, "layer 0 keeps a recurrent or convolution state"),
+        (hybrid, "a Qwen3NextGatedDeltaNet keeps a recurrent or convolution state"),
+        (recurrent, "a MambaMixer keeps a recurrent or convolution state"),
         (encoder_decoder, "an encoder-decoder has no place in front of its text"),
         (encoder, "0 of a DebertaV2Model did"),
     ],

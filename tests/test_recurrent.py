@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from budget import assert_within
+from needs import needs_states
 from parity import TASKS, B, P, assert_equal, assert_identical, batch, peft_model, step
 from tiny_hybrids import PACKED, REFUSED, build_hybrid
 from tiny_models import VOCABULARY
@@ -17,6 +18,7 @@ from benchmarks.budget import Budget
 from fastprompt.hf.cache import content
 from fastprompt.hf.shared_state import layers_with_keys
 
+pytestmark = needs_states
 ONE_OF_EACH = ["qwen3_5_text", "lfm2", "bamba"]  # a gated delta rule, a short convolution, Mamba 2
 
 

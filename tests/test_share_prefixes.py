@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from needs import needs_states
 from parity import assert_equal, assert_identical, step
 from test_trees import batch, rows_of, rows_without
 from tiny_hybrids import build_hybrid
@@ -58,6 +59,7 @@ def test_all_weights_get_their_gradients(name):
     assert fastprompt.stats(model).packed == 2
 
 
+@needs_states
 def test_recurrent_layers_share_too():
     model, inputs = lora(base=build_hybrid("qwen3_5_text")), batch()
     plain = outputs(model, inputs)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+from needs import needs_t5
 from parity import B, P, S, assert_equal, batch, both, peft_model
 from tiny_models import drawn
 from tiny_pairs import PAIRS
@@ -25,6 +26,7 @@ def build(name, kind):
     return drawn(MODELS[name][kind](config))
 
 
+@needs_t5
 @pytest.mark.parametrize("method", ["prompt_tuning", "multitask"])
 @pytest.mark.parametrize("name", MODELS)
 def test_classifiers_of_tokens(name, method):
@@ -36,6 +38,7 @@ def test_classifiers_of_tokens(name, method):
     assert_equal(*both(model, inputs), inputs)
 
 
+@needs_t5
 @pytest.mark.parametrize("padding", ["right", "none"])
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states(name, padding):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from needs import needs_states
 from parity import assert_equal, assert_identical, both, peft_model, step
 from tiny_hybrids import build_hybrid
 from tiny_models import VOCABULARY, build, drawn
@@ -92,6 +93,7 @@ def test_trees_give_what_peft_gives(name, method, padding, labelled, common):
     )
 
 
+@needs_states
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "bamba"])
 def test_states_are_left_by_every_node(name):
     base = build_hybrid(name)

@@ -41,7 +41,8 @@ class LastLayer(OuterLayer):
         Raises:
             UnsupportedAttention: in the layer's call; it has another structure.
         """
-        with forward_of(self.layer, partial(_run_layer, self, keep)):
+        # What it keeps is less than one layer run again does; a checkpoint around it would run its own forward again.
+        with forward_of(self.layer, partial(_run_layer, self, keep)), without_checkpoints(self.layer):
             yield
 
 
@@ -76,7 +77,6 @@ def _run_layer(last, keep, states, *args, **kwargs):
             if part is not attention:
                 block.callback(part.register_forward_hook(remember).remove)
         block.enter_context(forward_of(attention, attend))
-        block.enter_context(without_checkpoints(layer))  # what it keeps is less than one layer run again does
         output = type(layer).forward(layer, rows, *args, **kwargs)
     return _with_first(output, lambda x: _spread(x, keep, states, rows))
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import masking_utils as masking
 
+from .structure import computes_the_same
+
 _CELLS = 1 << 20  # pairs that are looked at at once: 1 MiB of booleans
 
 
@@ -80,7 +82,7 @@ def read_pattern(mask_function: Callable) -> Pattern | None:
     """
     if mask_function is masking.causal_mask_function:
         return Pattern(ahead=0)
-    if mask_function is masking.bidirectional_mask_function:
+    if mask_function is masking.bidirectional_mask_function or _is_constant(mask_function):
         return Pattern()
     for factory, read in _READERS.items():
         if _is_made_by(factory, mask_function):
@@ -254,8 +256,17 @@ def _read_segments(packed_sequence_mask):
     return Pattern(segments=packed_sequence_mask) if holds(rises.all()) else None
 
 
+def _every_pair():
+    return lambda *args: torch.tensor(True, dtype=torch.bool)
+
+
+def _is_constant(function):
+    """Is it what Falcon adds to its mask, before transformers 5.15, so that there is one for ALiBi?"""
+    return computes_the_same(function, _every_pair()) and function.__globals__.get("torch") is torch
+
+
 _anything = torch.zeros(1, 1, dtype=torch.int64)
-# Of the functions that each factory returns, by its name. Versions of transformers before 5.21 have not all of them.
+# Of the functions that each factory returns, by its name. Versions of transformers before 5.16 have not all of them.
 _CODE = {
     name: getattr(masking, name)(*arguments).__code__
     for name, arguments in {

@@ -13,6 +13,7 @@ from .per_layer import searching_part
 from .precision import WideArithmetic
 from .prompt_cache import fill, virtual_columns
 from .prompt_state import PromptState, cache_of_all_tokens
+from .structure import why_not_given
 
 _NEW = 2  # tokens: one behind the prefill, one behind a decoding step
 
@@ -26,6 +27,8 @@ def mixed_model(base: PreTrainedModel) -> Mixed:
     Raises:
         NotImplementedError: they differ, or the model cannot be run so; with the reason.
     """
+    if (reason := why_not_given(base)) is not None:
+        raise NotImplementedError(f"a {type(base).__name__} cannot run rows behind compiled prompts: {reason}")
     with torch.no_grad(), evaluation_mode(base), running(AsBefore()):
         try:
             reason, mixed = _ask(base, WideArithmetic(base))

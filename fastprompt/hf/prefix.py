@@ -12,6 +12,7 @@ from .attachment import evaluation_mode
 from .cache_names import CACHE_NAMES, cache_argument
 from .masks import AsBefore, running
 from .shared_state import layers_with_keys, layers_with_own_keys, text_config, why_not_learned
+from .structure import keeps_state
 
 
 @torch.no_grad()
@@ -77,10 +78,10 @@ def _why_no_keys(model):
         return "an encoder-decoder has no place in front of its text"
     if (reason := why_not_learned(config)) is not None:
         return reason
+    if (mixer := next(filter(keeps_state, model.modules()), None)) is not None:
+        return f"a {type(mixer).__name__} keeps a recurrent or convolution state"
     layers, with_keys = DynamicCache(config=text_config(config)).layers, layers_with_keys(config)
     for index, layer in enumerate(layers[: layers_with_own_keys(config)]):
-        if hasattr(layer, "update_conv_state"):
-            return f"layer {index} keeps a recurrent or convolution state"
         if index not in with_keys:
             return f"layer {index} keeps none ({type(layer).__name__})"
     parameters = inspect.signature(model.forward).parameters

@@ -14,6 +14,7 @@ from .masks import AsBefore, running
 from .per_layer import per_layer_inputs, searching_part
 from .shared_state import KeysValues, SharedState, layers_with_keys, text_config
 from .states import StateKey, States
+from .structure import why_not_given
 
 _NO_WINDOW = 2**31 - 1  # positions that no text reaches
 
@@ -57,6 +58,8 @@ class PromptState:
         Raises:
             ValueError: the model does not keep all of it in a cache.
         """
+        if (reason := why_not_given(base)) is not None:
+            raise ValueError(f"a {type(base).__name__} has no place for a prompt's state: {reason}")
         cache = cache_of_all_tokens(base.config)
         with torch.no_grad(), evaluation_mode(base), running(AsBefore()):
             mask = torch.ones(1, len(rows), dtype=torch.int64, device=rows.device)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 
 # Layers whose tokens meet in attention only, and only in attention that transformers' masks describe.
@@ -24,6 +24,9 @@ _INDEXED = {"indexed_attention"}
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 # What a layer calls to read and write a state, so that it can be given another one.
 _STATE_METHODS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"}
+# Before transformers 5.21 layers reach into their cache, some into one of their own, and can be given no other.
+_STATES_CAN_BE_GIVEN = hasattr(Cache, "get_conv_state")
+_STATE_NAMES = _STATE_METHODS if _STATES_CAN_BE_GIVEN else _STATE_METHODS | {"conv_states", "ssm_states"}
 # The flag by which T5's attention says that it adds a bias by distance.
 RELATIVE = "has_relative_attention_bias"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,6 +54,8 @@ def why_never_packed(
     if backbone is base and base.get_output_embeddings() is not None:
         return f"{name} has no part that is its backbone"
     with_state = outermost(backbone, keeps_state)
+    if (reason := why_not_given(backbone)) is not None:
+        return reason
     known = _PACKS | _KNOWN_ELSEWHERE | (_WITH_STATE if with_state else set()) | (_INDEXED if has_indexer else set())
     counts = not (with_state or by_distance or _takes_positions(backbone) or position_embeddings(backbone))
     if counts:
@@ -115,7 +120,13 @@ def is_encoder_decoder(base: nn.Module) -> bool:
 def keeps_state(module: nn.Module) -> bool:
     """Does a module read and write a recurrent or convolution state through the cache that it is given?"""
     kind: Any = type(module)
-    return bool(_STATE_METHODS & names_used(kind))
+    return bool(_STATE_NAMES & names_used(kind))
+
+
+def why_not_given(model: nn.Module) -> str | None:
+    """Why layers of a model cannot be given a state; None: they can, or keep none."""
+    mixer = None if _STATES_CAN_BE_GIVEN else next(filter(keeps_state, model.modules()), None)
+    return None if mixer is None else f"{type(mixer).__name__} cannot be given a state before transformers 5.21"
 
 
 def outermost(model: nn.Module, condition: Callable[[nn.Module], bool]) -> list[nn.Module]:

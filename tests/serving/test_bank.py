@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import cases, needs_states
 from parity import METHODS, PREFIXES, peft_model
 from serving_models import NEW, PROMPTS, WIDTH, bank_of, embeddings, frozen, logits_alone, ready, texts
 
@@ -210,7 +211,7 @@ def test_prompts_come_and_go_while_requests_run(base):
     assert all(any(torch.equal(one, answer) for answer in answers) for one in found)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3_5_text"])
+@pytest.mark.parametrize("name", cases(["llama", "mistral_window", "qwen3_5_text"], {"qwen3_5_text": needs_states}))
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_log_probabilities_of_completions(name, padding):
     model = frozen(name)

@@ -7,16 +7,18 @@ import json
 import pytest
 import torch
 import transformers as hf
+from needs import cases, needs_states
 from parity import METHODS, PREFIXES, P, peft_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from serving_models import frozen, ready
-from test_mla import LATENT
+from test_mla import LATENT, NEWER
 from test_mla import base as latent_model
 from tiny_models import T5
 
 import fastprompt
+from benchmarks.tiny_families import families
 from fastprompt import CompiledPrompt, PromptTuning, SoftPromptModel, compile_prompt
 from fastprompt.hf.cache_names import cache_argument
 from fastprompt.hf.fingerprint import fingerprint
@@ -65,7 +67,10 @@ def test_every_method(method, accelerated, tmp_path):
         assert keys.equal(layer.keys) and values.equal(layer.values)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt2", "bloom", "qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "mamba2"])
+HYBRIDS = ["qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "mamba2"]
+
+
+@pytest.mark.parametrize("name", cases(["gemma3", "gpt2", "bloom", *HYBRIDS], dict.fromkeys(HYBRIDS, needs_states)))
 def test_every_kind_of_layer(name, tmp_path):
     base = frozen(name)
     model = peft_model(None, base=base).eval()
@@ -75,13 +80,14 @@ def test_every_kind_of_layer(name, tmp_path):
     torch.testing.assert_close(behind(loaded, base), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("name", cases(LATENT, NEWER))
 def test_latent_attention(name):
     base = ready(latent_model(LATENT[name]))
     model = peft_model(None, base=base).eval()
     torch.testing.assert_close(behind(compile_prompt(model), base), by_peft(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("deepseek_v32" not in families(), reason="this transformers does not have DeepSeek V3.2")
 def test_an_indexer_s_keys_have_no_place():
     model = peft_model(None, base=frozen("deepseek_v32")).eval()
     with pytest.raises(ValueError, match="keeps more in its cache than keys and values"):
@@ -155,6 +161,7 @@ def test_the_fingerprint_does_not_depend_on_how_a_model_is_run(tmp_path):
     assert fingerprint(type(base).from_pretrained(tmp_path, attn_implementation="eager")) == before
 
 
+@needs_states
 def test_the_file(tmp_path):
     base = frozen("qwen3_5_text")
     compile_prompt(peft_model(None, base=base).eval()).save(tmp_path / "a" / "prompt.safetensors")
@@ -206,6 +213,7 @@ def test_any_method_as_an_adapter_of_prefix_tuning(name, method, tmp_path):
     torch.testing.assert_close(by_peft(as_prefix), expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_states
 def test_what_a_prefix_cannot_hold_is_refused(tmp_path):
     base = frozen("qwen3_5_text")
     with pytest.raises(ValueError, match="its layers keep a recurrent or convolution state"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from needs import cases, needs, needs_states
 from serving_models import (
     NEW,
     PROMPTS,
@@ -41,13 +42,13 @@ def hybrid():
     return bank_of(frozen("qwen3_5_text"))
 
 
-@pytest.fixture(params=["llama", "window", "hybrid"])
+@pytest.fixture(params=cases(["llama", "window", "hybrid"], {"hybrid": needs_states}))
 def bank(request):
     """A model that sees no padding, one with windows shorter than a prompt, and one whose layers keep states."""
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *PACKED])
+@pytest.mark.parametrize("name", cases([*FAMILIES, *PACKED], dict.fromkeys(PACKED, needs_states)))
 def test_every_family(name):
     base = frozen(name)
     ids, mask = texts()
@@ -118,6 +119,7 @@ def test_processors_see_the_text(bank, options):
         assert sequences[row, WIDTH:].tolist() == expected[0, text.shape[1] :].tolist(), row
 
 
+@needs("transformers", "5.5", "cannot guess tokens of a text without an end")
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])
 def test_assisted_decoding(llama, kind):
     bank = llama
@@ -210,7 +212,7 @@ def test_a_generation_config(llama):
     assert_greedy(llama.base, llama.generate(ids, mask, prompts=PROMPTS, generation_config=config), ids, mask)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize("name", cases(["llama", "qwen3_5_text"], {"qwen3_5_text": needs_states}))
 def test_no_prompts_at_all_and_one_for_all(name):
     bank = bank_of(frozen(name))
     ids, mask = texts()
@@ -297,6 +299,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(llama, options, mes
     assert not calls
 
 
+@needs_states
 def test_turns_that_do_not_fit_are_refused(llama, hybrid):
     ids, mask = texts()
     options = dict(max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
@@ -345,6 +348,7 @@ def test_a_turn_that_grows_beyond_a_window_with_padding_inside_is_refused():
     assert_greedy(base, output.sequences, longer, real, new=3)
 
 
+@needs_states
 def test_learned_keys_and_values_before_layers_with_a_state():
     """Those start from nothing; a batch may mix them with prompts of embeddings."""
     base = frozen("qwen3_5_text")
@@ -373,6 +377,7 @@ def test_chunked_attention():
     assert_greedy(base, bank.generate(ids, mask, prompts=PROMPTS, max_new_tokens=NEW, do_sample=False), ids, mask)
 
 
+@needs_states
 def test_models_that_answer_otherwise_in_a_batch_are_refused():
     for name in ("roberta", "jamba"):
         with pytest.raises(

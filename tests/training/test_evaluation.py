@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs
 from tiny_llama import save_gguf
 from training_runs import METHODS, WORDS, encoder_of, every_method, losses
 from transformers import AutoModelForCausalLM
@@ -134,6 +135,7 @@ def test_a_run_without_tasks_takes_none(config):
         TrainedAdapter(config.output).generate("cat", task="x")
 
 
+@needs("transformers", "5.5", "reads other weights from a GGUF file")
 def test_gguf_trains_like_the_folder_it_was_made_of(config, tmp_path):
     pytest.importorskip("gguf")
     folder = tmp_path / "gguf"
