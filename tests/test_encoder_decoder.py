@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from budget import assert_within
 from covering import covering_array
@@ -13,6 +12,7 @@ from needs import cases, needs_t5
 from parity import PREFIXES, P
 from tiny_models import T5, VOCABULARY
 from tiny_pairs import (
+    OF_T5,
     PAIRS,
     SOURCES,
     TARGETS,
@@ -33,9 +33,6 @@ from fastprompt.hf.cache_names import cache_in
 from fastprompt.peft.renamed_cache import right_generation
 
 PADDED = "fastprompt runs PEFT's own padded forward: "
-
-
-OF_T5 = dict.fromkeys(["t5", "t5_scaled", "flan_t5", "mt5", "umt5"], needs_t5)
 
 
 @pytest.mark.parametrize("name", cases(PAIRS, OF_T5))
@@ -205,7 +202,7 @@ def test_sources_padded_on_the_left(name):
 
 def leaked(x, share):
     """Every row with a share of the one before it."""
-    return x + share * F.pad(x[:, :-1], (0, 0, 1, 0))
+    return x + share * torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
 
 
 def in_the_encoder(model, share):
@@ -217,14 +214,13 @@ def in_the_decoder(model, share):
 
 
 def in_cross_attention(model, share):
-    keys = model.decoder.block[0].layer[1].EncDecAttention.k
-    keys.register_forward_hook(lambda module, args, output: leaked(output, share))
+    attention = model.decoder.block[0].layer[1].EncDecAttention
+    attention.k.register_forward_hook(lambda module, args, output: leaked(output, share))
 
 
 def by_a_forward_of_its_own(model, share):
     attention = model.decoder.block[0].layer[1].EncDecAttention
-    original = attention.forward
-    attention.forward = lambda hidden, **kwargs: original(leaked(hidden, share), **kwargs)
+    attention.forward = lambda x, original=attention.forward, **kwargs: original(leaked(x, share), **kwargs)
 
 
 def by_position(model, share):

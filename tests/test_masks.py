@@ -38,13 +38,10 @@ def packed_as_transformers_does(mask_function, positions, segments):
     return masking.and_masks(remapped(mask_function, positions), masking.packed_sequence_mask_function(segments))
 
 
-def falcon():
-    return masking.and_masks(masking.causal_mask_function, lambda *args: torch.tensor(True, dtype=torch.bool))
-
-
+ANY_PAIR = (lambda: lambda *args: torch.tensor(True, dtype=torch.bool))()  # of Falcon, before transformers 5.15
 READ = {
     "causal": masking.causal_mask_function,
-    "causal, and any pair": falcon(),  # as Falcon asks before transformers 5.15
+    "causal, and any pair": masking.and_masks(masking.causal_mask_function, ANY_PAIR),
     "bidirectional": masking.bidirectional_mask_function,
     "window": WINDOW,
     "window of one": masking.sliding_window_causal_mask_function(1),
@@ -154,10 +151,6 @@ def prefix_lm():
         "hrm_text", **_TEXT | dict(num_hidden_layers=1), H_cycles=1, L_cycles=1, embedding_scale=1.0
     )
     return drawn(hf.AutoModelForCausalLM.from_config(config))
-
-
-def prefix_encoder():
-    return prefix_lm().model
 
 
 def image_blocks():
@@ -321,18 +314,9 @@ def test_planned_rows_take_the_direction_and_window_from_the_mask():
 @pytest.mark.parametrize(
     "mask_function, options, reason",
     [
-        pytest.param(
-            UNREAD.get("blocks"),
-            {},
-            "attention both ways within blocks has no form for packed rows",
-            marks=needs_blocks,
-        ),
+        pytest.param(UNREAD.get("blocks"), {}, "attention both ways within blocks has no form", marks=needs_blocks),
         (packed(READ["chunks"], OWN_POSITIONS), {}, "attention in chunks has no form for packed rows"),
-        (
-            UNREAD["a function of the model's own"],
-            {},
-            "the mask function <lambda> has no form for packed rows",
-        ),
+        (UNREAD["a function of the model's own"], {}, "the mask function <lambda> has no form for packed rows"),
         (masking.sliding_window_overlay(3), {}, "has no form for packed rows"),
         (masking.causal_mask_function, dict(rows=9), "9 queries and 9 keys for 10 packed rows"),
         (
@@ -377,7 +361,7 @@ def test_a_soft_prompt_before_such_a_model_takes_the_padded_path(make, reason):
 
 @needs_blocks
 def test_a_mask_that_only_one_batch_asks_for_sends_that_batch_the_padded_way():
-    model, prompt = prefix_encoder(), fastprompt.PromptTuning(4, 48)
+    model, prompt = prefix_lm().model, fastprompt.PromptTuning(4, 48)
     before = torch.cat([TYPES.new_zeros(3, 4), TYPES], 1)
     embeds = torch.cat([prompt().expand(3, -1, -1), model.get_input_embeddings()(IDS)], 1)
     with torch.no_grad():

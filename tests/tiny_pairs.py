@@ -5,6 +5,7 @@ import warnings
 
 import torch
 import transformers as hf
+from needs import needs_t5
 from parity import TASKS, peft_model, trained
 from tiny_models import T5, VOCABULARY, drawn
 
@@ -51,6 +52,7 @@ PAIRS = {
     "blenderbot": hf.BlenderbotConfig(**_BART),
     "blenderbot_small": hf.BlenderbotSmallConfig(**_BART),
 }
+OF_T5 = dict.fromkeys(["t5", "t5_scaled", "flan_t5", "mt5", "umt5"], needs_t5)
 
 
 def build_pair(name, dtype=torch.float32, seed=0, config=None):

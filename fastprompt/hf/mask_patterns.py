@@ -266,7 +266,7 @@ def _is_constant(function):
 
 
 _anything = torch.zeros(1, 1, dtype=torch.int64)
-# Of the functions that each factory returns, by its name. Versions of transformers before 5.16 have not all of them.
+# Of the functions that each factory returns, by its name. Versions of transformers before 5.23 have not all of them.
 _CODE = {
     name: getattr(masking, name)(*arguments).__code__
     for name, arguments in {
