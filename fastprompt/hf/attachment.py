@@ -210,18 +210,19 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     4-bit layers of bitsandbytes are in training mode meanwhile: on some CPUs the first evaluation repacks their weights
     for good, and no gradient passes through them afterwards. What they compute is the same in both modes.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    attributes = [(found, dict(found)) for module, _ in flags for found in _attributes(module)]
+    modules = list(model.modules())
+    attributes = [(found, dict(found)) for module in modules for found in _attributes(module)]
     try:
-        for module, _ in flags:
+        for module in modules:
             module.training = hasattr(module, "quant_state")
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
-        for found, before in attributes:
-            _give_back(found, before)
-        for module, flag in flags:
-            module.training = flag
+        try:
+            _give_back(attributes)
+        except BaseException:  # Ctrl-C in the middle of it
+            _give_back(attributes)
+            raise
 
 
 def _attributes(module):
@@ -229,9 +230,10 @@ def _attributes(module):
     return vars(module), module._modules, module._buffers
 
 
-def _give_back(found, before):
+def _give_back(attributes):
     """Make attributes what they were, but for those of libraries and those that attaching changes."""
-    ours = {name for name in (*found, *before) if name.startswith("_") or name in ("config", "forward")}
-    for name in found.keys() - before.keys() - ours:
-        del found[name]
-    found.update({name: x for name, x in before.items() if name not in ours and found.get(name, found) is not x})
+    for found, before in attributes:
+        ours = {name for name in (*found, *before) if name.startswith("_") or name in ("config", "forward")}
+        for name in found.keys() - before.keys() - ours:
+            del found[name]
+        found.update({name: x for name, x in before.items() if name not in ours and found.get(name, found) is not x})

@@ -46,8 +46,10 @@ class Interventions:
         """Are there others by now than the model was asked of, as far as they are known to change anything?"""
         if self._forwards is None or self._caught is not None:
             return True
-        hooks = {id(hook) for *_, hook in self._hooks()}
-        return not _same(self._forwards, self._replaced()) or any(id(hook) not in hooks for hook in self._changing)
+        if not _same(self._forwards, self._replaced()):
+            return True
+        hooks = {id(hook) for *_, hook in self._hooks()} if self._changing else set()
+        return any(id(hook) not in hooks for hook in self._changing)
 
     @contextmanager
     def being_asked(self) -> Iterator[None]:
@@ -71,12 +73,16 @@ class Interventions:
 
     def _hooks(self):
         """Where the hooks of others stand, but for those of compiled layers, whose graphs hold them."""
+        hooked = [
+            (module, vars(module)[name]) for module in self._model.modules() for name in _HOOKS if vars(module)[name]
+        ]
+        if not hooked:
+            return
         inside = {part for module in self._model.modules() if is_compiled(module) for part in module.modules()}
-        for module in self._model.modules():
-            for hooks in (vars(module)[name] for name in _HOOKS):
-                for key, hook in hooks.items():
-                    if module not in inside and _is_foreign(hook, _LIBRARIES):
-                        yield hooks, key, hook
+        for module, hooks in hooked:
+            for key, hook in hooks.items():
+                if module not in inside and _is_foreign(hook, _LIBRARIES):
+                    yield hooks, key, hook
 
     def _replaced(self):
         """The modules whose forward is somebody's, and these forwards."""
