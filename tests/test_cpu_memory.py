@@ -1,4 +1,7 @@
-"""No memory for a C++ kernel is a MemoryError, whichever of its threads wanted some, and the process goes on."""
+"""No memory for a C++ kernel is an exception, whichever of its threads wanted some, and the process goes on.
+
+The exception is what torch makes of ``std::bad_alloc``: a MemoryError, and a RuntimeError from torch 2.15 on.
+"""
 
 import subprocess
 import sys
@@ -26,8 +29,8 @@ def fails(name, room, call):
     try:
         call()
         print(name, "had enough memory")
-    except MemoryError:
-        print(name, "MemoryError")
+    except (MemoryError, RuntimeError) as error:
+        print(name, error)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
@@ -57,5 +60,5 @@ print("and on")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_memory_is_an_exception(threads):
     result = subprocess.run([sys.executable, "-c", SCRIPT, str(threads)], capture_output=True, text=True, timeout=240)
-    lines = ["multitask_prompt MemoryError", "its backward MemoryError", "prefix_attention MemoryError", "and on"]
-    assert result.stdout.splitlines() == lines, result.stdout + result.stderr
+    failed = [f"{name} std::bad_alloc" for name in ("multitask_prompt", "its backward", "prefix_attention")]
+    assert result.stdout.splitlines() == [*failed, "and on"], result.stdout + result.stderr

@@ -11,6 +11,7 @@ from tiny_llama import ANIMALS, PLANTS, save_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import fastprompt  # noqa: E402
+from fastprompt.peft.renamed_cache import right_generation  # noqa: E402
 
 METHODS = {
     "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -65,7 +66,8 @@ def arguments(kind, tmp_path, batch=4, **changes):
 def run(trainer):
     """Every line of the log, and the adapter."""
     torch.manual_seed(5)
-    trainer.train()
+    with right_generation(trainer.model):  # GRPO samples its completions
+        trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     adapter = peft.get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
     return lines, {name: value.clone() for name, value in adapter.items()}
