@@ -38,6 +38,15 @@ def without_optimisation(folder):
     return str(script)
 
 
+def without_nvcc(folder):
+    """The variable by which an nvcc that fails is found first: the library of CUDA would take minutes."""
+    script = folder / "bin/nvcc"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\nexit 1\n")
+    script.chmod(0o755)
+    return {"CUDA_HOME": str(folder)}
+
+
 @pytest.mark.parametrize("compiles", [True, False], ids=["default compiler", "no compiler"])
 def test_wheel(tmp_path, compiles):
     tree, wheels, site = tmp_path / "tree", tmp_path / "wheels", tmp_path / "site"
@@ -49,7 +58,7 @@ def test_wheel(tmp_path, compiles):
     (blocked / "torch.py").write_text("raise ImportError('torch was imported to build the package')")
     env = {**os.environ, "PYTHONPATH": str(blocked)}
     compiler = without_optimisation(tmp_path) if compiles and COMPILER else "/bin/false"
-    env |= {"CC": compiler, "CXX": compiler}
+    env |= {"CC": compiler, "CXX": compiler} | without_nvcc(tmp_path)
 
     build = ["wheel", str(tree), "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(wheels)]
     python("-m", "pip", *build, env=env)
