@@ -9,7 +9,7 @@ from torch import nn
 
 import fastprompt
 
-DRAWS = 400
+DRAWS = 250
 PADDED = "fastprompt runs PEFT's own padded forward: "
 
 

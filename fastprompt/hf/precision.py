@@ -1,5 +1,7 @@
 """A model run in wider arithmetic than its own, as it is: no copy of it, whatever hooks and wrappers it has."""
 
+from functools import cache
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,16 +38,13 @@ class WideArithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        arguments = function._schema.arguments
-        aliases = [a for a in arguments if a.alias_info is not None]
-        written = {a.name for a in aliases if a.alias_info.is_write}
-        if aliases and not written:  # a view, which is widened where it is computed with
+        names, written, is_view = _signature(function)
+        if is_view:  # it is widened where it is computed with
             return function(*args, **kwargs)
         if function is torch.ops.aten.embedding.default:  # the rows that are read are all that has to be widened
             return self._widen(function(*args, **kwargs))
         if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             return function(*args, **kwargs)  # to another device; hooks keep what they moved there and back
-        names = [a.name for a in arguments]
         given = dict(zip(names, args)) | kwargs
         if not any(list(_floats(x)) for x in given.values()):  # new memory is of the dtype that is asked for
             return function(*args, **kwargs)
@@ -96,6 +95,15 @@ class WideArithmetic(TorchDispatchMode):
 
     def _widen(self, x):
         return _cast(x, self.dtype)
+
+
+@cache
+def _signature(function):
+    """The names of an operation's arguments, those that it writes into, and whether it returns a view."""
+    arguments = function._schema.arguments
+    aliases = [a for a in arguments if a.alias_info is not None]
+    written = frozenset(a.name for a in aliases if a.alias_info.is_write)
+    return tuple(a.name for a in arguments), written, bool(aliases) and not written
 
 
 def _cast(x, dtype):

@@ -147,7 +147,7 @@ def test_no_result_depends_on_the_order_of_programs(monkeypatch, feature):
                 assert x is y is None or torch.equal(x, y)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5),
     feature=st.sampled_from([*FEATURES, "cross"]),

@@ -309,7 +309,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*inputs, *options))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=6),
     kind=st.sampled_from(KINDS),

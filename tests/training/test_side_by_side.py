@@ -56,7 +56,7 @@ def config(config, data):
     """Everything on that a step can have."""
     return dataclasses.replace(
         config, data=data, task_column="task", num_virtual_tokens=4, eval_fraction=0.3, eval_steps=2, batch_size=3,
-        steps=None, epochs=3, warmup=2, schedule="cosine", max_grad_norm=0.5, weight_decay=0.1,
+        steps=None, epochs=2, warmup=2, schedule="cosine", max_grad_norm=0.5, weight_decay=0.1,
     )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def test_folders_have_names_everywhere(values):
         ({"only_task": "Ü"}, "task_column", "no only_task"),
         ({"method": "multitask"}, "method", "one of prompt-tuning, prefix-tuning, p-tuning side by side"),
         ({"precision": "fp16"}, "precision", "fp16 scales the loss of all prompts at once"),
-        ({"warmup": 4}, "warmup", "task 'a/b': expected at most the run's 3 steps, got 4"),
+        ({"warmup": 4}, "warmup", "task 'a/b': expected at most the run's 2 steps, got 4"),
         ({"verbaliser": {"A": "animal"}}, "verbaliser", "of '../y' in data has label 'P'"),
         ({"template": "{text}" * 30}, "max_length", "the model takes 64"),
     ],
@@ -355,7 +355,7 @@ def test_a_task_with_too_few_rows_is_named(config, files, tmp_path):
         ({"only_task": "Ü"}, ([0.1, -0.1],), "lr", "more than 0"),
         ({"only_task": "Ü"}, ([0.1], 0), "seeds", "at least 1, got 0"),
         ({"only_task": "Ü"}, ([0.1], 2, [3, 2]), "halve_at", "ascending steps"),
-        ({"only_task": "Ü"}, ([0.1], 2, [100]), "halve_at", "steps before the last of 6, got 100"),
+        ({"only_task": "Ü"}, ([0.1], 2, [100]), "halve_at", "steps before the last of 4, got 100"),
         ({"task_column": None, "eval_fraction": None, "eval_steps": None}, ([0.1, 0.2],), "eval_fraction", "compared"),
     ],
 )
