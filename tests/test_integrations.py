@@ -1,6 +1,7 @@
 """The table in docs/integrations.md: it says what was measured, what was measured still holds, and it can say WRONG."""
 
 import csv
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from benchmarks.integrations.loops import Run
 from benchmarks.integrations.rows import Row, rows
 from benchmarks.integrations.setting import Setting
 from fastprompt.hf.stats import Stats
+from fastprompt.versions import is_older
 
 ROOT = Path(__file__).parents[1]
+TRIED_ON = "5.23"
 SLOW = ("compile", "Trainer", "processes")  # tests of their own see these
 
 
@@ -49,7 +52,10 @@ def test_a_row_still_holds(row, setting):
         found = integrations.try_one(setting, row, method)["outcome"]
         if "not installed" in found:
             pytest.skip(found)
-        assert found.partition(":")[0] == expected[method].partition(":")[0], found
+        same = found.partition(":")[0] == expected[method].partition(":")[0]
+        if not same and "PEFT raises" in found and is_older(version("transformers"), TRIED_ON):
+            pytest.skip(f"transformers before {TRIED_ON}: {found}")
+        assert same, found
 
 
 def outcome_of(train, **options):
