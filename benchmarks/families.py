@@ -5,6 +5,7 @@ Loss, gradient of the prompt and logits of an accelerated PEFT model against PEF
 """
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -191,7 +192,8 @@ def run(out, quick=False):
     warnings.filterwarnings("ignore")
     names = [name for name in (COMMON if quick else sorted(families())) if name in families()]
     outcomes = [x for name in tqdm(names, desc="families") for x in _with_variant(name)]
-    counts = {path: number for path in PATHS if (number := sum(x.path == path for x in outcomes))}
+    found = Counter(x.path for x in outcomes)
+    counts = {path: found[path] for path in PATHS if path in found}
     print(", ".join(f"{path}: {number}" for path, number in counts.items()))
     rows = [[x.family, x.path, f"{x.loss:.0e}", f"{x.gradient:.0e}", x.reason[:90]] for x in outcomes]
     print(report.table(["family", "path", "loss diff", "gradient diff", "reason"], rows), flush=True)

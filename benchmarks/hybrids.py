@@ -4,6 +4,8 @@ The model is of the kind of Qwen3.5: three layers of the gated delta rule to one
 prompt leaves a state, from which every row starts; the rows are cut into chunks there, and padded to buckets.
 """
 
+from functools import partial
+
 import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -42,4 +44,4 @@ def providers(workload, sizes=SIZES):
 def run(out, quick=False, sizes=SIZES):
     """Run, print, and write ``hybrids.csv`` and a plot into ``out``; False if a result was wrong."""
     title = "Prompt Tuning, Qwen3.5"
-    return step.compare(title, uneven_workloads(quick=quick), lambda w: providers(w, sizes), out / "hybrids", quick)
+    return step.compare(title, uneven_workloads(quick=quick), partial(providers, sizes=sizes), out / "hybrids", quick)

@@ -1,5 +1,7 @@
 """The training steps of Prefix-Tuning, P-Tuning and Multitask Prompt Tuning, as in :mod:`benchmarks.step`."""
 
+from functools import partial
+
 from . import models, step
 from .workloads import uneven_workloads
 
@@ -11,13 +13,7 @@ def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write a CSV and a plot for each method into ``out``; False if a result was wrong."""
     right = []
     for method, prompts in PROMPTS.items():
-        right.append(
-            step.compare(
-                method,
-                uneven_workloads(prompts, quick),
-                lambda workload, method=method: step.providers(workload, sizes, method),
-                out / f"step_{method.lower().replace(' ', '_')}",
-                quick,
-            )
-        )
+        steps_of = partial(step.providers, sizes=sizes, method=method)
+        file = out / f"step_{method.lower().replace(' ', '_')}"
+        right.append(step.compare(method, uneven_workloads(prompts, quick), steps_of, file, quick))
     return all(right)

@@ -17,6 +17,7 @@ their time over fastprompt's. They count all R rows in every layer, those too th
 """
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import geometric_mean, median
 from time import perf_counter
 
@@ -143,7 +144,7 @@ def measure(workload, rounds, steps, progress=None, of=("fastprompt", "PEFT")):
 def run(out, quick=False, sizes=models.SIZES):
     """Run, print, and write ``step.csv`` and ``step.png`` into ``out``; False if a result was wrong."""
     method = "Prompt Tuning"
-    return compare(method, all_workloads(quick), lambda w: providers(w, sizes, method), out / "step", quick)
+    return compare(method, all_workloads(quick), partial(providers, sizes=sizes, method=method), out / "step", quick)
 
 
 def compare(title, workloads, steps_of, file, quick):
